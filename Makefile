@@ -1,0 +1,51 @@
+# make demo       train, judge and use a small MobileCLIP on this machine, in minutes      -> runs/demo.html
+# make test       everything that must be true, tested (what CI runs)
+# make lab        JupyterLab on the notebooks
+# make weights    train the shipped nano weights again and compare
+# make notebooks  run every notebook at nano scale and store its outputs
+# make prepare    after editing notebooks: export, clean, README
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help demo test lab weights notebooks prepare bench clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mobileclip_nb needs Python 3.11 or newer; say which: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "== making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+# one stamp for each set of extras; made again when settings.ini changes
+.venv/with-%: .venv/made settings.ini setup.py
+	@echo "== installing mobileclip_nb[$*] into .venv (torch is large: the first time takes minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[$*]'
+	@touch $@
+
+demo: .venv/with-emoji,lab
+	$(BIN)/mobileclip demo
+
+test: .venv/with-emoji,train,lab,dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+
+lab: .venv/with-emoji,train,lab,dev
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+weights: .venv/with-emoji,train,lab
+	OMP_NUM_THREADS=1 $(BIN)/python -c 'from mobileclip_nb.recipes import make_weights; make_weights()'
+
+notebooks: .venv/with-emoji,train,lab,dev
+	SCALE=nano $(BIN)/python tests/store.py
+
+prepare: .venv/with-emoji,train,lab,dev
+	$(BIN)/python -c 'from nbdev.export import nbdev_export; nbdev_export()'
+	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
+	$(BIN)/python tests/readme.py
+
+bench: .venv/with-emoji,train,lab,dev
+	$(BIN)/python -m mobileclip_nb.cli bench
+
+clean:
+	rm -rf .venv runs build *.egg-info
