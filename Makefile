@@ -45,7 +45,7 @@ prepare: .venv/with-emoji,train,lab,dev
 	$(BIN)/python tests/readme.py
 
 bench: .venv/with-emoji,train,lab,dev
-	$(BIN)/python -m mobileclip_nb.cli bench
+	$(BIN)/mobileclip bench
 
 clean:
 	rm -rf .venv runs build *.egg-info
