@@ -128,8 +128,8 @@ def jittered(
     x = F.grid_sample(images, F.affine_grid(draws.theta, images.shape, align_corners=False), padding_mode='border', align_corners=False)
     bright, contrast, saturation = draws.color.T[..., None, None, None]
     x = x*bright
-    x = x + (1-contrast)*(x.mean((1, 2, 3), keepdim=True)-x)
-    return (x + (1-saturation)*(x.mean(1, keepdim=True)-x)).clamp_(0, 1)
+    x = x.mean((1, 2, 3), keepdim=True).lerp(x, contrast)
+    return x.mean(1, keepdim=True).lerp(x, saturation).clamp_(0, 1)
 
 # %% ../nbs/52_batches.ipynb #8810b7c6
 @dataclass(frozen=True, repr=False)
@@ -143,7 +143,7 @@ class BatchSpec(Spec):
     mean:tuple[float,...]=(0., 0., 0.) # subtracted from pictures of 0–1
     std:tuple[float,...]=(1., 1., 1.) # divided by
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         for t in self.templates or ('no template',):
             if t.count('{}') != 1: raise ValueError(f"A template has one {{}} for the caption; got {t!r}")
 

@@ -32,7 +32,7 @@ class OptimSpec(Spec):
     clip:float=1. # largest norm of the whole gradient; 0 leaves it alone
     scale_max:float=100. # largest logit scale, exponentiated
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         if min(self.steps, self.warmup, self.hold) < 0 or self.warmup+self.hold > self.steps:
             raise ValueError(f"warmup={self.warmup} and hold={self.hold} do not fit into steps={self.steps}. Shorten them or train longer")
 
@@ -41,7 +41,7 @@ def lr_at(
     step:int, # counted from 0, before the update
     spec:OptimSpec,
 )->float: # learning rate of this step
-    "Climb, hold, and fall along half a cosine (MobileCLIP Table 12)"
+    "Climb, hold, and fall along half a cosine (MobileCLIP Table 12 and scripts)"
     if step < spec.warmup: return spec.lr*(step+1)/spec.warmup
     fall = spec.steps - spec.warmup - spec.hold
     t = min(max(step - spec.warmup - spec.hold, 0)/max(fall, 1), 1)

@@ -47,7 +47,7 @@ def recall_at(
     right:Tensor, # bool `(Q, G)`, at least one a row
     k:int=1, # how many answers are looked at
 )->float: # 0–1
-    "Share of questions with a right answer among the first `k` (CLIP §3.1; Karpathy's splits)"
+    "Share of questions with a right answer among the first `k` (CLIP Appendix E.1)"
     if k < 1: raise ValueError(f"k={k}: at least one answer must be looked at")
     return (first_right(sim, right) < k).double().mean().item()
 
@@ -99,7 +99,7 @@ def retrieval(
     tokens:Callable[[list[str]],Tensor]|None=None, # texts to ids; None asks the text tower for its context length
     batch:int=256, # images at a time
 )->Retrieval:
-    "Judge a model by retrieval (CLIP §3.1)"
+    "Judge a model by retrieval (CLIP Appendix E.1)"
     if len(images) != len(captions): raise ValueError(f"{len(images)} images but {len(captions)} captions")
     flat, right = positives(captions)
     return both_ways(image_rows(model, images, batch), text_rows(model, flat, tokens), right)

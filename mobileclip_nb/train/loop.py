@@ -32,11 +32,11 @@ class TrainSpec(OptimSpec):
     "All that decides the numbers of a run, but for model and data (MobileCLIP Table 12)"
     seed:int=0 # of what is random inside a step, as stochastic depth
     precision:str='float32' # of the towers: `float32` or `bfloat16`; the loss is always float32
-    ema:float=0. # memory of the averaged weights, 0–1; the papers' ImageNet recipe has 0.9995; 0 keeps none
+    ema:float=0. # memory of the averaged weights, 0–1; Table 12 has 0.9995; 0 keeps none
     same:bool=False # pairs with equal captions count as each other's positives
     channels_last:bool=True # memory layout of maps; the faster one for these models on CPUs
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         super().__post_init__()
         if self.precision not in ('float32', 'bfloat16'): raise ValueError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
         if not 0 <= self.ema < 1: raise ValueError(f"ema={self.ema} is not in 0 to 1 (excluded); 0 keeps no average, 0.99 one of about 100 steps")
