@@ -39,8 +39,8 @@ class Recipe(Spec):
     train:TrainSpec=TrainSpec() # how batches become weights
     skin_tones:bool=False # emoji: learn from variants with skin tones too
     smoke:int=4 # steps at scale `smoke`
-    nano:int=600 # steps at scale `nano`
-    full:int=2400 # steps at scale `full`
+    nano:int=300 # steps at scale `nano`
+    full:int=800 # steps at scale `full`
 
     def at(self,
         scale:str, # `smoke`, `nano` or `full`
@@ -54,7 +54,7 @@ class Recipe(Spec):
 
 # %% ../nbs/84_recipes.ipynb #f068dd0f
 RECIPES = {r.name: r for r in (
-    Recipe('nano-emoji', 'mobileclip_nano', BatchSpec(batch=128, context=20, templates=TEMPLATES), TrainSpec(warmup=100, lr=1e-3, decay=.2, ema=.995)),
+    Recipe('nano-emoji', 'mobileclip_nano', BatchSpec(batch=128, context=20, templates=TEMPLATES), TrainSpec(warmup=50, lr=1e-3, decay=.2, ema=.995)),
 )}
 
 def recipe(

@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-from .fold import ConvNorm, Pointwise
+from .fold import CONV, ConvNorm
 
 # %% ../../nbs/13_blocks.ffn.ipynb #df16523c
 class LayerScale(nn.Module):
@@ -47,8 +47,7 @@ class ConvFFN(nn.Module):
     ):
         super().__init__()
         self.dw = ConvNorm(c, c, k, groups=c, ndim=ndim)
-        conv = {1: nn.Conv1d, 2: Pointwise}[ndim]
-        self.fc1, self.fc2 = conv(c, hidden, 1), conv(hidden, c, 1)
+        self.fc1, self.fc2 = CONV[ndim](c, hidden, 1), CONV[ndim](hidden, c, 1)
         for m in (self.dw.conv, self.fc1, self.fc2): nn.init.trunc_normal_(m.weight, std=.02)
         for m in (self.fc1, self.fc2): nn.init.zeros_(m.bias)
 
