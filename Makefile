@@ -40,7 +40,7 @@ notebooks: .venv/with-emoji,train,lab,dev
 	SCALE=nano $(BIN)/python tests/store.py
 
 prepare: .venv/with-emoji,train,lab,dev
-	$(BIN)/python -c 'from nbdev.export import nbdev_export; nbdev_export()'
+	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	$(BIN)/python tests/readme.py
 

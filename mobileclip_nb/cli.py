@@ -45,14 +45,17 @@ def split_labels(
     text:str, # labels with commas between
 )->list[str]:
     "Take a list of labels apart"
-    return [l.strip() for l in text.split(',') if l.strip()]
+    labels = [l.strip() for l in text.split(',') if l.strip()]
+    if not labels: raise ValueError('no label given; write --labels "cat,dog"')
+    return labels
 
 def predict(
     args:argparse.Namespace, # `images`, `labels`, `model`, `weights`, `top`, `json`
 )->int: # exit status
     "Label pictures with the words given"
     from mobileclip_nb.labeling import predict as label
-    found = label(args.images, split_labels(args.labels), model=model_of(args), on_error='skip')
+    labels = split_labels(args.labels)
+    found = label(args.images, labels, model=model_of(args), on_error='skip')
     for p in found:
         best = list(zip(p.labels, p.probs))[:args.top]
         answer(dict(image=str(p.path), labels=[dict(label=l, prob=round(q, 6)) for l, q in best]),
