@@ -37,7 +37,7 @@ weights: .venv/with-emoji,train,lab
 	OMP_NUM_THREADS=1 $(BIN)/python -c 'from mobileclip_nb.recipes import make_weights; make_weights()'
 
 notebooks: .venv/with-emoji,train,lab,dev
-	SCALE=nano $(BIN)/python tests/store.py
+	SCALE=nano MOBILECLIP_RUNS='$(CURDIR)/results' $(BIN)/python tests/store.py
 
 prepare: .venv/with-emoji,train,lab,dev
 	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'

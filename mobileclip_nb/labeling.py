@@ -198,7 +198,7 @@ def save_table(
         if path.suffix == '.npz':
             with open(tmp, 'wb') as f: np.savez(f, paths=np.array(t.paths, str), rows=t.rows, about=np.array(about))
         else:
-            pa, pq = need('pyarrow', extra='dev'), need('pyarrow.parquet', extra='dev')
+            pa, pq = need('pyarrow', extra='lab'), need('pyarrow.parquet', extra='lab')
             cols = pa.table({'path': pa.array(t.paths, pa.string()), 'embedding': pa.array(list(t.rows), pa.list_(pa.float32()))})
             pq.write_table(cols.replace_schema_metadata({'mobileclip_nb': about}), tmp)
 
@@ -210,7 +210,7 @@ def load_table(
     if path.suffix == '.npz':
         with np.load(path, allow_pickle=False) as d: paths, rows, about = d['paths'].tolist(), d['rows'], str(d['about'])
     else:
-        cols = need('pyarrow.parquet', extra='dev').read_table(path)
+        cols = need('pyarrow.parquet', extra='lab').read_table(path)
         paths, rows = cols['path'].to_pylist(), np.array(cols['embedding'].to_pylist(), np.float32)
         about = cols.schema.metadata[b'mobileclip_nb'].decode()
     said = json.loads(about)

@@ -11,11 +11,12 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parents[1]
 
 def tidy(nb):
-    "Drop what changes without meaning: counts, times, kernel metadata"
+    "Drop what changes without meaning: counts, progress bars, kernel metadata"
     for c in nb.cells:
         c.metadata = {}
         if c.cell_type != 'code': continue
         c.execution_count = None
+        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
         for o in c.outputs:
             if 'metadata' in o: o['metadata'] = {}
             if o.output_type == 'execute_result': o.execution_count = None
