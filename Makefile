@@ -7,6 +7,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test lab weights notebooks prepare bench clean
 help:

@@ -48,11 +48,12 @@ def pair_data(
     captions:Sequence[str|Sequence[str]], # N; one text each or several
     side:int|None=None, # pixels; needed for files
     progress:bool=True, # draw a progress bar while decoding
+    resize:str='bilinear', # of files, as the model's record says: or `bicubic`
 )->PairData:
     "Bring pictures and captions into one form"
     if not isinstance(images, (np.ndarray, Tensor)):
         if side is None: raise ValueError("Image files need a side in pixels: pair_data(paths, captions, side=64)")
-        images = decoded(images, side, progress=progress)
+        images = decoded(images, side, resize, progress)
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise ValueError(f"Pictures are uint8 (N, S, S, 3); got {images.dtype} {tuple(images.shape)}")
@@ -68,12 +69,13 @@ def from_pairs(
     pairs:Pairs, # what `read_pairs` found
     side:int, # pixels
     progress:bool=True, # draw a progress bar while decoding
+    resize:str='bilinear', # as the model's record says: or `bicubic`
 )->PairData:
     "Load a folder's pairs, one picture a file"
     texts = {}
     for p in pairs: texts.setdefault(p.image, []).append(p.caption)
     if not texts: raise ValueError("No pair to load. The report that came with the pairs says what was left out and why")
-    return pair_data(list(texts), list(texts.values()), side, progress)
+    return pair_data(list(texts), list(texts.values()), side, progress, resize)
 
 # %% ../nbs/52_batches.ipynb #28c87a7c
 def seeded(

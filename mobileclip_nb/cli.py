@@ -55,6 +55,7 @@ def predict(
     "Label pictures with the words given"
     from mobileclip_nb.labeling import predict as label
     labels = split_labels(args.labels)
+    if args.top < 1: raise ValueError(f'--top {args.top} shows nothing; give at least 1')
     found = label(args.images, labels, model=model_of(args), on_error='skip')
     for p in found:
         best = list(zip(p.labels, p.probs))[:args.top]
@@ -69,7 +70,7 @@ def model_of(
     "Make the model that a verb was asked to use"
     from mobileclip_nb.checkpoint import create_model
     from mobileclip_nb.zoo import ZOO, record
-    if args.weights is None and not Path(args.model).exists() and not args.model.startswith('hf-hub:'):
+    if args.weights is None and not Path(args.model).is_file() and not args.model.startswith('hf-hub:'):
         tags = list(record(args.model).weights)
         args.weights = tags[0] if tags else None
     return create_model(args.model, args.weights, folded=True)
@@ -94,13 +95,14 @@ def train(
     from mobileclip_nb.recipes import emoji_judge, fit, load_data, recipe, release
     from mobileclip_nb.zoo import record
     r = recipe(args.recipe)
+    if args.steps is not None and args.steps < 1: raise ValueError(f'--steps {args.steps} is no run; give at least 1')
     if args.steps: r = r.but(**{args.scale: args.steps})
     r = r.at(args.scale, args.seed)
     out = Path(args.out or f'runs/{r.name}-{r.id}')
-    side = record(r.model).pixels.side
-    data = load_data(args.data, side, r.skin_tones, say)
+    pixels = record(r.model).pixels
+    data = load_data(args.data, pixels.side, r.skin_tones, say, resize=pixels.resize)
     say(f'{len(data.images)} pictures, {r.train.steps} steps of {min(r.stream.batch, len(data.images))}: {r.name} ({r.id}) into {out}')
-    done = fit(r, data, out, emoji_judge(side) if str(args.data) == 'emoji' else None, resume=args.resume, ledger=LEDGER, scale=args.scale)
+    done = fit(r, data, out, emoji_judge(pixels.side) if str(args.data) == 'emoji' else None, resume=args.resume, ledger=LEDGER, scale=args.scale)
     weights = release(done.model, out/'model.safetensors')
     numbers = done.run.metrics
     answer(dict(weights=str(weights), recipe=r.name, id=r.id, metrics=numbers), '\n'.join([f'{k:22} {v:.4g}' for k, v in numbers.items()] + [f'weights: {weights}']), args.json)
@@ -118,7 +120,7 @@ def evaluate(
     model = model_of(args)
     side = model.record.pixels.side
     if args.on == 'emoji': splits = {s: (p.images, [(c,) for c in p.captions]) for s in ('train', 'heldout', 'shift') for p in [load_emoji(s, side=side)]}
-    else: splits = {Path(args.on).name: load_data(args.on, side, say=say)}
+    else: splits = {Path(args.on).name: load_data(args.on, side, say=say, resize=model.record.pixels.resize)}
     found = {}
     for name, (images, captions) in splits.items():
         first = [c[0] for c in captions]

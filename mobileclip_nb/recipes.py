@@ -40,7 +40,7 @@ class Recipe(Spec):
     skin_tones:bool=False # emoji: learn from variants with skin tones too
     smoke:int=4 # steps at scale `smoke`
     nano:int=300 # steps at scale `nano`
-    full:int=800 # steps at scale `full`
+    full:int=600 # steps at scale `full`
 
     def at(self,
         scale:str, # `smoke`, `nano` or `full`
@@ -71,6 +71,7 @@ def load_data(
     skin_tones:bool=False, # emoji: variants with skin tones too
     say:Callable[[str],None]=lambda text: None, # told what was left out, and who drew the art
     progress:bool=True, # draw a progress bar while decoding
+    resize:str='bilinear', # of files, as the model's record says: or `bicubic`
 )->PairData:
     "Pictures and captions to learn from"
     if str(data) == 'emoji':
@@ -79,7 +80,7 @@ def load_data(
         return pair_data(drawn.images, drawn.captions)
     pairs = read_pairs(data)
     say(str(pairs.report))
-    return from_pairs(pairs, side, progress)
+    return from_pairs(pairs, side, progress, resize)
 
 # %% ../nbs/84_recipes.ipynb #5153114d
 def learner(

@@ -48,7 +48,7 @@ class Spec:
     @property
     def id(self)->str:
         "Ten hexadecimal digits of the hash of what differs from the default, so a new field leaves old ids alone"
-        said = json.dumps([type(self).__name__, plain(self.diff())], sort_keys=True)
+        said = json.dumps([type(self).__name__, _even(plain(self.diff()))], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:10]
 
     def to_dict(self)->dict[str,Any]:
@@ -63,6 +63,14 @@ class Spec:
 
     def __repr__(self)->str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.diff().items())})"
+
+def _even(
+    x:Any, # JSON
+)->Any: # the same, with 1 for 1.0
+    "Write whole numbers one way, since 1 and 1.0 are equal"
+    if isinstance(x, dict): return {k: _even(v) for k, v in x.items()}
+    if isinstance(x, list): return [_even(v) for v in x]
+    return int(x) if isinstance(x, float) and x.is_integer() else x
 
 def _revive(
     kind:Any, # the annotation of the field

@@ -106,12 +106,13 @@ def untyped(f):
 
 PRIVATE = re.compile(r'(?<![\w.:/])/(?:home|root|Users|work|tmp|opt|mnt|private|var)/[\w.-]')
 def outputs(nb):
-    "Stored outputs hold no error, no absolute path and no host name"
+    "Stored outputs hold no error, no missing command, no absolute path and no host name"
     out, host = [], socket.gethostname()
     for c in nb.code:
         if any(o['output_type'] == 'error' for o in c.outputs): out.append(f'cell {c.id} ended in an error')
         text = json.dumps([{k: v for k, v in o.get('data', {'text': o.get('text', '')}).items() if not k.startswith('image/')} for o in c.outputs])
         if PRIVATE.search(text): out.append(f'cell {c.id} shows a path of this machine: {PRIVATE.search(text)[0]}')
+        if 'command not found' in text: out.append(f'cell {c.id} called a command that was not there')
         if len(host) > 3 and host in text: out.append(f'cell {c.id} names the host')
     return out
 

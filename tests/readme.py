@@ -6,7 +6,7 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTE = '<!-- Made from nbs/index.ipynb by `make readme`; edit that. -->\n\n'
+NOTE = '<!-- Made from nbs/index.ipynb by `make prepare`; edit that. -->\n\n'
 
 def readme():
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', 4)

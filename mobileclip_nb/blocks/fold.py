@@ -45,7 +45,10 @@ class ConvNorm(nn.Module):
     def forward(self,
         x:Tensor, # `(B, C_in, H, W)` or `(B, C_in, T)`
     )->Tensor: # `(B, C_out, H/stride, W/stride)` or `(B, C_out, T/stride)`
-        return self.norm(self.conv(x))
+        c = self.conv
+        if max(c.kernel_size) > 1 or max(c.stride) == 1: return self.norm(c(x))
+        x = x[(..., *(slice(None, None, s) for s in c.stride))]           # a strided 1x1 looks at every s-th place only
+        return self.norm((F.conv1d, F.conv2d)[x.ndim-3](x, c.weight, groups=c.groups))
 
 # %% ../../nbs/10_blocks.fold.ipynb #16017fec
 def settled(

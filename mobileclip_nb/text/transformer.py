@@ -50,10 +50,10 @@ class KeptRows(nn.Module):
         ids:Iterable[int], # as many as there are rows, ascending, without repeats
     )->'KeptRows': # itself
         "Set, in place, which ids the rows stand for"
-        new = torch.tensor(list(ids), dtype=torch.long, device=self.ids.device)
-        if len(new) != len(self.ids): raise ValueError(f"{len(new)} ids for {len(self.ids)} rows; build the tower with TextSpec(rows={len(new)})")
-        if (new.diff() <= 0).any() or new[0] < 0: raise ValueError("The ids must be ascending, without repeats, from 0; ids_in_use(texts) gives such a list")
-        self.ids.copy_(new)
+        ids = [int(i) for i in ids]
+        if len(ids) != len(self.ids): raise ValueError(f"{len(ids)} ids for {len(self.ids)} rows; build the tower with TextSpec(rows={len(ids)})")
+        if any(b <= a for a, b in zip([-1, *ids], ids)): raise ValueError("The ids must be ascending, without repeats, from 0; ids_in_use(texts) gives such a list")
+        self.ids.copy_(torch.tensor(ids, dtype=torch.long, device=self.ids.device))
         return self
 
     def forward(self,
