@@ -146,6 +146,7 @@ class BatchSpec(Spec):
     std:tuple[float,...]=(1., 1., 1.) # divided by
 
     def __post_init__(self)->None:
+        if self.batch < 1 or self.context < 2: raise ValueError(f"batch={self.batch} and context={self.context}: a batch has a pair at least, a context two tokens")
         for t in self.templates or ('no template',):
             if t.count('{}') != 1: raise ValueError(f"A template has one {{}} for the caption; got {t!r}")
 

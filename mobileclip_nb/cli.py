@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['say', 'answer', 'models', 'split_labels', 'predict', 'model_of', 'embed', 'train', 'evaluate', 'score_line',
-           'demo_notebook', 'demo', 'live', 'bench', 'parser', 'main']
+           'demo_notebook', 'live', 'demo', 'bench', 'parser', 'main']
 
 # %% ../nbs/89_cli.ipynb #ea93dcd5
 import argparse, json, os, sys
@@ -102,7 +102,8 @@ def train(
     pixels = record(r.model).pixels
     data = load_data(args.data, pixels.side, r.skin_tones, say, resize=pixels.resize)
     say(f'{len(data.images)} pictures, {r.train.steps} steps of {min(r.stream.batch, len(data.images))}: {r.name} ({r.id}) into {out}')
-    done = fit(r, data, out, emoji_judge(pixels.side) if str(args.data) == 'emoji' else None, resume=args.resume, ledger=LEDGER, scale=args.scale)
+    done = fit(r, data, out, emoji_judge(pixels.side) if str(args.data) == 'emoji' else None, resume=args.resume, ledger=LEDGER, scale=args.scale,
+               device=args.device)
     weights = release(done.model, out/'model.safetensors')
     numbers = done.run.metrics
     answer(dict(weights=str(weights), recipe=r.name, id=r.id, metrics=numbers), '\n'.join([f'{k:22} {v:.4g}' for k, v in numbers.items()] + [f'weights: {weights}']), args.json)
@@ -147,6 +148,21 @@ def demo_notebook()->Path: # in a clone, or in the installed package
         if path.exists(): return path
     raise FileNotFoundError('The demo notebook is not installed; run `mobileclip demo` in a clone of the repository')
 
+def live(
+    nb:Any, # a notebook; is changed: its outputs are filled
+    folder:Path, # to run in
+)->None:
+    "Run a notebook, and pass on what it prints and its progress bars as they come"
+    from mobileclip_nb.core import need
+    class Client(need('nbclient', 'lab').NotebookClient):
+        "A client that shows streams at once"
+        def process_message(self, msg:dict, cell:Any, cell_index:int)->Any:
+            "Show a piece of a stream, then keep it"
+            if msg['msg_type'] == 'stream': print(msg['content']['text'], end='', file=sys.stderr, flush=True)
+            return super().process_message(msg, cell, cell_index)
+    Client(nb, timeout=3600, kernel_name='python3', resources=dict(metadata=dict(path=str(folder)))).execute()
+
+# %% ../nbs/89_cli.ipynb #dde949c2
 def demo(
     args:argparse.Namespace, # `out`, `scale`, `json`
 )->int: # exit status
@@ -164,20 +180,6 @@ def demo(
     with whole(out/'demo.html') as tmp: tmp.write_text(page, encoding='utf-8')
     answer(dict(notebook=str(out/'demo.ipynb'), page=str(out/'demo.html')), f"done: {out/'demo.html'}", args.json)
     return 0
-
-def live(
-    nb:Any, # a notebook; is changed: its outputs are filled
-    folder:Path, # to run in
-)->None:
-    "Run a notebook, and pass on what it prints and its progress bars as they come"
-    from mobileclip_nb.core import need
-    class Client(need('nbclient', 'lab').NotebookClient):
-        "A client that shows streams at once"
-        def process_message(self, msg:dict, cell:Any, cell_index:int)->Any:
-            "Show a piece of a stream, then keep it"
-            if msg['msg_type'] == 'stream': print(msg['content']['text'], end='', file=sys.stderr, flush=True)
-            return super().process_message(msg, cell, cell_index)
-    Client(nb, timeout=3600, kernel_name='python3', resources=dict(metadata=dict(path=str(folder)))).execute()
 
 def bench(
     args:argparse.Namespace, # `models`, `rounds`, `json`
@@ -207,7 +209,8 @@ def parser()->argparse.ArgumentParser:
     verb('embed', embed, ('folder', dict(help='pictures, in subfolders too')), ('--out', dict(required=True, help='a .npz or .parquet file')), nano, weights)
     verb('train', train, ('data', dict(help='`emoji`, a folder of pictures with captions, or a captions file')), ('--recipe', dict(default='nano-emoji', help='a recipe by name')),
          scale, ('--steps', dict(type=int, help='instead of the recipe\'s')), ('--seed', dict(type=int, help='instead of the recipe\'s')),
-         ('--out', dict(help='folder of the run')), ('--resume', dict(action='store_true', help='go on where the folder\'s run stopped')))
+         ('--out', dict(help='folder of the run')), ('--resume', dict(action='store_true', help='go on where the folder\'s run stopped')),
+         ('--device', dict(help='cpu (the default), cuda, mps')))
     verb('eval', evaluate, ('model', nano[1] | dict(nargs='?')), weights, ('--on', dict(default='emoji', help='`emoji`, or a folder of pictures with captions')))
     verb('demo', demo, ('--out', dict(default='runs', help='folder for the executed notebook and its page')), scale)
     verb('bench', bench, ('--models', dict(nargs='+', default=['mci0', 'mci2'], help='rows of MCI')), ('--rounds', dict(type=int, default=20, help='rounds that count')))

@@ -6,8 +6,8 @@
 __all__ = ['IMAGES', 'in_folder', 'pictures', 'opened', 'sentences', 'default_templates', 'text_rows', 'unknown_words',
            'Prediction', 'Predictions', 'predict', 'Table', 'fingerprint', 'save_table', 'load_table', 'embed']
 
-# %% ../nbs/35_labeling.ipynb #a8f25b7b
-import hashlib, json, shutil, warnings
+# %% ../nbs/35_labeling.ipynb #b13d15aa
+import hashlib, json, os, shutil, warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 import torch.nn.functional as F
 
-from .checkpoint import create_model
+from .checkpoint import create_model, is_place
 from .clip import CLIP
 from .core import need, pick_device, whole
 from .pairs import open_image
@@ -44,17 +44,18 @@ def pictures(
     "List what was asked about, by name"
     if isinstance(images, (str, Path)):
         if not Path(images).is_dir(): return [(str(images), images)]
-        if not (found := in_folder(images)): raise ValueError(f"The folder {str(images)!r} holds no images ({', '.join(IMAGES)})")
-        return [(str(p), p) for p in found]
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3): return [('image 0', images)]
-    if not isinstance(images, Iterable): raise TypeError(f"Cannot read pictures from {type(images).__name__}; pass paths, a folder, PIL images or uint8 arrays")
+        return [(str(p), p) for p in in_folder(images) or [images]]
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim != 4): return [('image 0', images)]
+    if isinstance(images, Tensor) or not isinstance(images, Iterable): raise TypeError(f"Cannot read pictures from {type(images).__name__}; pass paths, a folder, PIL images or uint8 arrays")
     out = []
     for im in images: out += [(f'image {len(out)}', im)] if isinstance(im, (Image.Image, np.ndarray)) else pictures(im)
     return out
 
 def _open(thing:object)->Image.Image: # RGB
     "Open one picture, or raise an error that names it"
-    return open_image(thing) if isinstance(thing, (str, Path)) else rgb(thing)
+    if not isinstance(thing, (str, Path)): return rgb(thing)
+    if Path(thing).is_dir(): raise ValueError(f"The folder {str(thing)!r} holds no images ({', '.join(IMAGES)})")
+    return open_image(thing)
 
 # %% ../nbs/35_labeling.ipynb #05d1f69c
 def opened(
@@ -77,8 +78,10 @@ def sentences(
     templates:Sequence[str], # with `{}` where the label goes
 )->list[list[str]]: # one list a label
     "Put labels into sentences"
-    if isinstance(labels, str): raise TypeError(f"labels={labels!r} is one string; pass a list, ['cat', 'dog']")
+    for name, given in dict(labels=labels, templates=templates).items():
+        if isinstance(given, str) or not isinstance(given, Iterable): raise TypeError(f"{name}={given!r} is no list of texts; pass a list, such as {['cat', 'dog'] if name == 'labels' else ['a photo of a {}.']}")
     if not (labels := list(labels)): raise ValueError("The list of labels is empty; a picture can only be told from something")
+    if not (templates := list(templates)): raise ValueError("The list of templates is empty; pass ['{}'] for the bare labels, or None for what suits the model")
     if wrong := [t for t in templates if '{}' not in t]: raise ValueError(f"The template {wrong[0]!r} has no place for the label; write '{{}}' there")
     return [[t.replace('{}', str(l)) for t in templates] for l in labels]
 
@@ -111,15 +114,19 @@ def unknown_words(
 
 # %% ../nbs/35_labeling.ipynb #f4b448dd
 @lru_cache(4)
-def _kept(name:str, weights:str|None, device:str)->CLIP: # in eval mode, folded
+def _kept(name:str, tag:str, device:str)->CLIP: # in eval mode, folded
     "Make a model once"
-    return create_model(name, weights or next(iter(record(name).weights), None), folded=True, device=device)
+    return create_model(name, tag, folded=True, device=device)
 
 def _model(model:str|CLIP, weights:str|None, device:str|None)->CLIP: # in eval mode, with a record
     "A model by name, or the one given"
     if isinstance(model, (str, Path)):
-        if weights is None and Path(model).is_file(): return create_model(str(model), folded=True, device=pick_device(device))
-        return _kept(str(model), weights, pick_device(device))
+        device = pick_device(device)
+        if weights is None and is_place(model): return create_model(model, folded=True, device=device)
+        tags = record(str(model), weights).weights
+        tag = next(iter(tags), None) if weights is None else str(weights)
+        if tag in tags: return _kept(str(model), tag, device)
+        return create_model(str(model), tag, folded=True, device=device)
     if model.training: raise ValueError("The model is in train mode, where its answers depend on the batch; pass model.eval()")
     if model.record is None: raise ValueError("The model carries no record, so its preprocessing is unknown; make it with create_model or build")
     return model
@@ -136,7 +143,12 @@ class Predictions(list):
         super().__init__(found)
         self.skipped = list(skipped)
 
-# %% ../nbs/35_labeling.ipynb #05c276e3
+# %% ../nbs/35_labeling.ipynb #3eafbad9
+def _at_least_one(**numbers:int|None)->None: # None is allowed
+    "Refuse what cannot count anything"
+    for k, n in numbers.items():
+        if n is not None and n < 1: raise ValueError(f"{k}={n} must be 1 or more")
+
 def _batches(rows:Iterable, n:int)->Iterator[list]: # of at most `n`
     "Cut a stream into lists"
     part = []
@@ -158,11 +170,12 @@ def predict(
     on_error:str='raise', # or `skip`: leave out pictures that cannot be read
 )->Predictions: # one `Prediction` a picture, in order; `.skipped` names the others
     "Label pictures with words chosen by the caller (CLIP §3.1)"
-    labels = labels if isinstance(labels, str) else [str(l) for l in labels]
-    sentences(labels, ())                                              # refuse bad labels before loading anything
+    _at_least_one(top=top, batch=batch)
+    labels = [l for l, in sentences(labels, ('{}',))]                  # refuse bad ones before loading anything
+    templates = None if templates is None or not sentences(labels, templates) else list(templates)
     net = _model(model, weights, device)
     if words := unknown_words(net, labels): warnings.warn(f"{net.record.name} has no rows for the words {', '.join(words)}; do not trust it on them", stacklevel=2)
-    text = text_rows(net, sentences(labels, default_templates(net.record) if templates is None else list(templates)))
+    text = text_rows(net, sentences(labels, templates or default_templates(net.record)))
     out, at = Predictions(), net.logit_scale
     for part in _batches(opened(pictures(images), out.skipped, on_error), batch):
         x = net.record.pixels.batch(im for _, im in part).to(at.device, at.dtype)
@@ -179,6 +192,7 @@ class Table(NamedTuple):
     rows:np.ndarray # `(N, D)` float32, unit rows
     skipped:dict[str,str] # path to reason
     model:str # fingerprint
+    seen:dict[str,str]={} # path to what the file looked like when it was read
 
 def fingerprint(
     model:CLIP, # any
@@ -193,7 +207,7 @@ def save_table(
     path:Path, # ends in .npz or .parquet
 )->None:
     "Write a table whole or not at all"
-    about = json.dumps(dict(model=t.model, skipped=t.skipped))
+    about = json.dumps(dict(model=t.model, skipped=t.skipped, seen=t.seen))
     with whole(path) as tmp:
         if path.suffix == '.npz':
             with open(tmp, 'wb') as f: np.savez(f, paths=np.array(t.paths, str), rows=t.rows, about=np.array(about))
@@ -202,28 +216,47 @@ def save_table(
             cols = pa.table({'path': pa.array(t.paths, pa.string()), 'embedding': pa.array(list(t.rows), pa.list_(pa.float32()))})
             pq.write_table(cols.replace_schema_metadata({'mobileclip_nb': about}), tmp)
 
+# %% ../nbs/35_labeling.ipynb #35961b95
 def load_table(
     path:str|Path, # what `save_table` wrote
 )->Table: # embeddings
     "Read a table"
     path = Path(path)
-    if path.suffix == '.npz':
-        with np.load(path, allow_pickle=False) as d: paths, rows, about = d['paths'].tolist(), d['rows'], str(d['about'])
-    else:
-        cols = need('pyarrow.parquet', extra='lab').read_table(path)
-        paths, rows = cols['path'].to_pylist(), np.array(cols['embedding'].to_pylist(), np.float32)
-        about = cols.schema.metadata[b'mobileclip_nb'].decode()
-    said = json.loads(about)
-    return Table(paths, rows, said['skipped'], said['model'])
+    pq = need('pyarrow.parquet', extra='lab') if path.suffix == '.parquet' else None
+    try:
+        if pq is None:
+            with np.load(path, allow_pickle=False) as d: paths, rows, about = d['paths'].tolist(), d['rows'], str(d['about'])
+        else:
+            cols = pq.ParquetFile(path).read()
+            paths, rows = cols['path'].to_pylist(), np.array(cols['embedding'].to_pylist(), np.float32)
+            about = cols.schema.metadata[b'mobileclip_nb'].decode()
+        said = json.loads(about)
+        return Table(paths, rows, said['skipped'], said['model'], said.get('seen', {}))
+    except FileNotFoundError: raise FileNotFoundError(f"No table {str(path)!r}; make one with embed(FOLDER, {str(path)!r})") from None
+    except Exception as e:                              # zip, numpy, pyarrow and json have their own exceptions for damaged bytes
+        raise ValueError(f"{str(path)!r} is no table of embeddings, or is damaged ({type(e).__name__}); remove it and embed again, or choose another file") from e
 
 # %% ../nbs/35_labeling.ipynb #cec2bcfe
 def _joined(tables:list[Table])->Table: # sorted by path
     "Put tables of one model together"
     rows = {p: r for t in tables for p, r in zip(t.paths, t.rows)}
-    return Table(sorted(rows), np.array([rows[p] for p in sorted(rows)], np.float32), {k: v for t in tables for k, v in t.skipped.items()}, tables[0].model)
+    names, wide = sorted(rows), max(t.rows.shape[-1] for t in tables)     # parquet forgets the width of no rows
+    skipped, seen = ({k: v for t in tables for k, v in part(t).items()} for part in (lambda t: t.skipped, lambda t: t.seen))
+    return Table(names, np.array([rows[p] for p in names], np.float32).reshape(-1, wide), skipped, tables[0].model, {p: seen[p] for p in names})
+
+def _look(path:Path)->str: # empty if the file cannot be reached
+    "What tells a file from the one it was: time of change in nanoseconds, and bytes"
+    try: s = path.stat()
+    except OSError: return ''
+    return f'{s.st_mtime_ns}-{s.st_size}'
+
+def _current(t:Table, now:dict[str,str])->Table: # without skipped files
+    "The rows whose files look as they did"
+    keep = [i for i, p in enumerate(t.paths) if p in now and now[p] == t.seen.get(p)]
+    return t._replace(paths=[t.paths[i] for i in keep], rows=t.rows[keep], skipped={})
 
 @torch.inference_mode()
-def _embed_part(net:CLIP, folder:Path, names:list[str], model:str)->Table: # of these files
+def _embed_part(net:CLIP, folder:Path, names:list[str], model:str, now:dict[str,str])->Table: # of these files
     "Embed one part of a folder"
     bad:list[tuple[str,str]] = []
     good = list(opened([(n, folder/n) for n in names], bad, 'skip'))
@@ -231,7 +264,16 @@ def _embed_part(net:CLIP, folder:Path, names:list[str], model:str)->Table: # of 
     if good:
         x = net.record.pixels.batch(im for _, im in good).to(at.device, at.dtype)
         rows = net.encode_image(x, normalize=True).float().cpu().numpy()
-    return Table([n for n, _ in good], rows, {n: why.replace(str(folder/n), n) for n, why in bad}, model)
+    return Table([n for n, _ in good], rows, {n: why.replace(str(folder/n), n) for n, why in bad}, model, {n: now[n] for n, _ in good})
+
+# %% ../nbs/35_labeling.ipynb #f7a8bc2d
+def _parts(folder:Path)->list[Table]: # in the order they were written
+    "Parts of an interrupted run; a damaged one is removed, since its pictures can be embedded again"
+    found = []
+    for p in sorted(folder.glob('*.npz')):
+        try: found.append(load_table(p))
+        except ValueError: os.unlink(p)
+    return found
 
 def embed(
     folder:str|Path, # of images, subfolders included
@@ -242,17 +284,24 @@ def embed(
     weights:str|None=None, # a tag or place, for a model asked for by name
 )->Table: # all rows, also those of earlier runs
     "Embed all images of a folder into a file; an interrupted run goes on where it stopped"
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder), Path(out); _at_least_one(batch=batch)
     if out.suffix not in ('.npz', '.parquet'): raise ValueError(f"Cannot tell how to write {out.name!r}; end it in .npz or .parquet")
-    names, net = [str(p.relative_to(folder)) for p in in_folder(folder)], _model(model, weights, device)
+    if out.suffix == '.parquet': need('pyarrow', extra='lab')          # now, not after hours of work
+    now = {str(p.relative_to(folder)): _look(p) for p in in_folder(folder)}
+    if not now: raise ValueError(f"The folder {str(folder)!r} holds no images ({', '.join(IMAGES)})")
+    before = load_table(out) if out.exists() else None
+    net = _model(model, weights, device)
     parts, who = out.with_name(f'.{out.name}.parts'), fingerprint(net)
-    old = [load_table(p) for p in ([out] if out.exists() else []) + sorted(parts.glob('*.npz'))]
+    old = [before] if before else []; old += _parts(parts)
     if other := next((t.model for t in old if t.model != who), None):
         raise ValueError(f"{out.name!r} holds rows of {other}, not of {who}; choose another file, or remove it and {parts.name!r}")
-    done = {n for t in old for n in (*t.paths, *t.skipped)}
-    todo = [n for n in names if n not in done]
-    for i, part in enumerate(_batches(todo, batch), len(list(parts.glob('*.npz')))):
-        old.append(_embed_part(net, folder, part, who)); save_table(old[-1], parts/f'{i:06d}.npz')
-    table = _joined(old or [_embed_part(net, folder, [], who)])
-    if todo or parts.exists() or not out.exists(): save_table(table, out); shutil.rmtree(parts, ignore_errors=True)
+    old = [_current(t, now) for t in old]
+    done = {n for t in old for n in t.paths}
+    first = max((int(p.stem) for p in parts.glob('*.npz')), default=-1)+1
+    for i, part in enumerate(_batches((n for n in now if n not in done), batch), first):
+        old.append(_embed_part(net, folder, part, who, now)); save_table(old[-1], parts/f'{i:06d}.npz')
+    table = _joined(old)
+    same = before and (before.paths, before.skipped, before.seen) == (table.paths, table.skipped, table.seen)
+    if not same: save_table(table, out)
+    shutil.rmtree(parts, ignore_errors=True)
     return table

@@ -207,7 +207,8 @@ def spread(
     metric:str, # its name
 )->dict[str,Spread]: # by name of the recipe, in order of appearance
     "Mean and standard deviation of a metric over the runs of each recipe"
-    got, known = {}, set()
+    got, known, runs = {}, set(), list(runs)
+    if len(scales := sorted({r.scale for r in runs})) > 1: raise ValueError(f"Runs of different scales share no mean: {', '.join(scales)}. Filter with read(..., scale=...).")
     for r in runs:
         known |= set(r.metrics)
         if r.metrics.get(metric) is not None: got.setdefault(r.run, []).append(r.metrics[metric])

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from .core import near
+from .pairs import upright
 from .spec import Spec
 
 # %% ../nbs/31_pixels.ipynb #daf01763
 def rgb(
     image:Image.Image|np.ndarray, # any PIL image, or `(H, W, 3)` uint8
 )->Image.Image: # mode RGB
-    "The image in three channels of eight bits, transparency dropped"
+    "The image in three channels of eight bits: upright, transparency laid on white"
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"An array must be uint8 (H, W, 3); got {image.dtype} {image.shape}. Scale to 0-255 and put channels last")
@@ -29,10 +30,7 @@ def rgb(
     if not isinstance(image, Image.Image):
         raise TypeError(f"Expected a PIL image or a uint8 array (H, W, 3), not {type(image).__name__}; open files with PIL.Image.open")
     if 0 in image.size: raise ValueError(f"The image has no pixels: its size is {image.size}")
-    if image.mode in ('I', 'F'):
-        raise ValueError(f"An image of mode {image.mode!r} has no known range; scale it to 0-255 and convert it to 'L' first")
-    if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return image.convert('RGB')
+    return upright(image)
 
 # %% ../nbs/31_pixels.ipynb #2c884120
 THIN = 500 # long side over short side, beyond which only the middle is resized

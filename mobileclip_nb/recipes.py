@@ -19,10 +19,10 @@ import torch
 from .batches import Batches, BatchSpec, PairData, from_pairs, pair_data
 from .checkpoint import save_weights
 from .clip import CLIP
-from .core import near, seed_all, sha256
+from .core import near, pick_device, seed_all, sha256
 from .emoji import TEMPLATES, attribution, concepts, load_emoji
 from .eval.retrieval import Judge
-from .ledger import append, read, record as run_record, spread
+from .ledger import append, code_version, read, record as run_record, spread
 from .pairs import read_pairs
 from .spec import Spec
 from .text.tokens import ids_in_use
@@ -129,13 +129,14 @@ def fit(
     ledger:str|Path|None=None, # where the run is written down; None writes nothing
     scale:str='smoke', # the size, for the ledger
     progress:bool=True, # draw a progress bar
+    device:str|None=None, # where to train; None is the CPU, where runs repeat to the bit
 )->Fit:
     "Train what a recipe says on these data (MobileCLIP Table 12)"
-    model = learner(r, data.captions)
+    model = learner(r, data.captions).to(pick_device(device or 'cpu'))
     pixels = model.record.pixels
     batches = Batches(data, r.stream.but(batch=min(r.stream.batch, len(data.images)), context=model.record.context_length, mean=pixels.mean, std=pixels.std))
     run = train(model, batches, r.train, out, judge, judge_every, save_every=200, resume=resume, progress=progress)
-    if ledger: append(ledger, run_record(r.name, r, run.metrics, r.train.seed, run.metrics['seconds'], str(next(model.parameters()).device), scale))
+    if ledger and run.new: append(ledger, run_record(r.name, r, run.metrics, r.train.seed, run.metrics['seconds'], str(next(model.parameters()).device), scale))
     return Fit(run.model, run, r)
 
 # %% ../nbs/84_recipes.ipynb #87acd6e2
@@ -172,8 +173,9 @@ def make_weights(
     base = recipe('nano-emoji')
     for i, seed in enumerate(seeds):
         r = base.at(scale, seed)
-        done = fit(r, load_data('emoji', 64, r.skin_tones, say if not i else lambda text: None), Path('runs')/f'{r.name}-{r.id}', emoji_judge(),
-                   resume=True, ledger=ledger, scale=scale)
+        out = Path('runs')/f"{r.name}-{r.id}-{code_version().replace(':', '-')}"         # other code is another run
+        done = fit(r, load_data('emoji', 64, r.skin_tones, say if not i else lambda text: None), out, emoji_judge(), resume=True, ledger=ledger, scale=scale)
+        if not done.run.new: say(f'seed {seed}: this run was finished already; remove {out} to make it again')
         say(f'seed {seed}: ' + ', '.join(f'{k} {v:.3f}' for k, v in done.run.metrics.items() if k.endswith('_r1')))
         if i == 0: release(done.model, dest)
         if i == 0 and old: say(verdict(done.run.metrics, old))

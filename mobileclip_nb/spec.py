@@ -64,6 +64,7 @@ class Spec:
     def __repr__(self)->str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.diff().items())})"
 
+# %% ../nbs/01_spec.ipynb #d52ae940
 def _even(
     x:Any, # JSON
 )->Any: # the same, with 1 for 1.0

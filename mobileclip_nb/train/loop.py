@@ -160,6 +160,8 @@ def begin(
     "Make a run's first state, or find its last"
     if spec.channels_last: model.to(memory_format=torch.channels_last)
     state = State(model.train(), optimizer(model, spec), EMA(model, spec.ema) if spec.ema else None)
+    if out and not (out/'state.pt').exists():
+        with whole(out/'begun') as tmp: tmp.write_text(spec.id, encoding='utf-8')      # a folder that cannot be written is refused before the first step
     if not out or not (out/'state.pt').exists(): return state
     if not resume: raise FileExistsError(f"There is a run in {out.name!r} already. Use resume=True to go on with it, or choose another folder")
     return restore(state, load_run(out), spec, data)
@@ -224,7 +226,7 @@ def survive(
         rows = ', '.join(str(i) for i in batch.index[:8].tolist())
         raise FloatingPointError(f"Step {state.step}: {e}, at lr={lr_at(state.step, spec):.3g} and scale={state.model.logit_scale.exp().item():.3g}. "
                                  f"The batch is batch_at({state.step}), pictures {rows}, ... "
-                                 + (f"The state before the update is in {out.name}/nonfinite.pt. " if out else "")
+                                 + (f"The weights before the update (statistics have moved already) are in {out.name}/nonfinite.pt. " if out else "")
                                  + "Try a lower lr, a longer warmup, or look at these pictures") from e
 
 # %% ../../nbs/54_train.loop.ipynb #627a58a3
@@ -249,13 +251,14 @@ class Trained(NamedTuple):
     spec:TrainSpec
     data:str # the batches' id
     batch:int # pairs a step
+    new:int # steps made by this call; the others were made before it was resumed
 
     @property
     def metrics(self)->dict[str,float]:
         "Loss at the end (mean of the last tenth, nats), seconds of steps, images a second, and the last judgement"
         tail = self.history[-max(len(self.history)//10, 1):]
         seconds = sum(r['seconds'] for r in self.history)
-        out = dict(loss_nats=sum(r['loss'] for r in tail)/max(len(tail), 1), seconds=seconds, images_per_s=len(self.history)*self.batch/max(seconds, 1e-9))
+        out = dict(loss_nats=sum(r['loss'] for r in tail)/len(tail) if tail else math.nan, seconds=seconds, images_per_s=len(self.history)*self.batch/max(seconds, 1e-9))
         return out | {k: v for k, v in (self.judged or [{}])[-1].items() if k != 'step'}
 
 # %% ../../nbs/54_train.loop.ipynb #02e7cbc4
@@ -287,6 +290,7 @@ def train(
     "Train in place, with checkpoints, judgement and a log; resumes to the same numbers (MobileCLIP Table 12)"
     out = Path(out) if out else None
     state = begin(model, spec, batches.id, out, resume)
+    begun = state.step
     def due(every:int)->bool: return state.step == spec.steps or bool(every) and state.step % every == 0
     bar = tqdm(total=spec.steps*batches.batch, initial=state.step*batches.batch, unit=' images', mininterval=.5, disable=not progress)
     with torch.random.fork_rng(), patient() as wishes, bar:
@@ -295,7 +299,8 @@ def train(
             bar.update(batches.batch); bar.set_postfix(loss=f"{row['loss']:.3f}", step=state.step, refresh=False)
             if judge and due(judge_every): state.judged.append(judged(state, judge))
             if out and (wishes or due(save_every)): save_state(state, out/'state.pt', spec, batches.id)
-            if wishes: raise KeyboardInterrupt(f"stopped after step {state.step} of {spec.steps}" + ("; resume=True goes on" if out else ""))
-    run = Trained(state.ema.model if state.ema else model.eval(), model.eval(), state.history, state.judged, spec, batches.id, batches.batch)
-    if ledger: written(run, ledger, name)
+            if wishes and state.step < spec.steps: raise KeyboardInterrupt(f"stopped after step {state.step} of {spec.steps}" + ("; resume=True goes on" if out else ""))
+    if judge and state.step == begun: state.judged.append(judged(state, judge))         # nothing was left to do but to judge
+    run = Trained(state.ema.model if state.ema else model.eval(), model.eval(), state.history, state.judged, spec, batches.id, batches.batch, state.step-begun)
+    if ledger and run.new: written(run, ledger, name)
     return run
