@@ -57,7 +57,7 @@ def read_state(
         said = str(e)
         if 'TorchScript' in said or re.search(r'(?i)unsupported (global|class)|trying to (call|instantiate)', said):
             raise ValueError(f"{str(path)!r} holds code, not only tensors, and is not opened. Have its maker save `model.state_dict()`, best as safetensors") from e
-        raise ValueError(f"{str(path)!r} is no weight file or was cut short ({type(e).__name__}); fetch it again and compare sizes") from e
+        raise ValueError(f"{str(path)!r} is no weight file, a pickle that torch does not read without running it, or was cut short ({type(e).__name__}); fetch it again and compare sizes, or ask its maker for safetensors") from e
     state = _tensors(found)
     if not state: raise ValueError(f"{str(path)!r} holds no tensors by name; a weight file is a dictionary of them")
     return state, meta

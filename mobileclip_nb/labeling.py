@@ -118,7 +118,7 @@ def _kept(name:str, tag:str, device:str)->CLIP: # in eval mode, folded
     "Make a model once"
     return create_model(name, tag, folded=True, device=device)
 
-def _model(model:str|CLIP, weights:str|None, device:str|None)->CLIP: # in eval mode, with a record
+def _model(model:str|Path|CLIP, weights:str|None, device:str|None)->CLIP: # in eval mode, with a record
     "A model by name, or the one given"
     if isinstance(model, (str, Path)):
         device = pick_device(device)
@@ -161,7 +161,7 @@ def _batches(rows:Iterable, n:int)->Iterator[list]: # of at most `n`
 def predict(
     images:object, # path, folder, PIL image, uint8 array `(H, W, 3)`, or a sequence of these
     labels:Sequence[str], # at least one
-    model:str|CLIP='mobileclip_nano', # a name, a native weight file, or a model in eval mode
+    model:str|Path|CLIP='mobileclip_nano', # a name, a weight file or `hf-hub:ORG/REPO` that tells its model, or a model in eval mode
     templates:Sequence[str]|None=None, # with `{}` where the label goes; None takes what suits the model
     top:int|None=None, # labels kept a picture; None keeps all
     batch:int=32, # pictures at a time
@@ -278,7 +278,7 @@ def _parts(folder:Path)->list[Table]: # in the order they were written
 def embed(
     folder:str|Path, # of images, subfolders included
     out:str|Path, # ends in .npz or .parquet
-    model:str|CLIP='mobileclip_nano', # a name, a native weight file, or a model in eval mode
+    model:str|Path|CLIP='mobileclip_nano', # a name, a weight file or `hf-hub:ORG/REPO` that tells its model, or a model in eval mode
     batch:int=64, # pictures a part
     device:str|None=None, # None takes the best there is, for a model asked for by name
     weights:str|None=None, # a tag or place, for a model asked for by name

@@ -33,7 +33,9 @@ def upright(
     image:Image.Image, # any mode, as PIL opened it
 )->Image.Image: # RGB; an RGB image without orientation comes back with the same pixels
     "Turn an image as its EXIF tag asks, lay transparency on white, and make it RGB"
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    try: image = ImageOps.exif_transpose(image)
+    except SyntaxError: pass # an EXIF block that cannot be read asks for nothing
     if image.mode[0] == 'I' or image.mode == 'F': image = _eight_bits(image)
     if image.mode not in ALPHA and 'transparency' not in image.info: return image.convert('RGB')
     image = (image.convert('LA') if image.mode == 'La' else image).convert('RGBA')
