@@ -9,6 +9,7 @@ __all__ = ['say', 'answer', 'models', 'split_labels', 'predict', 'model_of', 'em
 # %% ../nbs/89_cli.ipynb #ea93dcd5
 import argparse, json, os, sys
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def score_line(
 # %% ../nbs/89_cli.ipynb #d6680472
 def demo_notebook()->Path: # in a clone, or in the installed package
     "Find `demo.ipynb`"
-    here = Path(__file__).resolve().parent
+    here = Path(str(files('mobileclip_nb')))
     for path in (here.parent/'nbs'/'demo.ipynb', here/'data'/'demo.ipynb'):
         if path.exists(): return path
     raise FileNotFoundError('The demo notebook is not installed; run `mobileclip demo` in a clone of the repository')
