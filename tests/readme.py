@@ -13,9 +13,10 @@ def readme():
     nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*hide', c.source, re.M)]
     for c in nb.cells:
         if c.cell_type == 'code': c.source = '' if '#| echo: false' in c.source else re.sub(r'^#\|.*\n', '', c.source)
+    nb.metadata.language_info = dict(name='python')
     text, _ = MarkdownExporter(exclude_output_prompt=True, exclude_input_prompt=True).from_notebook_node(nb)
     text = re.sub(r'\]\((?!https?:|#|mailto:)(?!nbs/)([^)]+)\)', r'](nbs/\1)', text)      # links of the notebook, seen from the top
-    text = re.sub(r'```python\n*```\n', '', text)                                        # cells whose source is not shown
+    text = re.sub(r'```python\s*```\n', '', text)                                        # cells whose source is not shown
     return NOTE + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 if __name__ == '__main__': Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'README.md').write_text(readme(), encoding='utf-8')
