@@ -1,7 +1,7 @@
 """mobileclip_nb: MobileCLIP and MobileCLIP2, from the notebooks that explain them.
 
     from mobileclip_nb import predict
-    predict('photo.jpg', ['cat', 'dog'])
+    predict('drawing.png', ['train', 'heart', 'umbrella'])       # mobileclip_nano knows emoji and their words, not photographs
 
 Importing this package loads nothing heavy: a name is fetched from its module the first time it is used.
 `list_models()` names every model, `create_model(name, weights)` makes one, and `nbs/` tells how each part works.

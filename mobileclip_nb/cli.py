@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['say', 'answer', 'models', 'split_labels', 'predict', 'model_of', 'embed', 'train', 'evaluate', 'score_line',
-           'demo_notebook', 'live', 'demo', 'bench', 'parser', 'main']
+           'demo_notebook', 'live', 'demo', 'bench', 'parser', 'main', 'in_shell']
 
 # %% ../nbs/89_cli.ipynb #ea93dcd5
 import argparse, json, os, sys
@@ -99,7 +99,7 @@ def train(
     if args.steps is not None and args.steps < 1: raise ValueError(f'--steps {args.steps} is no run; give at least 1')
     if args.steps: r = r.but(**{args.scale: args.steps})
     r = r.at(args.scale, args.seed)
-    out = Path(args.out or f'runs/{r.name}-{r.id}')
+    out = Path(args.out or f'runs/{r.name}-{Path(args.data).stem}-{r.id}')
     pixels = record(r.model).pixels
     data = load_data(args.data, pixels.side, r.skin_tones, say, resize=pixels.resize)
     say(f'{len(data.images)} pictures, {r.train.steps} steps of {min(r.stream.batch, len(data.images))}: {r.name} ({r.id}) into {out}')
@@ -223,9 +223,17 @@ def main(
 )->int: # exit status: 0 all went well, 1 some inputs failed, 2 the request could not be carried out
     "Run a verb"
     args = parser().parse_args(argv)
+    if args.verb in ('train', 'demo'): os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')       # read when torch is loaded, which comes after
     try: return args.run(args)
-    except KeyboardInterrupt as e: say(f'stopped: {e}' if str(e) else 'stopped'); return 2
+    except KeyboardInterrupt as e: say(in_shell(str(e)) or 'stopped'); return 2
     except (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError) as e:
         if args.debug: raise
-        say(f'mobileclip {args.verb}: {e.args[0] if isinstance(e, KeyError) and e.args else e}')
+        say(f'mobileclip {args.verb}: {in_shell(str(e.args[0] if isinstance(e, KeyError) and e.args else e))}')
         return 2
+
+def in_shell(
+    text:str, # an error of the library
+)->str:
+    "Say a remedy as a shell would"
+    for python, shell in {'resume=True': '--resume', '`list_models()`': '`mobileclip models`'}.items(): text = text.replace(python, shell)
+    return text
