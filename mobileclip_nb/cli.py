@@ -70,7 +70,7 @@ def model_of(
 )->Any: # a model in eval mode
     "Make the model that a verb was asked to use"
     from mobileclip_nb.checkpoint import create_model
-    from mobileclip_nb.zoo import ZOO, record
+    from mobileclip_nb.zoo import record
     if args.weights is None and not Path(args.model).is_file() and not args.model.startswith('hf-hub:'):
         tags = list(record(args.model).weights)
         args.weights = tags[0] if tags else None
