@@ -239,8 +239,8 @@ def splits(
     at = [i for i, e in enumerate(concepts()) if skin_tones or not e.toned]
     return Splits(tuple(i for i in at if concepts()[i].base not in held), tuple(i for i in at if concepts()[i].base in held))
 
-# %% ../nbs/04_emoji.ipynb #bd8da494
-SPLITS = ('train', 'heldout', 'shift')
+# %% ../nbs/04_emoji.ipynb #132d2977
+SPLITS = ('train', 'heldout', 'shift', 'all')
 TEMPLATES = ('{}', 'an emoji of {}', 'a drawing of {}', 'a small picture of {}')
 
 @dataclass(frozen=True, eq=False)
@@ -260,14 +260,15 @@ class Pictures:
         return attribution(self.hand)
 
 def load_emoji(
-    split:str='train', # `train`, `heldout`, or `shift`: the training concepts in the other hand
+    split:str='train', # `train`, `heldout`, `shift` (the training concepts in the other hand), or `all` (both train and heldout, for teachers)
     hand:str='twemoji', # the hand to learn from
     side:int=64, # pixels, 8 to 512
     skin_tones:bool=False, # whether skin tones are concepts of their own
 )->Pictures: # in the order of `concepts()`
     "Load one split as pictures with captions; the first call draws, later ones read"
     _known(split, SPLITS, 'split'); _known(hand, HANDS, 'hand')
-    at = list(getattr(splits(skin_tones), 'heldout' if split == 'heldout' else 'train'))
+    both = splits(skin_tones)
+    at = sorted(both.train + both.heldout) if split == 'all' else list(both.heldout if split == 'heldout' else both.train)
     if split == 'shift': hand = HANDS[1 - HANDS.index(hand)]
     es = [concepts()[i] for i in at]
     return Pictures(draw_all(hand, side)[at], [e.name for e in es], [e.char for e in es], [f'{hand}/{e.code}' for e in es], hand)

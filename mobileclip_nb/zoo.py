@@ -108,6 +108,10 @@ ZOO = {r.name: r for r in (
     Record('mobileclip_nano', 'mci_nano', TextSpec(width=128, heads=4, layers=2, conv_blocks=1, kernel=5, context=20, ratio=2., rows=len(kept_ids()), layer_scale=.1),
            128, Pixels(side=64), (('emoji', 'package:weights/mobileclip_nano.emoji.safetensors'),), weights_license='CC BY 4.0',
            attribution='Trained on Twemoji art, (c) Twitter and contributors, CC BY 4.0'),
+    *(Record(f'teacher_nano_{n}', MCI['mci_nano'].but(dims=dims), TextSpec(width=128, heads=4, layers=2, conv_blocks=1, kernel=5, context=c, ratio=2., rows=1971, layer_scale=.1),
+             d, p, (('emoji', f'package:weights/teacher_nano_{n}.emoji.safetensors'),), weights_license='CC BY-SA 4.0',
+             attribution='Trained on Twemoji art, (c) Twitter and contributors, CC BY 4.0, and on OpenMoji art, CC BY-SA 4.0')
+      for n, dims, d, p, c in (('a', (32, 64, 128, 256), 128, Pixels(side=64), 20), ('b', (28, 56, 112, 224), 192, CLIP256.but(side=96, resize='bicubic'), 24))),
 )}
 
 def list_models()->list[str]:
