@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PROMPTS', 'LEDGER', 'SHIPPED', 'Recipe', 'recipe', 'load_data', 'learner', 'emoji_ids', 'emoji_judge',
-           'seen_judge', 'Fit', 'fit', 'release', 'reproduced', 'make_weights', 'verdict']
+           'seen_judge', 'Fit', 'fit', 'release', 'reproduced', 'make_weights', 'verdict', 'make_all']
 
 # %% ../nbs/84_recipes.ipynb #00a25742
 import json
@@ -173,7 +173,8 @@ def reproduced(
 
 # %% ../nbs/84_recipes.ipynb #28bf2b09
 LEDGER = Path('results/ledger.jsonl')
-SHIPPED = {'nano-emoji': 'mobileclip_nano.emoji.safetensors', 'nano-teacher-a': 'teacher_nano_a.emoji.safetensors', 'nano-teacher-b': 'teacher_nano_b.emoji.safetensors'}
+SHIPPED = {'nano-emoji': 'mobileclip_nano.emoji.safetensors', 'nano-teacher-a': 'teacher_nano_a.emoji.safetensors', 'nano-teacher-b': 'teacher_nano_b.emoji.safetensors',
+           'coca-nano-emoji': 'coca_nano.emoji.safetensors'}
 
 def make_weights(
     name:str='nano-emoji', # of `SHIPPED`
@@ -209,3 +210,22 @@ def verdict(
     spreads = {k: spread(old, k)[old[0].run] for k in keys if any(k in x.metrics for x in old)}
     fine = reproduced(got, {k: s.mean for k, s in spreads.items()}, {k: s.std or 0. for k, s in spreads.items()})
     return f"{sum(fine.values())} of {len(fine)} scores within three standard deviations of the ledger" + ''.join(f'; not {k}' for k, ok in fine.items() if not ok)
+
+# %% ../nbs/84_recipes.ipynb #ed8264f3
+def make_all(
+    only:Sequence[str]=tuple(SHIPPED), # which of `SHIPPED`
+    scale:str='full', # size of the runs
+    ledger:Path=LEDGER, # appended to
+    folder:Path|None=None, # None: the package's
+    say:Callable[[str],None]=print, # told what happens
+)->list[Path]: # the files
+    "Make every shipped file again"
+    from mobileclip_nb.train.captioner import make_captioner
+    folder = Path(str(files('mobileclip_nb')))/'weights' if folder is None else folder
+    made = []
+    for name in only:
+        if name not in SHIPPED: raise KeyError(f"{name!r} makes no shipped file.{near(name, SHIPPED)} There are {', '.join(SHIPPED)}.")
+        made.append(folder/SHIPPED[name])
+        if name.startswith('coca'): make_captioner(made[-1], scale=scale, ledger=ledger)
+        else: make_weights(name, (0, 1, 2) if name == 'nano-emoji' else (0,), scale, ledger, made[-1], say)
+    return made
