@@ -27,7 +27,7 @@ from .spec import Spec
 
 # %% ../nbs/41_captioner.ipynb #c157389f
 NANO = dict(embed_dim=128,
-    vision_cfg=dict(image_size=64, patch_size=8, layers=4, width=128, head_width=32, attentional_pool=True, attn_pooler_queries=33, attn_pooler_heads=4, output_tokens=True),
+    vision_cfg=dict(image_size=64, patch_size=16, layers=4, width=128, head_width=32, attentional_pool=True, attn_pooler_queries=17, attn_pooler_heads=4, output_tokens=True),
     text_cfg=dict(context_length=30, width=128, heads=4, layers=1, embed_cls=True, output_tokens=True),
     multimodal_cfg=dict(context_length=30, width=128, heads=4, layers=2))
 NANO_PIXELS = Pixels(side=64, mean=OPENAI_MEAN, std=OPENAI_STD)

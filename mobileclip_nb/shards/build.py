@@ -294,6 +294,7 @@ def source_of(
     if text.endswith('.parquet'):
         if not (found := sorted(glob(text))): raise FileNotFoundError(f'No table {text!r}')
         return _from_tables(found, spec)
+    if Path(text).is_file() and not text.endswith('.tar'): return _from_list(Path(text), spec)
     if text.endswith('.tar') or '://' in text or '{' in text or shards_in(text): return _from_tars(list_shards(text), spec)
     return _from_list(Path(text), spec)
 

@@ -124,8 +124,8 @@ class CaptionRecipe(Spec):
     noisy:int=8 # captions a picture in the first stage
     contrast:float=1. # weight of the contrastive loss
     caption:float=2. # weight of the caption loss
-    first:TrainSpec=TrainSpec(steps=150, warmup=50, lr=1e-3, lr_end=2e-4, decay=.05, ema=.99, same=True, channels_last=False) # noisy captions
-    second:TrainSpec=TrainSpec(steps=1350, warmup=30, lr=1e-3, decay=.05, ema=.995, same=True, channels_last=False) # good captions
+    first:TrainSpec=TrainSpec(steps=150, warmup=30, lr=3e-3, lr_end=1e-3, decay=.05, ema=.99, same=True, channels_last=False) # noisy captions
+    second:TrainSpec=TrainSpec(steps=1850, warmup=30, lr=3e-3, decay=.05, ema=.995, same=True, channels_last=False) # good captions
     smoke:float=.003 # share of the steps at scale `smoke`
     nano:float=.2 # share of the steps at scale `nano`
     seed:int=0 # of weights, order and noise
