@@ -7,8 +7,8 @@ __all__ = ['NANO', 'NANO_PIXELS', 'ATTRIBUTION', 'MOBILECLIP2', 'build_coca', 'h
            'Writer', 'sampled', 'beamed', 'CaptionerSpec', 'Captioner', 'save_captioner', 'list_captioners', 'places',
            'config_of', 'load_captioner']
 
-# %% ../nbs/41_captioner.ipynb #76b14b97
-import json, re
+# %% ../nbs/41_captioner.ipynb #375bd2ad
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn, Tensor
 
-from .captions import GREEDY, Sampling, Vocab, allowed, chosen, clean_caption, draws, text_of
+from .captions import Sampling, Vocab, allowed, chosen, clean_caption, draws, text_of
 from .checkpoint import ABOUT, complaint, is_place, locate, read_state
 from .core import near, pick_device, whole
 from .pixels import OPENAI_MEAN, OPENAI_STD, Pixels
@@ -173,7 +173,7 @@ def beamed(
         came = (first + at//v).flatten()
         out = torch.cat([out[came], (at % v).view(-1, 1)], 1); writer.follow(came)
         if (score[:, 0]/(s.length-1) <= best[:, -1]).all(): break
-    return rows
+    return torch.where(best.isneginf()[..., None], rows[:, :1], rows)        # where there are fewer captions than n, the best again
 
 # %% ../nbs/41_captioner.ipynb #c8bb9235
 @dataclass(frozen=True, repr=False)
@@ -220,6 +220,7 @@ class Captioner:
         "Caption images"
         if len(images) != len(keys): raise ValueError(f"{len(images)} images but {len(keys)} keys; give each image its own")
         if not len(images): return []
+        fallback = clean_caption('', fallback)                 # refuses one without words
         said = [[clean_caption(text_of(self.vocab, r), '-empty-') for r in rows] for rows in self.rows(self.pixels.batch(images), keys, sampling)]
         spare = [next((c for c in cs if c != '-empty-'), fallback) for cs in said]
         return [[f if c == '-empty-' else c for c in cs] for cs, f in zip(said, spare)]

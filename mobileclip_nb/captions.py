@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'GREEDY', 'ABBREVIATIONS', 'Vocab', 'rows_of', 'text_of', 'Sampling', 'allowed', 'kept', 'chosen', 'draws',
            'clean_caption', 'Diversity', 'diversity']
 
-# %% ../nbs/40_captions.ipynb #aa09ad02
+# %% ../nbs/40_captions.ipynb #7309e9ab
 import hashlib, json, random, re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .core import near
 from .spec import Spec
 from .text.tokens import EOT, PAD, SOT, VOCAB, decode, ids_in_use, tokenize
 
-# %% ../nbs/40_captions.ipynb #cc7e2178
+# %% ../nbs/40_captions.ipynb #40f25edf
 @dataclass(frozen=True, repr=False)
 class Vocab(Spec):
     "Which of CLIP's tokens a captioner has rows for; without a list it has them all"
@@ -57,7 +57,7 @@ class Vocab(Spec):
         "Rows that no caption contains: padding, unknown, start"
         return (PAD, 1, self.sot) if self.ids else (PAD, self.sot)
 
-# %% ../nbs/40_captions.ipynb #bbfb54d0
+# %% ../nbs/40_captions.ipynb #89b33056
 def rows_of(
     vocab:Vocab,
     texts:str|Iterable[str], # one or many
@@ -82,7 +82,7 @@ def text_of(
     said = [r for r in rows if r not in vocab.mute]
     return decode([vocab.ids[r-2] for r in said] if vocab.ids else said)
 
-# %% ../nbs/40_captions.ipynb #5b53de21
+# %% ../nbs/40_captions.ipynb #29defffe
 METHODS = ('top_p', 'top_k', 'beam')
 
 @dataclass(frozen=True, repr=False)
@@ -102,14 +102,16 @@ class Sampling(Spec):
     def __post_init__(self)->None:
         if self.method not in METHODS: raise ValueError(f"No method {self.method!r}.{near(self.method, METHODS)} There are {', '.join(METHODS)}.")
         if not 0 < self.top_p <= 1: raise ValueError(f"top_p={self.top_p} is not above 0 and at most 1")
+        whole = (self.top_k, self.beams, self.n, self.length, self.min_length, self.seed)
+        if not all(isinstance(x, int) for x in whole): raise ValueError(f"top_k, beams, n, length, min_length and seed are whole numbers, not {', '.join(map(repr, whole))}")
         if min(self.top_k, self.beams, self.n) < 1: raise ValueError(f"top_k={self.top_k}, beams={self.beams} and n={self.n} must be 1 at least")
-        if self.temperature <= 0 or self.repetition <= 0: raise ValueError(f"temperature={self.temperature} and repetition={self.repetition} must be above 0; top_k=1 always takes the likeliest")
+        if not (self.temperature > 0 and self.repetition > 0): raise ValueError(f"temperature={self.temperature} and repetition={self.repetition} must be above 0; top_k=1 always takes the likeliest")
         if not 1 <= self.min_length < self.length: raise ValueError(f"min_length={self.min_length} and length={self.length}: tokens are counted with the start token, and the end token needs room")
         if self.method == 'beam' and self.n > self.beams: raise ValueError(f"{self.beams} beams cannot give n={self.n} captions; use beams={self.n} or more")
 
 GREEDY = Sampling(method='top_k', top_k=1, n=1)
 
-# %% ../nbs/40_captions.ipynb #ada4618c
+# %% ../nbs/40_captions.ipynb #16a98fae
 def allowed(
     logits:Tensor, # `(R, V)`
     said:Tensor, # `(R, T)` rows so far, with the start
@@ -126,7 +128,7 @@ def allowed(
     if said.shape[1] >= s.length-1: logits[:, :end] = -torch.inf
     return logits
 
-# %% ../nbs/40_captions.ipynb #d719c93e
+# %% ../nbs/40_captions.ipynb #86897ff1
 def kept(
     logits:Tensor, # `(R, V)` of `allowed`
     s:Sampling, # method `top_p` or `top_k`
@@ -138,7 +140,7 @@ def kept(
     else:
         p, at = logits.softmax(-1).sort(descending=True, stable=True)
         p = p*((p.cumsum(-1)-p) < s.top_p)                  # a token stays while those before it hold less than top_p
-    p = p**(1/s.temperature)
+    p = (p/p[:, :1])**(1/s.temperature)                     # the likeliest stays 1, or a low temperature would leave nothing
     return p/p.sum(-1, keepdim=True), at
 
 def chosen(
@@ -151,7 +153,7 @@ def chosen(
     place = (p.double().cumsum(-1) <= u[:, None].double()).sum(-1).clamp(max=(p > 0).sum(-1)-1)
     return at.gather(1, place[:, None])[:, 0]
 
-# %% ../nbs/40_captions.ipynb #41ff57e9
+# %% ../nbs/40_captions.ipynb #133873e9
 def draws(
     seed:int, # of the sampling
     key:str, # of the image
@@ -163,10 +165,10 @@ def draws(
     rng = random.Random(int.from_bytes(hashlib.sha256(said).digest()[:8], 'big'))
     return [rng.random() for _ in range(n)]
 
-# %% ../nbs/40_captions.ipynb #1d215103
+# %% ../nbs/40_captions.ipynb #c30ad6f4
 ABBREVIATIONS = frozenset('mr mrs ms dr st mt ft jr sr vs no vol fig approx dept ave blvd rd prof gen col sgt lt capt rev gov inc ltd corp oz lb lbs '
                           'jan feb aug sept oct nov dec ca cf al'.split())
-_TORN = ((r'(\d) ?\. ?(?=\d)', r'\1.'), (r"(\w) ' ?(s|t|re|ve|m|ll|d)\b", r"\1'\2"), (r'(\w) - (?=\w)', r'\1-'), (r' (?=[,;:!?)])', ''), (r'\( ', '('))
+_TORN = ((r'(\d) ?\. ?(?=\d)', r'\1.'), (r"(\w) ' ?(s|t|re|ve|m|ll|d)\b", r"\1'\2"), (r'(\w) - (?=\w)', r'\1-'), (r'(?<=\w) (?=[,;:!?)](?: |$))', ''), (r'(?<!\S)\( (?=\w)', '('))
 
 def _ends(
     text:str, # single spaces
@@ -180,7 +182,7 @@ def _ends(
     if len(word) == 1 or word in ABBREVIATIONS - {'no'}: return False
     return not (text[at-1:at].isalnum() and text[at+1:at+2].isalnum())
 
-# %% ../nbs/40_captions.ipynb #04688d7c
+# %% ../nbs/40_captions.ipynb #792a9d97
 def clean_caption(
     text:str, # as a captioner wrote it, markers of start and end or not
     fallback:str='a picture', # taken if nothing is left
@@ -192,12 +194,12 @@ def clean_caption(
     for torn, mended in _TORN: text = re.sub(torn, mended, text)
     text = re.sub(r'\b((?:[^\W\d_] ?\. ?)+)', lambda m: m[1].replace(' ', '') + ' ', text)              # u . s . flag
     text = re.sub(r'\b([^\W\d_]{2,}) \.', r'\1.', text)                                                   # mr . smith
-    text = ' '.join(text.split()).lstrip(' .,;:!?-)').rstrip(' ,;:-(')
+    text = re.sub(r'^(?:[ ,;:!?)]|[.-](?!\d))+', '', ' '.join(text.split())).rstrip(' ,;:-(')              # .5 and -5 keep their signs
     if re.search(r'\w', text): return text
     if not re.search(r'\w', fallback): raise ValueError(f"Nothing is left of a caption, and fallback={fallback!r} says nothing either; give a fallback with a word")
     return fallback
 
-# %% ../nbs/40_captions.ipynb #ced41657
+# %% ../nbs/40_captions.ipynb #a6c69188
 class Diversity(NamedTuple):
     "How varied the captions of an image are, mean over images; all are shares, 0–1"
     distinct_1:float # different words over words

@@ -6,7 +6,7 @@
 __all__ = ['MOST_NAMES', 'is_local', 'shown', 'name_of', 'join_url', 'exists', 'reading', 'read_bytes', 'writing', 'write_bytes',
            'remove', 'names_in', 'expand', 'list_shards']
 
-# %% ../nbs/09_places.ipynb #0bebf5c4
+# %% ../nbs/09_places.ipynb #3b74c1cf
 import os, posixpath, re, tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ import fsspec
 
 from .core import whole
 
-# %% ../nbs/09_places.ipynb #c6c77fe8
+# %% ../nbs/09_places.ipynb #2f3c24aa
 def is_local(
     url:str|Path, # a path, or a url such as `s3://bucket/folder`
 )->bool:
@@ -33,7 +33,8 @@ def shown(
 )->str: # without user, password and query, for messages
     "Name a place without its secrets"
     if is_local(url): return _path(url)
-    return re.sub(r'(://)[^/@]*@', r'\1', re.split(r'[?#]', str(url))[0])
+    bare = re.sub(r'(://)(?:(?:[^/@]*@)+|[^/@:]+:(?!\d+/)[^@]*@)', r'\1', str(url)) # a password may hold a slash
+    return re.split(r'[?#]', bare)[0]
 
 def name_of(
     url:str|Path, # any place
@@ -48,7 +49,7 @@ def join_url(
     "Name something below a folder"
     return os.path.join(_path(base), *parts) if is_local(base) else '/'.join([str(base).rstrip('/'), *(p.strip('/') for p in parts)])
 
-# %% ../nbs/09_places.ipynb #9f356e90
+# %% ../nbs/09_places.ipynb #1acbcb59
 @contextmanager
 def _told(
     url:str|Path, # any place
@@ -73,7 +74,7 @@ def _store(
             if 'rotocol' not in str(e): raise
     raise ValueError(f"No filesystem for {shown(url)!r}; known are paths, file://, memory://, s3://, gs://, http:// and what fsspec adds")
 
-# %% ../nbs/09_places.ipynb #f39ccdd5
+# %% ../nbs/09_places.ipynb #6928ce71
 def exists(
     url:str|Path, # any place
 )->bool:
@@ -100,7 +101,7 @@ def read_bytes(
     "Read a whole file"
     with reading(url) as f: return f.read()
 
-# %% ../nbs/09_places.ipynb #c26e3bfd
+# %% ../nbs/09_places.ipynb #c0d54406
 @contextmanager
 def writing(
     url:str|Path, # the final name
@@ -141,7 +142,7 @@ def names_in(
         fs.invalidate_cache(path)
         return sorted({posixpath.basename(p.rstrip('/')) for p in fs.ls(path, detail=False)} - {''})
 
-# %% ../nbs/09_places.ipynb #5b7cc559
+# %% ../nbs/09_places.ipynb #4e4dee6c
 _BRACE = re.compile(r'\{([^{}]*)\}')
 MOST_NAMES = 1_000_000
 
@@ -163,7 +164,7 @@ def expand(
     if len(middle)*len(tails) > MOST_NAMES: raise ValueError(f"{shown(pattern)!r} names more than {MOST_NAMES:,} shards")
     return [pattern[:m.start()] + x + t for x in middle for t in tails]
 
-# %% ../nbs/09_places.ipynb #97dc71a8
+# %% ../nbs/09_places.ipynb #6c2a570a
 def list_shards(
     place:str|Path, # a folder (with folders in it), a glob, braces or one file; here or far away
 )->list[str]: # paths or urls, sorted, but braces in their own order

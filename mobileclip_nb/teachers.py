@@ -24,7 +24,7 @@ from .core import near
 from .pixels import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 from .spec import Spec
 from .text.tokens import tokenize
-from .zoo import ZOO, record
+from .zoo import record
 
 # %% ../nbs/42_teachers.ipynb #b4d47149
 HOMES = ('hf-hub:', 'local-dir:') # places that hold a model together with its weights
@@ -256,9 +256,10 @@ def accuracy(
     labels:Tensor|Sequence[int], # `(B,)` classes
 )->float: # share of pictures whose class is first, 0–1
     "Zero-shot accuracy of rows; a tie counts against them (CLIP §3.1)"
-    labels, cosines = torch.as_tensor(labels), image @ classes.T
+    labels, cosines = torch.as_tensor(labels).long(), image @ classes.T
     if labels.shape != cosines.shape[:1]: raise ValueError(f"{len(cosines)} pictures need {len(cosines)} labels, one each; got {tuple(labels.shape)}")
     if not len(labels): raise ValueError("No picture to judge")
+    if labels.min() < 0 or labels.max() >= len(classes): raise ValueError(f"Labels reach from {labels.min()} to {labels.max()}; with {len(classes)} classes they are 0 to {len(classes)-1}")
     best = cosines.gather(1, labels[:, None])
     return float(((cosines >= best).sum(1) == 1).double().mean())
 

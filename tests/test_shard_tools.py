@@ -60,6 +60,21 @@ def test_far_away(folder):
     assert (v.ok, v.manifest, v.samples) == (True, 'ours', 60)
     assert 'a drawing' in show(f'{base}/joined', 59) and 'crop' in show(f'{base}/joined', 59)
 
+def test_pictures_beside_shards_are_not_passed_over(tmp_path):
+    "One forgotten tar in a folder of pictures, or an output folder in it, must not hide the pictures"
+    write_folder(tmp_path/'in', 'heldout', limit=4); build(tmp_path/'in', tmp_path/'in'/'out', progress=False)
+    with pytest.raises(ValueError, match='holds pictures .* and shards'): build(tmp_path/'in', tmp_path/'other', progress=False)
+
+def test_join_keeps_every_shard_and_no_pair_twice(folder, tmp_path):
+    "Metadata shards of one name in many folders, a uid in two shards, and a run that goes on: nothing lost, nothing doubled"
+    build(folder, tmp_path/'plain', progress=False); samples = [s for u in list_shards(tmp_path/'plain') for s in read_shard(u)]
+    metadata(tmp_path/'meta'/'a'/'00', samples[:20], 20); metadata(tmp_path/'meta'/'b'/'00', samples[10:], 50)
+    r = join(tmp_path/'plain', tmp_path/'meta', tmp_path/'out', progress=False)
+    assert (r.shards, r.samples, r.left_out) == (2, 60, {'duplicate metadata': 10})
+    whole = contents(tmp_path/'out'); assert 'a/00/00000000.tar' in whole and verify(tmp_path/'out', progress=False).ok
+    for gone in ('b/00/00000000.tar', 'manifest.jsonl'):
+        (tmp_path/'out'/gone).unlink(); join(tmp_path/'plain', tmp_path/'meta', tmp_path/'out', progress=False); assert contents(tmp_path/'out') == whole
+
 def test_two_processes_one_hash_seed_each(folder, tmp_path):
     "Bytes do not depend on the order in which Python keeps its sets"
     import subprocess, sys

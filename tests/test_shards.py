@@ -311,6 +311,18 @@ def twice():
         for _ in range(2): z.writestr('image_emb.npy', b'x')
     return out.getvalue()
 
+def many_files():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w') as z:
+        for i in range(5_000): z.writestr(f'{i}.npy', b'')
+    return out.getvalue()
+
+def long_pickle():
+    "Eight million harmless steps, whose list alone would take half a gigabyte"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w') as z: z.writestr('a/data.pkl', b'('*(8 << 20))
+    return gzip.compress(out.getvalue())
+
 def object_npz(path):
     out = io.BytesIO(); np.savez(out, image_emb=np.array([Code(path)], object))
     return out.getvalue()
@@ -333,6 +345,8 @@ STRANGERS = dict(                          # extension, what makes the bytes, re
     nan_rows=('pth.gz', lambda trap: pth(dict(image_emb=torch.full((2, 3), torch.nan))), 'values'),
     zip_bomb=('npz', lambda trap: bomb_npz(), 'bomb'),
     zip_that_lies=('npz', lambda trap: lying_npz(), 'arrays'),
+    zip_of_many=('npz', lambda trap: many_files(), 'bomb'),
+    long_pickle=('pth.gz', lambda trap: long_pickle(), 'bomb'),
     zip_twice=('npz', lambda trap: twice(), 'arrays'),
     zip_cut=('npz', lambda trap: npz(image_emb=unit(2, 0))[:-40], 'arrays'),
     no_zip=('npz', lambda trap: b'hello', 'arrays'),
@@ -430,6 +444,26 @@ def test_a_tar_that_is_cut_or_damaged(tmp_path):
         got, skips = read(junk, tmp_path); assert not got and skips.counts == dict(truncated=1) and skips.examples['truncated'][0][1] == ''
     with pytest.raises(FileNotFoundError, match='nowhere.tar'): list(read_shard(tmp_path/'nowhere.tar'))
 
+def test_a_block_of_zeros_in_the_middle_is_no_end(tmp_path):
+    "A disk that lost one block: samples before it come through, and nobody is told that all is well"
+    whole = tar([(f'{k}.{e}', k.encode()*600) for k in 'abcd' for e in ('jpg', 'txt')], tarfile.USTAR_FORMAT)
+    heads = [m.offset for m in tarfile.open(fileobj=io.BytesIO(whole))]
+    for n, at in enumerate(heads):
+        got, skips = read(whole[:at] + bytes(512) + whole[at + 512:], tmp_path)
+        assert list(got) == list('abcd')[:max(0, (n + 1)//2 - 1)] and skips.counts == dict(truncated=1), n    # the sample before the hole may lack members
+    got, skips = read(whole + whole.replace(b'a.jpg', b'z.jpg'), tmp_path)
+    assert list(got) == list('abc') and skips.counts == dict(truncated=1)
+    assert read(whole + bytes(1 << 20), tmp_path)[1].total == 0
+
+def test_extended_headers_are_forgotten(tmp_path):
+    "Millions of records that nobody needs are not held"
+    records = b''.join(b'18 %013d=\n' % i for i in range(3_400)); out = io.BytesIO()
+    for _ in range(40): out.write(raw_header(name=b'x', size=b'%011o\0' % len(records), kind=b'x') + records + bytes(-len(records) % 512))
+    blob = out.getvalue() + tar([('a.jpg', b'1')]); (tmp_path/'in.tar').write_bytes(blob); tracemalloc.start()
+    try: got = [s.key for s in read_shard(tmp_path/'in.tar')]; peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert got == ['a'] and peak < 2 << 20
+
 def test_members_that_stand_wrong(tmp_path):
     got, skips = read(tar([('a.jpg', b'1'), ('a.txt', b'x'), ('a.JPG', b'2'), ('c.jpg', b'3')]), tmp_path)
     assert list(got) == ['c'] and skips.counts == dict(duplicate=1)
@@ -465,6 +499,8 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
 def test_what_a_writer_refuses(tmp_path):
     for key, message in (('../a', 'climbs out'), ('/a', 'is absolute'), ('a.b', 'would be read back as'), ('', 'would be read back as'), ('x'*300, 'does not fit'), ('a\nb', 'read back|printed')):
         with pytest.raises(ValueError, match=message): write_shard(tmp_path/'a.tar', [make(0, key=key).bare()])
+    with pytest.raises(ValueError, match='has 68,157,440 bytes; readers take'): write_shard(tmp_path/'a.tar', [make(0, image=bytes(65 << 20)).bare()])
+    with pytest.raises(ValueError, match='members; readers take 64'): write_shard(tmp_path/'a.tar', [make(0, others={f'x{i}': b'1' for i in range(70)})])
     with pytest.raises(ValueError, match="Key '00000000' is in this shard already"): write_shard(tmp_path/'a.tar', [make(0).bare()]*2)
     with pytest.raises(ValueError, match='meta cannot hold uid'): to_members(make(0, meta=dict(uid='x')))
     assert os.listdir(tmp_path) == []

@@ -108,7 +108,7 @@ def stream(
     lost, started, computed, before = set(), time.perf_counter(), 0., torch.get_num_threads()
     try:
         with ExitStack() as last:                           # on leaving, the stages are told to stop, then waited for
-            items = last.enter_context(Ahead(_read(jobs, spec, lost), 2, patience=5))
+            items = last.enter_context(Ahead(_read(jobs, spec, lost), 2, patience=1))
             pieces = last.enter_context(Ahead(_compute(items, spec, models, threads, lost), 2))
             last.callback(items.stop.set)
             for e in _write(pieces, spec, models, lost):

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from ..core import near, need
 from ..emoji import attribution, load_emoji
-from ..pairs import open_image, read_pairs
+from ..pairs import SUFFIXES, open_image, read_pairs
 from ..places import exists, join_url, list_shards, name_of, names_in, read_bytes, reading, remove, write_bytes, writing
-from .files import Entry, Skips, read_shard, write_manifests, write_shard
-from .limits import Faulty, read_json
+from .files import MANIFEST, PUBLISHED, Entry, Skips, read_shard, write_manifests, write_shard
+from .limits import Faulty, Limits, read_json
 from .sample import Sample
 from ..spec import Spec
 
@@ -150,7 +150,8 @@ def finished(
     "Read the report of a job that is finished, and of which everything is still there"
     at = join_url(job.out, 'report.json')
     said = json.loads(read_bytes(at)) if exists(at) else None
-    if not said or not all(map(job.marker, said['names'])): return None
+    there = all(exists(join_url(job.out, n)) for n in (MANIFEST, PUBLISHED, 'left_out.jsonl'))
+    if not said or not there or not all(map(job.marker, said['names'])): return None
     return Report(**said['report'] | dict(kept=said['report']['shards']))
 
 # %% ../../nbs/46_shards.build.ipynb #932a804b
@@ -295,7 +296,12 @@ def source_of(
         if not (found := sorted(glob(text))): raise FileNotFoundError(f'No table {text!r}')
         return _from_tables(found, spec)
     if Path(text).is_file() and not text.endswith('.tar'): return _from_list(Path(text), spec)
-    if text.endswith('.tar') or '://' in text or '{' in text or shards_in(text): return _from_tars(list_shards(text), spec)
+    tars = text.endswith('.tar') or '://' in text or '{' in text
+    if not tars and (found := shards_in(text)):
+        if pic := next((p for p in Path(text).rglob('*') if p.suffix.lower() in SUFFIXES), None):
+            raise ValueError(f"{name_of(text)} holds pictures ({pic.name}) and shards ({name_of(found[0])}), and we do not guess which you mean: give {name_of(text)}/*.tar, or move the shards elsewhere, and an output folder likewise")
+        tars = True
+    if tars: return _from_tars(list_shards(text), spec)
     return _from_list(Path(text), spec)
 
 # %% ../../nbs/46_shards.build.ipynb #a68ce201
@@ -311,6 +317,7 @@ def prepared(
     try: data = s.image if item.path is None else item.path.read_bytes()
     except OSError as e: raise LeftOut('missing', e.strerror or str(e)) from e
     if not data: raise LeftOut('missing', 'no image, or one of no bytes')
+    if len(data) > (most := Limits().member): raise LeftOut('too large', f'{len(data):,} bytes; readers of shards take {most:,}')
     ext, _ = look(data); digest, said = hashlib.sha256(data).hexdigest(), s.sha256.lower()
     keys.add(key)
     meta = {k: v for k, v in s.meta.items() if k != 'texts'} | (dict(source_sha256=said) if said not in ('', digest) else {})

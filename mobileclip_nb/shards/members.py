@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCK', 'MOST_HEADER', 'END', 'RECORD', 'Member', 'name_fault', 'split_name', 'read_tar', 'tar_file']
 
-# %% ../../nbs/43_shards.members.ipynb #623ae12b
+# %% ../../nbs/43_shards.members.ipynb #bae99d97
 import re, tarfile
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 from .limits import Faulty, Limits
 
-# %% ../../nbs/43_shards.members.ipynb #538bc7de
+# %% ../../nbs/43_shards.members.ipynb #257b7807
 BLOCK = 512
 _FILES, _SILENT, _NO_DATA = (b'0', b'\0', b'7'), (b'5', b'g', b'K'), (b'1', b'2', b'3', b'4', b'6') # folders, global headers, long names of links
 _KINDS = {b'1': 'a hard link', b'2': 'a symbolic link', b'3': 'a character device', b'4': 'a block device', b'6': 'a pipe', b'S': 'a sparse file'}
@@ -39,18 +39,20 @@ def _header(block:bytes)->tuple[str, bytes, int]: # name, kind, size
     if block[257:262] == b'ustar' and block[257:265] != b'ustar  \0' and (prefix := block[345:500].split(b'\0')[0]): name = prefix + b'/' + name
     return name.decode('utf-8', 'surrogateescape'), block[156:157], _number(block[124:136])
 
-# %% ../../nbs/43_shards.members.ipynb #3e1cd12c
+# %% ../../nbs/43_shards.members.ipynb #45bf4f25
 def _pax(data:bytes)->dict[str, str]:
-    "Read the records of an extended header"
-    out = {}
-    while data:
-        n, _, _ = data.partition(b' ')
-        if not n.isdigit() or len(n) > 9 or not len(n) + 3 <= int(n) <= len(data): raise Faulty('truncated', 'a damaged extended header')
-        k, eq, v = data[len(n) + 1:int(n) - 1].partition(b'=')
-        out[k.decode('utf-8', 'replace')] = v.decode('utf-8', 'surrogateescape'); data = data[int(n):]
+    "Read the records of an extended header that concern us, and forget the others: there may be millions"
+    out, at = {}, 0
+    while at < len(data):
+        n, _, _ = data[at:at + 10].partition(b' ')
+        if not n.isdigit() or len(n) > 9 or not len(n) + 3 <= int(n) <= len(data) - at: raise Faulty('truncated', 'a damaged extended header')
+        k, _, v = data[at + len(n) + 1:at + int(n) - 1].partition(b'=')
+        if k in (b'path', b'size'): out[k.decode()] = v.decode('utf-8', 'surrogateescape')
+        elif k.startswith(b'GNU.sparse'): out['sparse'] = ''
+        at += int(n)
     return out
 
-# %% ../../nbs/43_shards.members.ipynb #7ff757a5
+# %% ../../nbs/43_shards.members.ipynb #493988eb
 def _take(
     f:BinaryIO,
     size:int, # bytes
@@ -64,7 +66,7 @@ def _take(
         if keep: got.append(b)
     return b''.join(got)[:size]
 
-# %% ../../nbs/43_shards.members.ipynb #5984ce4e
+# %% ../../nbs/43_shards.members.ipynb #224e84a8
 def name_fault(
     name:str,
     limits:Limits,
@@ -76,7 +78,7 @@ def name_fault(
     if not name.isprintable(): return f'{name!r} holds characters that cannot be printed'
     return ''
 
-# %% ../../nbs/43_shards.members.ipynb #65f75ab0
+# %% ../../nbs/43_shards.members.ipynb #ce7798f3
 def split_name(
     name:str, # of a member
 )->tuple[str, str]|None: # key, extension in lower case; None if it is no member of a sample
@@ -84,7 +86,7 @@ def split_name(
     m = re.fullmatch(r'((?:.*/)?[^./][^./]*)\.([^/]+)', name.removeprefix('./'))
     return (m[1], m[2].lower()) if m else None
 
-# %% ../../nbs/43_shards.members.ipynb #b6d1c2c3
+# %% ../../nbs/43_shards.members.ipynb #243afc0c
 def read_tar(
     f:BinaryIO, # read forward only
     limits:Limits=Limits(),
@@ -99,7 +101,7 @@ def read_tar(
                 if size > MOST_HEADER: raise Faulty('size', f'an extended header of {size:,} bytes')
                 data = _take(f, size); said |= _pax(data) if kind == b'x' else dict(path=data.rstrip(b'\0').decode('utf-8', 'surrogateescape'))
                 continue
-            sparse = any(k.startswith('GNU.sparse') for k in said); said = {}
+            sparse = 'sparse' in said; said = {}
             if not 0 <= size < 1 << 62: raise Faulty('size', f'{name[:80]!r} claims a size that is no number')
             if kind in _SILENT: _take(f, size, False); continue
             fault = Faulty('name', why) if (why := name_fault(name, limits)) else None
@@ -109,9 +111,11 @@ def read_tar(
             except Faulty as e: yield Member(name, b'', e); return
             yield Member(name, data, fault)
         if len(block) < BLOCK: raise Faulty('truncated', 'the file ends without the blocks that end a tar')
+        while rest := f.read(1 << 20):
+            if rest.strip(b'\0'): raise Faulty('truncated', 'something stands behind the block that ends the tar, so that block is damage, or two tars stand in one file')
     except Faulty as e: yield Member('', b'', e)
 
-# %% ../../nbs/43_shards.members.ipynb #8e6ac47b
+# %% ../../nbs/43_shards.members.ipynb #980065d6
 END, RECORD = bytes(2*BLOCK), 20*BLOCK # what ends a tar, and what its length is a multiple of
 
 def tar_file(

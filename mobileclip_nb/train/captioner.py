@@ -22,7 +22,7 @@ from torch import nn, Tensor
 
 from ..batches import Batch, Batches, BatchSpec, Jitter, PairData, from_pairs, pair_data
 from ..captioner import ATTRIBUTION, NANO, NANO_PIXELS, Captioner, CaptionerSpec, build_coca, load_captioner, sampled, save_captioner
-from ..captions import GREEDY, Sampling, Vocab, clean_caption, diversity, rows_of, text_of
+from ..captions import GREEDY, Sampling, Vocab, diversity, rows_of, text_of
 from ..core import near, seed_all
 from ..emoji import HANDS, Emoji, caption_words, concepts, load_emoji
 from ..ledger import append, record as run_record

@@ -61,14 +61,19 @@ class View(NamedTuple):
     words:str # what was done
     box:tuple[int,int,int,int]|None # left, top, width, height on the original, pixels; None if nothing was cut out
 
+def _original(sample:Sample)->Image.Image: # upright, RGB
+    "The sample's image, or an error that names the sample"
+    if sample.image is None: raise ValueError(f"The sample {sample.key!r} has no image to replay on; join the metadata with the original shards first")
+    try: return open_image(io.BytesIO(sample.image))
+    except ValueError as e: raise ValueError(f"The image of the sample {sample.key!r} cannot be read: {str(e).partition(': ')[2]}") from e
+
 def replay(
     sample:Sample, # with image and parameters
     spec:AugmentSpec, # the pipeline that drew them
     chosen:Sequence[int], # indices of stored augmentations
 )->list[View]:
     "Perform stored augmentations again on the sample's image"
-    if sample.image is None: raise ValueError(f"The sample {sample.key!r} has no image to replay on; join the metadata with the original shards first")
-    original, views = open_image(io.BytesIO(sample.image)), []
+    original, views = _original(sample), []
     for i in chosen:
         if not 0 <= i < len(sample.param_aug or ()): raise IndexError(f"The sample {sample.key!r} has {len(sample.param_aug or ())} stored augmentations; there is no number {i}")
         params = unpack(spec, sample.param_aug[i]); cut = params.get('random_resized_crop')
@@ -107,7 +112,7 @@ def _fields(fig:Any, said:Sequence[Said], views:Sequence[int])->None:
         for (i, j), v in np.ndenumerate(c):
             if np.isfinite(v): ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=6, color='white' if v > (low+high)/2 else 'black')
         ax.set_title(n or 'no embeddings', fontsize=6.5, pad=2, color='black' if n else GRAY); ax.grid(False)
-        ax.set_xticks(range(len(views)), [f'{i}' for i in views], fontsize=6); ax.set_yticks(range(len(said)), [_label(s) for s in said], fontsize=6)
+        ax.set_xticks(range(len(views)), [f'{i}' for i in views], fontsize=6); ax.set_yticks(range(len(said)), [_label(s) for s in said], fontsize=6, parse_math=False)        # a price is no formula
         for t in ax.get_yticklabels(): t.set_fontweight('bold' if said[int(t.get_position()[1])].key == 'text' else 'normal')
         ax.tick_params(length=0); ax.spines[:].set_visible(False)
 
@@ -130,7 +135,7 @@ def picture(
         tall = .2*max(sum(_label(s).count('\n')+1.3 for s in said), 1) + .35
         fig = figure(6.4, 1.4 + tall)
         top, below = fig.subfigures(2, 1, height_ratios=(1.4, tall))
-        _strip(top, open_image(io.BytesIO(sample.image)), views)
+        _strip(top, _original(sample), views)
         if said: _fields(below, said, [v.index for v in views])
     return fig
 
@@ -153,21 +158,23 @@ def chooser(
     widths:Sequence[int]=(), # D_k of the teachers
     names:Sequence[str]=(), # of the teachers
     count:int=5, # views to show at once
-)->Any: # an ipywidgets box: sample, first view, image
+)->Any: # an ipywidgets box: sample, first view, image or why there is none
     "Choose a sample and its first view, and see the picture"
     w, by = need('ipywidgets', extra='lab'), {s.key: s for s in samples}
     if not samples or len(by) < len(samples): raise ValueError(f"{len(samples)} samples with {len(by)} different keys; give at least one, and each a key of its own")
     def last(s:Sample)->int: return max(len(s.param_aug or ())-1, 0)
     which = w.Dropdown(options=list(by), description='sample')
     first = w.IntSlider(0, 0, last(samples[0]), description='first view', continuous_update=False)
-    shown = w.Image(format='png')
+    shown, said = w.Image(format='png'), w.Label()
     def draw(_:Any=None)->None:
         s = by[which.value]
         if first.value > last(s): first.value = last(s)         # calls us again
         first.max = last(s)
-        shown.value = still(s, spec, widths, names, min(first.value, last(s)), count)
+        try: shown.value, said.value = still(s, spec, widths, names, min(first.value, last(s)), count), ''
+        except (ValueError, IndexError) as e: shown.value, said.value = b'', str(e)            # not the picture of another sample
+        shown.layout.display = None if shown.value else 'none'
     which.observe(draw, 'value'); first.observe(draw, 'value'); draw()
-    return w.VBox([w.HBox([which, first]), shown])
+    return w.VBox([w.HBox([which, first]), shown, said])
 
 # %% ../../nbs/80_widgets.samples.ipynb #457d2e06
 def _told(place:str|Path)->tuple[AugmentSpec,list[int],list[str]]: # pipeline, widths, names
