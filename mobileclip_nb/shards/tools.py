@@ -102,17 +102,20 @@ def faults_of(
     s:Sample, # one that could be read
     augment:AugmentSpec|None=None, # what its parameters mean, if known
     deep:bool=True, # decode the image to its end
+    metadata:bool=False, # image and captions may be elsewhere, as in DataCompDR's release
 )->Iterator[tuple[str,str]]: # reason, detail
     "Find what is wrong with a sample"
-    if not s.captions: yield 'no caption', ''
-    if not s.image: yield 'missing image', ''; return
+    if not s.captions and not metadata: yield 'no caption', ''
+    if not s.image:
+        if not metadata: yield 'missing image', 'if these are metadata alone, say so (metadata)'
+        return
     digest = hashlib.sha256(s.image).hexdigest()
     if s.sha256.lower() not in ('', digest): yield 'hash differs', f'the image has {digest[:12]}, the sample says {s.sha256[:12]}'
     try: size = look(s.image, deep)[1]
     except LeftOut as e: yield e.reason, e.detail; return
     if augment and (why := outside(s.param_aug or (), size, augment)): yield 'crop outside', why
 
-def _verify_shard(url:str, known:About, report:VerifyReport, uids:array, deep:bool)->None:
+def _verify_shard(url:str, known:About, report:VerifyReport, uids:array, deep:bool, metadata:bool)->None:
     "Look at one shard"
     name, skips, entry = name_of(url), Skips(most=100), entry_of(url, known.entries)
     if entry is None and known.kind != 'none': report.add(Fault(name, '', 'not in the manifest'))
@@ -121,7 +124,7 @@ def _verify_shard(url:str, known:About, report:VerifyReport, uids:array, deep:bo
     if entry and entry.sha256 not in ('', digest): report.add(Fault(name, '', 'shard hash differs', f'it has {digest[:12]}, the manifest says {entry.sha256[:12]}'))
     for s in read_shard(url, skips, widths=[w for _, w in known.teachers]):
         uids.append(number_of(s.uid)); report.unhashed += not s.sha256; report.samples += 1
-        for reason, detail in faults_of(s, known.augment, deep): report.add(Fault(name, s.key, reason, detail))
+        for reason, detail in faults_of(s, known.augment, deep, metadata): report.add(Fault(name, s.key, reason, detail))
     for reason, n in skips.counts.items():
         some = skips.examples[reason]
         for k, (_, key, why) in enumerate(some, 1): report.add(Fault(name, key, reason, why), 1 if k < len(some) else 1 + n - len(some))
@@ -139,6 +142,7 @@ def verify(
     place:str|Path, # shards, as `list_shards` takes them
     deep:bool=True, # decode every image to its end
     progress:bool=True, # show a bar
+    metadata:bool=False, # images and captions may be elsewhere, as in DataCompDR's release
 )->VerifyReport:
     "Read every member, row and hash of shards, and their manifest; list every fault and stop at none"
     urls, report, uids, known = list_shards(place), VerifyReport(name_of(place)), array('Q'), About({})
@@ -147,7 +151,7 @@ def verify(
     if known.kind == 'ours' and (why := _disagrees(place, known.entries)): report.add(Fault(PUBLISHED, '', 'bad manifest', why))
     report.manifest, named = known.kind, [entry_of(u, known.entries) for u in urls]
     for url in tqdm(urls, 'verify', unit=' shards', disable=not progress, leave=False):
-        try: _verify_shard(url, known, report, uids, deep)
+        try: _verify_shard(url, known, report, uids, deep, metadata)
         except Exception as e: report.add(Fault(name_of(url), '', 'unreadable shard', f'{type(e).__name__}: {str(e)[:200]}'))
     if not str(place).endswith('.tar'):
         for shard in sorted(set(known.entries) - {e.shard for e in named if e}): report.add(Fault(f'{shard}.tar', '', 'missing shard', 'the manifest names it'))

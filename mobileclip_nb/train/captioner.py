@@ -285,6 +285,7 @@ def finetune_captioner(
     say:Callable[[str],None]=lambda text: None, # told what is learned from, and what was left out
 )->Captioner: # in eval mode
     "Teach a captioner the pictures, the words and the way of speaking of a folder (MobileCLIP2 §3.2)"
+    if steps < 1: raise ValueError(f"steps={steps} is no run; give at least 1")
     c = captioner if isinstance(captioner, Captioner) else load_captioner(captioner)
     data = _pairs(data, c.pixels, say)
     texts = [t for cs in data.captions for t in cs]

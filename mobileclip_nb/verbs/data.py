@@ -40,11 +40,11 @@ def join(
     return reported(join_shards(args.images, args.metadata, args.out, deep=not args.shallow), args)
 
 def verify(
-    args:argparse.Namespace, # `place`, `shallow`
+    args:argparse.Namespace, # `place`, `shallow`, `metadata`
 )->int: # exit status: 0 if nothing is wrong
     "Check every member, row and hash of shards"
     from mobileclip_nb.shards.tools import verify as verify_shards
-    return reported(verify_shards(args.place, deep=not args.shallow), args)
+    return reported(verify_shards(args.place, deep=not args.shallow, metadata=args.metadata), args)
 
 # %% ../../nbs/88_verbs.data.ipynb #01283cc2
 def show(
@@ -68,13 +68,16 @@ def caption(
 )->int: # exit status
     "Let a captioner describe pictures"
     from mobileclip_nb.captioner import load_captioner
+    from mobileclip_nb.captions import diversity
     from mobileclip_nb.labeling import opened, pictures
     if args.n < 1: raise ValueError(f'-n {args.n} writes nothing; give at least 1')
-    captioner, skipped = load_captioner(args.captioner, args.weights, args.device), []
+    captioner, skipped, all_texts = load_captioner(args.captioner, args.weights, args.device), [], []
     sampling = captioner.spec.sampling.but(n=args.n, seed=args.seed, length=args.length or captioner.spec.sampling.length)
     for name, image in opened(pictures(args.images), skipped, 'skip'):
         texts, = captioner.captions([image], [Path(name).stem], sampling)
         answer(dict(image=name, captions=texts), '\n'.join([name, *(f'  {t}' for t in texts)]), args.json)
+        all_texts.append(texts)
+    if args.n > 1 and all_texts: say('diversity: ' + ', '.join(f'{k} {v:.2f}' for k, v in diversity(all_texts)._asdict().items()))
     for name, why in skipped: say(f'{name}: {why}')
     return 1 if skipped else 0
 
@@ -141,7 +144,7 @@ VERBS:list[tuple[str,Callable[[argparse.Namespace],int],tuple[tuple[str,dict[str
         ('--side', flag('emoji: pixels', type=int)), ('--skin-tones', dict(action='store_const', const=True, help='emoji: skin tones are concepts of their own')))),
     ('shards join', join, (('images', dict(help='shards with images and captions')), ('metadata', dict(help='shards with everything else, as DataCompDR publishes them')),
         ('out', dict(help='folder to write to')), ('--shallow', flag('do not open the embeddings')))),
-    ('shards verify', verify, (('place', _PLACE), ('--shallow', flag('do not decode the images')))),
+    ('shards verify', verify, (('place', _PLACE), ('--shallow', flag('do not decode the images')), ('--metadata', flag('images and captions may be elsewhere, as in DataCompDR\'s release')))),
     ('shards show', show, (('place', _PLACE), ('which', dict(nargs='?', default='0', help='key, uid, or number of the sample')), ('--png', flag('write a picture of it, too', type=Path)))),
     ('caption', caption, (('images', dict(nargs='+', help='files or folders')), _CAPTIONER, _WEIGHTS, ('-n', dict(type=int, default=5, help='captions a picture')),
         ('--length', flag('tokens a caption at most', type=int)), ('--seed', dict(type=int, default=0, help='of the draws')), _DEVICE)),
