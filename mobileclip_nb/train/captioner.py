@@ -118,14 +118,14 @@ class CaptionRecipe(Spec):
     "All that decides a captioner's two runs (MobileCLIP2 §3.2)"
     name:str='coca-nano-emoji' # in the ledger
     batch:int=128 # pairs a step
-    jitter:Jitter=Jitter(zoom=(.85, 1.1), turn=6., brightness=.1, contrast=.1, saturation=.1) # of the pictures
+    jitter:Jitter=Jitter(zoom=(1., 1.), stretch=1., turn=0., brightness=.1, contrast=.1, saturation=.1) # of the pictures: colors alone
     skin_tones:bool=False # learn from variants with skin tones too
     noise:float=.4 # share of bad captions in the first stage, 0–1
     noisy:int=8 # captions a picture in the first stage
     contrast:float=1. # weight of the contrastive loss
     caption:float=2. # weight of the caption loss
-    first:TrainSpec=TrainSpec(steps=150, warmup=30, lr=3e-3, lr_end=1e-3, decay=.05, ema=.99, same=True, channels_last=False) # noisy captions
-    second:TrainSpec=TrainSpec(steps=1850, warmup=30, lr=3e-3, decay=.05, ema=.995, same=True, channels_last=False) # good captions
+    first:TrainSpec=TrainSpec(steps=150, warmup=30, lr=2e-3, lr_end=1e-3, decay=.05, ema=.99, same=True, channels_last=False) # noisy captions
+    second:TrainSpec=TrainSpec(steps=1450, warmup=30, lr=2e-3, decay=.05, ema=.995, same=True, channels_last=False) # good captions
     smoke:float=.003 # share of the steps at scale `smoke`
     nano:float=.2 # share of the steps at scale `nano`
     seed:int=0 # of weights, order and noise
