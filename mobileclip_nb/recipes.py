@@ -82,6 +82,7 @@ def load_data(
         drawn = [load_emoji('train', side=side, skin_tones=skin_tones)] if data == 'emoji' else [load_emoji('all', h, side, skin_tones) for h in HANDS]
         for p in drawn: say(attribution(p.hand))
         return pair_data(np.concatenate([p.images for p in drawn]), [c for p in drawn for c in p.captions])
+    if any(Path(data).glob('*.tar')): raise ValueError(f"{Path(data).name!r} holds shards. Training reads pictures with captions for now: a folder, a captions file, or 'emoji'")
     pairs = read_pairs(data)
     say(str(pairs.report))
     return from_pairs(pairs, side, progress, resize)

@@ -47,7 +47,8 @@ class Report:
     def __str__(self)->str:
         rows = [f'{self.verb} {self.out}: {self.samples:,} samples in {self.shards:,} shards' + f' ({self.kept:,} finished before)'*bool(self.kept)]
         if self.reencoded: rows.append(f'{self.reencoded:,} images were made from the file that was hashed; their crops lie inside')
-        return '\n'.join(rows + [f'left out {n:,}: {reason}' for reason, n in sorted(self.left_out.items())])
+        rows += [f'left out {n:,}: {reason}' for reason, n in sorted(self.left_out.items())]
+        return '\n'.join(rows + ['left_out.jsonl in the folder names each']*bool(self.left_out))
 
 class LeftOut(Exception):
     "Why a sample is left out"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..core import pick_device
 from .talk import answer, say
 
 # %% ../../nbs/88_verbs.data.ipynb #7ef4d37b
@@ -51,15 +52,17 @@ def show(
     args:argparse.Namespace, # `place`, `which`, `png`
 )->int: # exit status
     "Show one sample in words, and as a picture"
-    from mobileclip_nb.shards.tools import show as in_words
+    from mobileclip_nb.shards.tools import find_sample, show as in_words
     which = int(args.which) if args.which.isdigit() and len(args.which) < 8 else args.which
-    text, made = in_words(args.place, which), {}
+    if args.png and args.png.suffix != '.png': raise ValueError(f'--png {args.png}: the picture is a .png')
+    text, made, s = in_words(args.place, which), {}, find_sample(args.place, which)[0]
+    shapes = {k: list(v.shape) for k, v in {'image': s.image_emb, **s.text_emb}.items() if v is not None}
     if args.png:
         from mobileclip_nb.core import whole
         from mobileclip_nb.widgets.samples import still_at
         with whole(args.png) as tmp: tmp.write_bytes(still_at(args.place, which))
         made = dict(png=str(args.png))
-    answer(dict(text=text) | made, '\n'.join([text, *made.values()]), args.json)
+    answer(dict(key=s.key, uid=s.uid, sha256=s.sha256, captions=s.captions, synthetic=s.synthetic, param_aug=s.param_aug, embeddings=shapes) | made, '\n'.join([text, *made.values()]), args.json)
     return 0
 
 # %% ../../nbs/88_verbs.data.ipynb #700497a3
@@ -88,12 +91,18 @@ def recipe_of(
     "Read a recipe by name or from a file, and change what the options say"
     from mobileclip_nb.reinforce.recipe import ReinforceSpec, recipe
     if str(args.recipe).endswith('.json'):
-        try: said = json.loads(Path(args.recipe).read_text(encoding='utf-8'))
-        except ValueError as e: raise ValueError(f'{args.recipe}: not JSON ({e})') from e
-        spec = ReinforceSpec.from_dict(said.get('recipe', said))
+        if not Path(args.recipe).is_file(): raise FileNotFoundError(f'No recipe file {str(args.recipe)!r}; OUT/recipe.json of an earlier run is one')
+        try:
+            said = json.loads(Path(args.recipe).read_text(encoding='utf-8'))
+            spec = ReinforceSpec.from_dict(said.get('recipe', said))
+        except (ValueError, TypeError, AttributeError, KeyError) as e: raise ValueError(f'{args.recipe} is no recipe of reinforcement: {e}') from e
     else: spec = recipe(args.recipe)
+    if args.captioner:
+        if not spec.captioners: raise ValueError(f'--captioner: {spec.name} has no captioner to replace')
+        spec = spec.but(captioners=(spec.captioners[0].but(weights=args.captioner), *spec.captioners[1:]))
     if args.augmentations is not None: spec = spec.but(n_augmentations=args.augmentations)
     if args.seed is not None: spec = spec.but(seed=args.seed)
+    if args.bits is not None and (args.store or spec.store.form) != 'compact': raise ValueError('--bits belongs to --store compact')
     store = dict(form=args.store, bits=args.bits)
     return spec.but(store=spec.store.but(**{k: v for k, v in store.items() if v is not None}))
 
@@ -103,6 +112,7 @@ def reinforce(
 )->int: # exit status
     "Add captions, augmentations and teachers' embeddings to shards; the same command again goes on"
     spec = recipe_of(args)
+    pick_device(args.device)                                    # a device that is not there is refused before anything is made
     say(f'{spec.name} ({spec.id}): {spec.n_augmentations} augmentations, {len(spec.captioners)} captioners, {len(spec.teachers)} teachers')
     if args.engine == 'ray':
         from mobileclip_nb.reinforce.ray import reinforce as on_ray
@@ -120,7 +130,7 @@ def finetune(
     from mobileclip_nb.train.captioner import finetune_captioner
     captioner = load_captioner(args.captioner, args.weights)
     done = finetune_captioner(captioner, args.data, args.out, args.steps, seed=args.seed, resume=args.resume, say=say)
-    answer(dict(weights=done.spec.weights), f'weights: {done.spec.weights}; mobileclip caption PICTURE --captioner {args.captioner} --weights {done.spec.weights}', args.json)
+    answer(dict(weights=done.spec.weights), f'weights: {done.spec.weights}; mobileclip caption PICTURE --weights {done.spec.weights}; mobileclip reinforce IN OUT --captioner {done.spec.weights}', args.json)
     return 0
 
 # %% ../../nbs/88_verbs.data.ipynb #f9f09d8b
@@ -138,8 +148,8 @@ _PLACE = dict(help='shards: a folder, a glob, braces or one file, here or at s3:
 
 VERBS:list[tuple[str,Callable[[argparse.Namespace],int],tuple[tuple[str,dict[str,Any]],...]]] = [
     ('shards build', build, (('source', dict(help='`emoji`; a folder, .csv, .tsv, .jsonl or .parquet of pictures with captions; or tars of img2dataset')), ('out', dict(help='folder to write to')),
-        ('--per-shard', flag('samples a shard', type=int)), ('--limit', flag('at most so many samples', type=int)),
-        ('--image-column', flag('of a table', type=str)), ('--caption-column', flag('of a table', type=str)),
+        ('--per-shard', flag('samples a shard (1000)', type=int)), ('--limit', flag('at most so many samples', type=int)),
+        ('--image-column', flag('column of a table that holds or names the image', type=str)), ('--caption-column', flag('column of a table that holds the caption', type=str)),
         ('--split', flag('emoji: train, heldout, shift, all', type=str)), ('--hand', flag('emoji: twemoji or openmoji', type=str)),
         ('--side', flag('emoji: pixels', type=int)), ('--skin-tones', dict(action='store_const', const=True, help='emoji: skin tones are concepts of their own')))),
     ('shards join', join, (('images', dict(help='shards with images and captions')), ('metadata', dict(help='shards with everything else, as DataCompDR publishes them')),
@@ -149,13 +159,13 @@ VERBS:list[tuple[str,Callable[[argparse.Namespace],int],tuple[tuple[str,dict[str
     ('caption', caption, (('images', dict(nargs='+', help='files or folders')), _CAPTIONER, _WEIGHTS, ('-n', dict(type=int, default=5, help='captions a picture')),
         ('--length', flag('tokens a caption at most', type=int)), ('--seed', dict(type=int, default=0, help='of the draws')), _DEVICE)),
     ('finetune', finetune, (('captioner', _CAPTIONER[1]), ('data', dict(help='a folder of pictures with captions, or a captions file')), _WEIGHTS,
-        ('--out', dict(required=True, help='folder of the run')), ('--steps', dict(type=int, default=200, help='updates')), ('--seed', dict(type=int, default=0, help='of data order and draws')),
+        ('--out', dict(required=True, help='folder of the run')), ('--steps', dict(type=int, default=200, help='updates (200)')), ('--seed', dict(type=int, default=0, help='of data order and draws')),
         ('--resume', flag('go on where the folder\'s run stopped')))),
     ('reinforce', reinforce, (('source', _PLACE), ('out', dict(help='folder; output shards are named after input shards')),
-        ('--recipe', dict(default='nano-emoji', help='a recipe of reinforcement by name, or a .json file such as OUT/recipe.json')),
-        ('--augmentations', flag('stored a picture, instead of the recipe\'s', type=int)), ('--store', flag('float32, bf16 or compact, instead of the recipe\'s', type=str)),
-        ('--bits', flag('a number, of the compact store', type=int)), ('--seed', flag('instead of the recipe\'s', type=int)),
-        ('--engine', dict(default='local', choices=['local', 'ray'], help='this machine, or a Ray cluster')), ('--address', flag('of a Ray cluster; without one Ray starts here', type=str)),
-        ('--workers', dict(type=int, default=1, help='processes')), ('--threads', dict(type=int, default=1, help='that augment at once, a worker')), _DEVICE,
+        ('--recipe', dict(default='nano-emoji', help='nano-emoji (the default), datacompdr-12m, datacompdr-1b, dfndr-2b, or a .json file such as OUT/recipe.json')), ('--captioner', flag('weights for the recipe\'s first captioner, such as those `finetune` wrote', type=str)),
+        ('--augmentations', flag('stored a picture, instead of the recipe\'s', type=int)), ('--store', flag('how embeddings are written, instead of the recipe\'s', choices=['float32', 'bf16', 'compact'])),
+        ('--bits', flag('bits a number in the compact store', type=int, choices=range(2, 9))), ('--seed', flag('instead of the recipe\'s', type=int)),
+        ('--engine', dict(default='local', choices=['local', 'ray'], help='this machine, or a Ray cluster')), ('--address', flag('address of a Ray cluster; without one Ray starts here', type=str)),
+        ('--workers', dict(type=int, default=1, help='processes, or actors of the cluster (1)')), ('--threads', dict(type=int, default=1, help='threads a worker that augment at once (1)')), _DEVICE,
         ('--deep', flag('compare the hashes of finished shards, not only their sizes')))),
 ]

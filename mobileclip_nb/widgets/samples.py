@@ -111,7 +111,7 @@ def _fields(fig:Any, said:Sequence[Said], views:Sequence[int])->None:
         ax.imshow(c, cmap='Blues', aspect='auto', vmin=low, vmax=max(high, low+1e-3))
         for (i, j), v in np.ndenumerate(c):
             if np.isfinite(v): ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=6, color='white' if v > (low+high)/2 else 'black')
-        ax.set_title(n or 'no embeddings', fontsize=6.5, pad=2, color='black' if n else GRAY); ax.grid(False)
+        ax.set_title(f'{n}: cosine with each view' if n else 'no embeddings', fontsize=6.5, pad=2, color='black' if n else GRAY); ax.grid(False)
         ax.set_xticks(range(len(views)), [f'{i}' for i in views], fontsize=6); ax.set_yticks(range(len(said)), [_label(s) for s in said], fontsize=6, parse_math=False)        # a price is no formula
         for t in ax.get_yticklabels(): t.set_fontweight('bold' if said[int(t.get_position()[1])].key == 'text' else 'normal')
         ax.tick_params(length=0); ax.spines[:].set_visible(False)
