@@ -277,7 +277,10 @@ def test_an_interrupt(shards, undisturbed, tmp_path):
         def text(self, texts):
             if 'pattern number 30' in texts: os.kill(os.getpid(), signal.SIGINT); time.sleep(.2)
             return super().text(texts)
-    with pytest.raises(KeyboardInterrupt, match='of 20 shards.*the same command goes on'):
-        reinforce(shards, tmp_path/'out', TOY, load=lambda s, d: Models((Namer(),), Impatient(), dict(toys='1')), progress=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)          # a shell that runs us in the background has told us to ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt, match='of 20 shards.*the same command goes on'):
+            reinforce(shards, tmp_path/'out', TOY, load=lambda s, d: Models((Namer(),), Impatient(), dict(toys='1')), progress=False)
+    finally: signal.signal(signal.SIGINT, before)
     assert not list((tmp_path/'out').rglob('.*.part*')) and len(finished(tmp_path/'out')) < 20
     assert reinforce(shards, tmp_path/'out', TOY, load=toys, progress=False).ok and made(tmp_path/'out') == undisturbed
