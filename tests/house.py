@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB = ROOT/'nbs', 'mobileclip_nb'
 WALL = dict(cell=40, function=40, module=300, cells=70, prose=1., checked=.9, hidden=4, size=1_000_000)
-TALKERS = {'cli', 'verbs.talk', 'train.__main__', 'open_clip_tools'}       # command-line modules may print
+TALKERS = {'cli', 'train.__main__', 'open_clip_tools'}       # command-line modules may print
 DIRECTIVE = re.compile(r'^#\|\s*(\w+)', re.M)
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ def say(
     text:str, # one line or several
 )->None:
     "Tell the person something that is not the result"
-    print(text, file=sys.stderr)
+    sys.stderr.write(f'{text}\n')
 
 def answer(
     result:Any, # a JSON value
@@ -22,7 +22,7 @@ def answer(
     as_json:bool, # which of the two
 )->None:
     "Print a result"
-    print(json.dumps(result, ensure_ascii=False) if as_json else text)
+    sys.stdout.write(f'{json.dumps(result, ensure_ascii=False) if as_json else text}\n')
 
 # %% ../../nbs/87_verbs.talk.ipynb #8916e696
 def in_shell(
