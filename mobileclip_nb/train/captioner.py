@@ -125,9 +125,9 @@ class CaptionRecipe(Spec):
     contrast:float=1. # weight of the contrastive loss
     caption:float=2. # weight of the caption loss
     first:TrainSpec=TrainSpec(steps=150, warmup=30, lr=2e-3, lr_end=1e-3, decay=.05, ema=.99, same=True, channels_last=False) # noisy captions
-    second:TrainSpec=TrainSpec(steps=1450, warmup=30, lr=2e-3, decay=.05, ema=.995, same=True, channels_last=False) # good captions
-    smoke:float=.003 # share of the steps at scale `smoke`
-    nano:float=.2 # share of the steps at scale `nano`
+    second:TrainSpec=TrainSpec(steps=3850, warmup=30, lr=2e-3, decay=.05, ema=.995, same=True, channels_last=False) # good captions
+    smoke:float=.0011 # share of the steps at scale `smoke`
+    nano:float=.08 # share of the steps at scale `nano`
     seed:int=0 # of weights, order and noise
 
     def at(self,
