@@ -156,6 +156,11 @@ class Batch(NamedTuple):
     text:Tensor # `(B, T)` token ids
     index:Tensor # `(B,)` which pictures
     label:Tensor # `(B,)` equal where the captions are equal
+    syn:Tensor|None=None # `(B, T)` token ids of a synthetic caption
+    syn_label:Tensor|None=None # `(B,)` equal where the synthetic captions are equal
+    image_emb:Tensor|None=None # `(B, D)` what the teachers stored of this view, side by side, each a unit row
+    text_emb:Tensor|None=None # `(B, D)` of the true caption
+    syn_emb:Tensor|None=None # `(B, D)` of the synthetic caption
 
 # %% ../nbs/52_batches.ipynb #471da205
 class Texts(NamedTuple):

@@ -190,7 +190,7 @@ def placed(
 )->Batch:
     "Move a batch to a model's device and memory layout"
     device = next(like.parameters()).device
-    batch = type(batch)(*(t.to(device, non_blocking=True) for t in batch))
+    batch = type(batch)(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
     return batch._replace(image=batch.image.contiguous(memory_format=torch.channels_last)) if channels_last else batch
 
 def advance(
