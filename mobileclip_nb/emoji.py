@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .core import cache_dir, near, need, whole
+from .noise import NoiseSpec, noised
 
 # %% ../nbs/04_emoji.ipynb #176530ec
 HANDS = ('twemoji', 'openmoji')
@@ -264,6 +265,7 @@ def load_emoji(
     hand:str='twemoji', # the hand to learn from
     side:int=64, # pixels, 8 to 512
     skin_tones:bool=False, # whether skin tones are concepts of their own
+    noise:NoiseSpec|None=None, # spoil captions, for studies of noise; None leaves the names
 )->Pictures: # in the order of `concepts()`
     "Load one split as pictures with captions; the first call draws, later ones read"
     _known(split, SPLITS, 'split'); _known(hand, HANDS, 'hand')
@@ -271,7 +273,9 @@ def load_emoji(
     at = sorted(both.train + both.heldout) if split == 'all' else list(both.heldout if split == 'heldout' else both.train)
     if split == 'shift': hand = HANDS[1 - HANDS.index(hand)]
     es = [concepts()[i] for i in at]
-    return Pictures(draw_all(hand, side)[at], [e.name for e in es], [e.char for e in es], [f'{hand}/{e.code}' for e in es], hand)
+    keys, names = [f'{hand}/{e.code}' for e in es], [e.name for e in es]
+    if noise: names = noised(names, noise, keys).captions
+    return Pictures(draw_all(hand, side)[at], names, [e.char for e in es], keys, hand)
 
 # %% ../nbs/04_emoji.ipynb #b57407bb
 def write_folder(

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..core import near, need
 from ..emoji import attribution, load_emoji
+from ..noise import NoiseSpec
 from ..pairs import SUFFIXES, open_image, read_pairs
 from ..places import exists, join_url, list_shards, name_of, names_in, read_bytes, reading, remove, write_bytes, writing
 from .files import MANIFEST, PUBLISHED, Entry, Skips, read_shard, write_manifests, write_shard
@@ -197,10 +198,11 @@ class BuildSpec(Spec):
     limit:int|None=None # at most so many; of emoji spread evenly, else the first
     image_column:str='image' # of a list or table
     caption_column:str='caption' # of a list or table
-    split:str='train' # of emoji, as the next three
+    split:str='train' # of emoji, as the next four
     hand:str='twemoji' # who drew them
     side:int=64 # pixels
     skin_tones:bool=False # whether skin tones are concepts of their own
+    noise:float=0. # of emoji: share of captions replaced by another emoji's, 0–1
 
     def __post_init__(self):
         for k in ('per_shard', 'side') + ('limit',)*(self.limit is not None):
@@ -224,7 +226,7 @@ class Source(NamedTuple):
 # %% ../../nbs/46_shards.build.ipynb #2f0b3175
 def _from_emoji(spec:BuildSpec)->Source:
     "Draw emoji"
-    p = load_emoji(spec.split, spec.hand, spec.side, spec.skin_tones); n = min(spec.limit or len(p), len(p))
+    p = load_emoji(spec.split, spec.hand, spec.side, spec.skin_tones, NoiseSpec(spec.noise)); n = min(spec.limit or len(p), len(p))
     def png(i:int)->bytes: f = io.BytesIO(); Image.fromarray(p.images[i]).save(f, 'PNG'); return f.getvalue()
     at = [k*len(p)//n for k in range(n)]
     items = (Item(p.keys[i], p.keys[i], Sample('', png(i), 'png', (p.captions[i],))) for i in at)
@@ -329,7 +331,7 @@ def build(
     src:str|Path, # `'emoji'`; a folder, .csv, .tsv or .jsonl as `read_pairs` takes them; a .parquet or a glob of them; tars as `list_shards` takes them
     out:str|Path, # a folder, here or far away: empty, or with this job begun
     progress:bool=True, # show a bar
-    **changes:Any, # fields of `BuildSpec`: per_shard, limit, image_column, caption_column, split, hand, side, skin_tones
+    **changes:Any, # fields of `BuildSpec`: per_shard, limit, image_column, caption_column, split, hand, side, skin_tones, noise
 )->Report:
     "Write plain shards of images with captions; image bytes stay as they are, and finished shards are kept"
     spec = BuildSpec.of(**changes); source = source_of(src, spec)

@@ -20,7 +20,7 @@ def build(
 )->int: # exit status
     "Write plain shards from pictures with captions"
     from mobileclip_nb.shards.build import build as build_shards
-    changes = {k: getattr(args, k) for k in ('per_shard', 'limit', 'image_column', 'caption_column', 'split', 'hand', 'side', 'skin_tones')}
+    changes = {k: getattr(args, k) for k in ('per_shard', 'limit', 'image_column', 'caption_column', 'split', 'hand', 'side', 'skin_tones', 'noise')}
     return reported(build_shards(args.source, args.out, **{k: v for k, v in changes.items() if v is not None}), args)
 
 def reported(
@@ -151,7 +151,7 @@ VERBS:list[tuple[str,Callable[[argparse.Namespace],int],tuple[tuple[str,dict[str
         ('--per-shard', flag('samples a shard (1000)', type=int)), ('--limit', flag('at most so many samples', type=int)),
         ('--image-column', flag('column of a table that holds or names the image', type=str)), ('--caption-column', flag('column of a table that holds the caption', type=str)),
         ('--split', flag('emoji: train, heldout, shift, all', type=str)), ('--hand', flag('emoji: twemoji or openmoji', type=str)),
-        ('--side', flag('emoji: pixels', type=int)), ('--skin-tones', dict(action='store_const', const=True, help='emoji: skin tones are concepts of their own')))),
+        ('--side', flag('emoji: pixels', type=int)), ('--skin-tones', dict(action='store_const', const=True, help='emoji: skin tones are concepts of their own')), ('--noise', flag('emoji: share of captions replaced by another emoji\'s, 0 to 1', type=float)))),
     ('shards join', join, (('images', dict(help='shards with images and captions')), ('metadata', dict(help='shards with everything else, as DataCompDR publishes them')),
         ('out', dict(help='folder to write to')), ('--shallow', flag('do not open the embeddings')))),
     ('shards verify', verify, (('place', _PLACE), ('--shallow', flag('do not decode the images')), ('--metadata', flag('images and captions may be elsewhere, as in DataCompDR\'s release')))),
