@@ -25,7 +25,9 @@ REASONS = dict(
     missing='something that was asked for is not there', image='image bytes that are empty', json='JSON that cannot be read, or is not what the name says',
     captions='captions that are empty or not text', params='augmentation parameters that are absent, empty or malformed',
     arrays='an array container that cannot be read', bomb='unpacks to more than the limit', pickle='a pickle that asks for more than tensors',
-    rows='rows that do not match parameters or captions', width='rows of the wrong width', values='numbers that are not finite')
+    rows='rows that do not match parameters or captions', width='rows of the wrong width', values='numbers that are not finite',
+    decode='an image that cannot be decoded', crop='a crop that reaches outside the image', small='an image smaller than was asked for',
+    unmatched='no synthetic captions under a key that was asked for')
 
 class Faulty(ValueError):
     "A sample that is refused: the reason is one of `REASONS`, the detail says what was met"
