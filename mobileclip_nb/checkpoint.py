@@ -204,12 +204,14 @@ def save_weights(
     path:str|Path, # ends in .safetensors, .pt, .pth or .bin
     naming:str='native', # or `open_clip`, `apple`
     dtype:torch.dtype|None=None, # of floating-point tensors in the file; None keeps the model's
+    run:dict[str,object]|None=None, # JSON: what made the weights; kept beside the record
 )->Path: # `path`
     "Write a weight file, whole or not at all"
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES: raise ValueError(f"Cannot tell how to write {path.name!r}; end it in {', '.join(SUFFIXES)}")
     state = {k: t.to(dtype) if dtype and t.is_floating_point() else t for k, t in tensors_of(model, naming).items()}
-    about = {ABOUT: json.dumps(dict(record=model.record.to_dict()), sort_keys=True)} if naming == 'native' and model.record else {}
+    said = dict(record=model.record.to_dict()) | (dict(run=run) if run else {}) if model.record else {}
+    about = {ABOUT: json.dumps(said, sort_keys=True)} if naming == 'native' and said else {}
     with whole(path) as tmp:
         if path.suffix.lower() == '.safetensors':
             from safetensors.torch import save_file
