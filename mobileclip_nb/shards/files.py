@@ -71,14 +71,14 @@ class _Group:
     "The members of one sample while they come in"
     def __init__(self, key:str, fault:Faulty|None=None): self.key, self.fault, self.members, self.size = key, fault, {}, 0
 
-    def add(self, ext:str, m:Member, limits:Limits)->None:
+    def add(self, ext:str, m:Member, limits:Limits, skim:bool=False)->None:
         "Append a member; the first fault stays"
-        self.size += len(m.data); fault = m.fault
+        self.size += max(m.size, len(m.data)); fault = m.fault
         if ext in self.members: fault = fault or Faulty('duplicate', f'{ext} is there twice')
         elif self.size > limits.sample: fault = fault or Faulty('size', f'its members are larger than {limits.sample:,} bytes')
         elif len(self.members) >= limits.members: fault = fault or Faulty('size', f'it has more than {limits.members} members')
         self.fault = self.fault or fault
-        self.members = {} if self.fault else self.members | {ext: m.data}
+        self.members = {} if self.fault else self.members | {ext: (m.at, m.size) if skim else m.data}
 
 # %% ../../nbs/45_shards.files.ipynb #1e4179b4
 def _close(g:_Group|None, skips:Skips, shard:str)->Iterator[tuple[str, dict[str, bytes]]]:
@@ -90,11 +90,12 @@ def read_members(
     url:str|Path, # a tar, here or far away
     skips:Skips|None=None, # is filled
     limits:Limits=Limits(),
-)->Iterator[tuple[str, dict[str, bytes]]]: # key, extension: contents
+    skim:bool=False, # leap over the contents, of a file that can be sought in
+)->Iterator[tuple[str, dict[str, Any]]]: # key, extension: contents, or place and size in the file if it is only skimmed
     "Stream the groups of members of a shard; those with a fault are counted and left out"
     skips, shard, seen, now = Skips() if skips is None else skips, name_of(url), set(), None
     with reading(url) as f:
-        for m in read_tar(f, limits):
+        for m in read_tar(f, limits, skim):
             if not m.name and m.fault: # the tar ends badly: its last sample may lack members
                 if now and not now.fault: now.fault = m.fault
                 else: skips.add(m.fault.reason, shard, '', m.fault.detail)
@@ -106,7 +107,7 @@ def read_members(
             if now is None or at[0] != now.key:
                 yield from _close(now, skips, shard)
                 now = _Group(at[0], Faulty('scattered', 'its key came before in this shard') if at[0] in seen else None); seen.add(at[0])
-            now.add(at[1], m, limits)
+            now.add(at[1], m, limits, skim)
         yield from _close(now, skips, shard)
 
 # %% ../../nbs/45_shards.files.ipynb #bf3fc4fa

@@ -21,8 +21,10 @@ MOST_HEADER = 1 << 16 # bytes of an extended header
 class Member(NamedTuple):
     "One file of a tar, or what is wrong with it"
     name:str
-    data:bytes # empty if there is a fault
+    data:bytes # empty if there is a fault, or if the tar is only skimmed
     fault:Faulty|None=None
+    at:int=0 # where its data begin in the file, if the tar is only skimmed
+    size:int=0 # bytes
 
 def _number(field:bytes)->int:
     "Read a number of a tar header: octal, or binary if its first bit is set"
@@ -66,6 +68,17 @@ def _take(
         if keep: got.append(b)
     return b''.join(got)[:size]
 
+def _leap(
+    f:BinaryIO, # can be sought in
+    size:int, # bytes
+    end:int, # of the file, bytes
+)->bytes: # none
+    "Leap over the blocks that hold `size` bytes, or raise Faulty if they are not all there"
+    at, whole = f.tell(), -(-size//BLOCK)*BLOCK
+    if end < at + whole: raise Faulty('truncated', f'the file ends before the end of a member of {size:,} bytes')
+    f.seek(at + whole)
+    return b''
+
 # %% ../../nbs/43_shards.members.ipynb #224e84a8
 def name_fault(
     name:str,
@@ -90,9 +103,11 @@ def split_name(
 def read_tar(
     f:BinaryIO, # read forward only
     limits:Limits=Limits(),
+    skim:bool=False, # leap over the data of a file that can be sought in, and tell where they are
 )->Iterator[Member]: # the last one has the fault `truncated` and no name if the tar does not end as it should
     "Read the files of a tar as a stream, without writing, following or believing anything"
-    said:dict[str, str] = {}
+    said:dict[str, str] = {}; end = f.seek(0, 2) if skim else 0
+    if skim: f.seek(0)
     try:
         while len(block := f.read(BLOCK)) == BLOCK and block.strip(b'\0'):
             name, kind, size = _header(block); name = said.get('path', name)
@@ -107,9 +122,10 @@ def read_tar(
             fault = Faulty('name', why) if (why := name_fault(name, limits)) else None
             if sparse or kind not in _FILES: fault = Faulty('kind', f'{name[:80]!r} is {_KINDS.get(kind, "of an unknown kind")}')
             elif size > limits.member: fault = fault or Faulty('size', f'{name[:80]!r} claims {size:,} bytes; the limit is {limits.member:,}')
-            try: data = b'' if kind in _NO_DATA else _take(f, size, keep=fault is None)
+            at = f.tell() if skim else 0
+            try: data = b'' if kind in _NO_DATA else _leap(f, size, end) if skim else _take(f, size, keep=fault is None)
             except Faulty as e: yield Member(name, b'', e); return
-            yield Member(name, data, fault)
+            yield Member(name, data, fault, at, size if skim else 0)
         if len(block) < BLOCK: raise Faulty('truncated', 'the file ends without the blocks that end a tar')
         while rest := f.read(1 << 20):
             if rest.strip(b'\0'): raise Faulty('truncated', 'something stands behind the block that ends the tar, so that block is damage, or two tars stand in one file')
