@@ -89,6 +89,7 @@ RECIPES = {r.name: r for r in (
     Recipe('nano-emoji', 'mobileclip_nano', BatchSpec(batch=128, context=20, templates=TEMPLATES), TrainSpec(warmup=50, lr=1e-3, decay=.2, ema=.995)),
     *(Recipe(f'nano-teacher-{x}', f'teacher_nano_{x}', BatchSpec(batch=128, context=c, templates=TEMPLATES), TrainSpec(warmup=50, lr=1e-3, decay=.2, ema=.995),
              data='emoji-all', skin_tones=True, full=steps) for x, c, steps in (('a', 20, 1200), ('b', 24, 900))),
+    Recipe('finetune', 'mobileclip_nano', BatchSpec(batch=64), TrainSpec(warmup=20, lr=1e-4, decay=.05, frozen_norm=True), smoke=2, nano=100, full=400),
 )}
 
 def recipe(
@@ -153,23 +154,25 @@ def _in_memory(
     place:str, # emoji, folder or captions file
     pairs:int, # a step, over all ranks
     ranks:tuple[int,int], # rank and world
+    rec:Record, # of the model
     say:Callable[[str],None],
     progress:bool,
 )->Any: # `Batches`, or this rank's `Slice`
     "Open pictures with captions"
-    rec, (rank, world) = record(r.model), ranks
+    rank, world = ranks
     data = load_data(place, rec.pixels.side, r.skin_tones, say, progress, rec.pixels.resize)
     if (n := min(pairs, len(data.images)//world*world)) < pairs: say(f"{place} has {len(data.images)} pictures: {n} pairs a step instead of {pairs}")
-    found = as_batches(r, data, n)
+    found = as_batches(r, data, n, rec)
     return found if world == 1 else Slice(found, rank, world)
 
 def as_batches(
     r:Recipe, # its stream and model
     data:PairData,
     pairs:int|None=None, # a step; None takes the stream's, or all pictures where these are fewer
+    rec:Record|None=None, # of the model; None looks its name up
 )->Batches:
     "Batches of pictures in memory, as the recipe's model wants them"
-    rec = record(r.model)
+    rec = rec or record(r.model)
     return Batches(data, r.stream.but(batch=pairs or min(r.stream.batch, len(data.images)), context=rec.context_length, mean=rec.pixels.mean, std=rec.pixels.std))
 
 def source(
@@ -179,12 +182,13 @@ def source(
     workers:int=0, # processes that read shards ahead
     say:Callable[[str],None]=lambda text: None, # told what was found and left out
     progress:bool=True, # draw progress bars while decoding
+    rec:Record|None=None, # of the model; None looks the recipe's up
 )->Any: # with `batch` (of this rank), `id` and `since`
     "Open what a recipe shall learn from"
     found, world = parts(str(data or r.data)), ranks[1]
     if r.stream.batch % world: raise ValueError(f"batch={r.stream.batch} does not divide among {world} ranks; use --set stream.batch={max(r.stream.batch//world, 1)*world}")
     counts = [n*world for n in shares(r.stream.batch//world, [p.weight for p in found])]
-    each = [_in_memory(r, p.place, n, tuple(ranks), say, progress) for p, n in zip(found, counts)]
+    each = [_in_memory(r, p.place, n, tuple(ranks), rec or record(r.model), say, progress) for p, n in zip(found, counts)]
     return each[0] if len(each) == 1 else Mixture(each, [p.place for p in found])
 
 def captions_of(
