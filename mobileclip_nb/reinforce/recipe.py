@@ -20,7 +20,6 @@ from PIL import Image
 
 from ..augment import DATACOMPDR, AugmentSpec, apply, pack, rng_for, sample as draw, unpack
 from ..captioner import CaptionerSpec, load_captioner
-from ..captions import Sampling
 from ..core import near
 from ..pairs import open_image
 from ..shards.sample import Sample, StoreSpec
@@ -79,7 +78,7 @@ _DFN_COCO = CaptionerSpec(key='syn_text_dfn_mscoco38k', model='coca_ViT-L-14', w
 _DR12M = ReinforceSpec('datacompdr-12m', DATACOMPDR, 30, (_COCO,), (_OPENAI, _DATACOMP), StoreSpec(form='float32', layout='legacy'), batch=256)
 
 RECIPES = {r.name: r for r in (
-    ReinforceSpec('nano-emoji', DATACOMPDR.but(side=96), 10, (CaptionerSpec(sampling=Sampling(top_p=.4)),), (TeacherSpec(model='teacher_nano_a'), TeacherSpec(model='teacher_nano_b'))),
+    ReinforceSpec('nano-emoji', DATACOMPDR.but(side=96), 10, (CaptionerSpec(),), (TeacherSpec(model='teacher_nano_a'), TeacherSpec(model='teacher_nano_b'))),
     _DR12M, _DR12M.but(name='datacompdr-1b', n_augmentations=10),
     ReinforceSpec('dfndr-2b', DATACOMPDR, 2, (_DFN_COCO,), _DFN, batch=256),
 )}
