@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn, Tensor
 
 from .gather import here
+from .losses import exact
 
 # %% ../nbs/51_syncnorm.ipynb #ca1b8fcf
 class _Sum(torch.autograd.Function):
@@ -46,7 +47,7 @@ def moments(
 )->Moments:
     "Mean and variance of each channel over batch, places and ranks, in float32, with gradient (BatchNorm §3)"
     axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1]*(x.ndim-2))
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = exact(x)
     sums = over_ranks(torch.cat([x.sum(axes), x.new_tensor([x.numel()/x.shape[1]])]))
     mean, n = sums[:-1]/sums[-1], sums[-1].detach()
     return Moments(mean, over_ranks((x-mean.view(shape)).square().sum(axes))/n, n)
