@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainSpec', 'EMA', 'State', 'save_state', 'linked', 'checkpoints', 'swept', 'read_state', 'load_run', 'restore',
-           'begin']
+           'found', 'begin', 'usable']
 
-# %% ../../nbs/55_train.state.ipynb #ef9cb0c4
-import copy, json, math, os, shutil, warnings
+# %% ../../nbs/55_train.state.ipynb #84289ab4
+import copy, io, json, os, shutil, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from ..core import near, whole
-from ..frozen import PARTS
+from ..frozen import PARTS, freeze
+from ..gather import here
 from ..optim import OptimSpec, optimizer
+from ..syncnorm import synced
 from .objective import LossSpec
+from .parallel import by_kind, fill, fill_optimizer, from_first, is_share, joined, own_part, shared, whole_state
 
 # %% ../../nbs/55_train.state.ipynb #1b9ff12f
 @dataclass(frozen=True, repr=False)
@@ -43,6 +46,7 @@ class TrainSpec(OptimSpec):
         if self.precision not in ('float32', 'bfloat16'): raise ValueError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
         if self.frozen not in PARTS: raise ValueError(f"frozen={self.frozen!r} is no part that can be frozen.{near(self.frozen, PARTS)} There are {', '.join(k for k in PARTS if k)}")
         if self.parallel not in ('ddp', 'fsdp'): raise ValueError(f"parallel={self.parallel!r} is neither 'ddp' (whole models) nor 'fsdp' (a share each)")
+        if self.compile and self.checkpointing: raise ValueError("compile=True decides itself what is kept and what is computed again; use it or checkpointing=True, not both")
         if self.accumulate < 1: raise ValueError(f"accumulate={self.accumulate} parts; 1 sends a batch through the towers at once")
         if not 0 <= self.ema < 1: raise ValueError(f"ema={self.ema} is not in 0 to 1 (excluded); 0 keeps no average, 0.99 one of about 100 steps")
 
@@ -63,8 +67,9 @@ class EMA:
         "Move the average towards `model`"
         keep, new = min(self.decay, (1+step)/(10+step)), model.state_dict()
         for name, old in self.model.state_dict().items():
-            if old.is_floating_point(): old.lerp_(new[name], 1-keep)
-            else: old.copy_(new[name])
+            old, now = own_part(old), own_part(new[name])
+            if old.is_floating_point(): old.lerp_(now, 1-keep)
+            else: old.copy_(now)
 
 # %% ../../nbs/55_train.state.ipynb #b9975748
 @dataclass
@@ -77,6 +82,9 @@ class State:
     history:list[dict[str,float]]=field(default_factory=list) # one row a step
     judged:list[dict[str,float]]=field(default_factory=list) # one row a judgement
     saved:int|None=None # step of the file `state.pt`, if there is one and it can be read
+    net:nn.Module|None=None # what is called in the model's place; None is the model
+    plain:nn.Module|None=None # the caller's model, where it is not the one that learns
+    skips:dict[str,Any]=field(default_factory=dict) # what the source has refused so far, by reason
 
 def save_state(
     state:State,
@@ -87,9 +95,10 @@ def save_state(
     milestones:int=0, # steps; a checkpoint at a multiple of it is never removed; 0 keeps no milestone
 )->None:
     "Write a checkpoint, whole or not at all; the one that bore its name gets the name of its step"
-    path, log = Path(path), json.dumps(dict(history=state.history, judged=state.judged))
-    held = dict(format=1, spec=spec.to_dict(), data=data, step=state.step, log=log, model=state.model.state_dict(),
-                opt=state.opt.state_dict(), ema=state.ema.model.state_dict() if state.ema else None)
+    path, log, ranks = Path(path), json.dumps(dict(history=state.history, judged=state.judged, skips=state.skips)), here()
+    held = dict(format=1, spec=spec.to_dict(), data=data, step=state.step, log=log, world=ranks.world, model=whole_state(state.model.state_dict()),
+                opt=whole_state(state.opt.state_dict()), ema=whole_state(state.ema.model.state_dict()) if state.ema else None)
+    if ranks.rank: state.saved = state.step; return
     try:
         with whole(path) as tmp:
             with open(tmp, 'wb') as f: torch.save(held, f); f.flush(); os.fsync(f.fileno())
@@ -132,10 +141,11 @@ def swept(
 # %% ../../nbs/55_train.state.ipynb #f8434df7
 def read_state(
     path:str|Path, # a `.pt` file
+    said:bytes|None=None, # its bytes, where they are here already
 )->dict[str,Any]: # `spec`, `data`, `step`, `history`, `judged`, `model`, `opt`, `ema`
     "Read one checkpoint; nothing in it is executed"
     path = Path(path)
-    try: held = torch.load(path, map_location='cpu', weights_only=True)
+    try: held = torch.load(path if said is None else io.BytesIO(said), map_location='cpu', weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f"No run at {path.name!r} in {path.parent.name!r}. A run's folder holds state.pt") from None
     except Exception as e: raise ValueError(f"{path.name!r} cannot be read as a checkpoint of a run ({type(e).__name__}). Start anew in another folder") from e
     if not isinstance(held, dict) or held.get('format') != 1: raise ValueError(f"{path.name!r} is not a checkpoint of a run (format 1); are these weights alone?")
@@ -167,26 +177,64 @@ def restore(
         both = ', '.join(f"{k}={getattr(spec, k)!r} (was {v!r})" for k, v in was.items())
         raise ValueError(f"The run in this folder was started with another spec: {both}. Use the old values, or another folder")
     if held['data'] != data: raise ValueError(f"The run in this folder was trained on other batches ({held['data']}, now {data}). Use those, or another folder")
-    state.model.load_state_dict(held['model'])
-    state.opt.load_state_dict(held['opt'])
-    if state.ema: state.ema.model.load_state_dict(held['ema'])
-    state.step, state.history, state.judged = held['step'], held['history'], held['judged']
+    if (was := held.get('world', 1)) != here().world: raise ValueError(f"The run in this folder was started with {was} ranks and now there are {here().world}. Use as many, or another folder")
+    fill(state.model, held['model']); fill_optimizer(state.opt, held['opt'])
+    if state.ema: fill(state.ema.model, held['ema'])
+    state.step, state.history, state.judged, state.skips = held['step'], held['history'], held['judged'], held.get('skips', {})
     state.saved = held['step'] if held.get('file') == 'state.pt' else None
     return state
 
+def found(
+    out:Path, # the run's folder
+    resume:bool, # go on where the folder's run stopped, if there is one
+    name:str, # written into a new folder
+)->dict[str,Any]|None: # of `load_run`, the same on every rank; None if there is no run
+    "Look for a run; the first rank looks, for others may not have its disk"
+    ranks, held, said = here(), None, b''
+    if not ranks.rank and checkpoints(out):
+        if not resume: raise FileExistsError(f"There is a run in {out.name!r} already. Use resume=True to go on with it, or choose another folder")
+        held = load_run(out)
+        said = (out/held['file']).read_bytes() if ranks.world > 1 else b''
+    elif not ranks.rank:
+        with whole(out/'begun') as tmp: tmp.write_text(name, encoding='utf-8')      # a folder that cannot be written is refused before the first step
+    if ranks.world == 1: return held
+    device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
+    file, said = from_first((held or dict(file=''))['file'].encode(), ranks, device).decode(), from_first(said, ranks, device)
+    return read_state(out/file, said) if file else None
+
+# %% ../../nbs/55_train.state.ipynb #f39b2491
 def begin(
-    model:nn.Module, # is changed: train mode, memory layout, and weights if resumed
+    model:nn.Module, # is changed: train mode, memory layout, what is frozen, and weights if resumed
     spec:TrainSpec,
     data:str, # the batches' id
     out:Path|None=None, # the run's folder
     resume:bool=False, # go on where the folder's run stopped, if there is one
 )->State:
-    "Make a run's first state, or find its last"
+    "Make a run's first state, or find its last; on one rank or as one of many"
+    ranks = here()
+    if spec.frozen or spec.frozen_norm: freeze(model, spec.frozen, spec.frozen_norm)
     if spec.channels_last: model.to(memory_format=torch.channels_last)
-    state = State(model.train(), optimizer(model, spec), EMA(model, spec.ema) if spec.ema else None)
-    there = bool(out and checkpoints(out))
-    if out and not there:
-        with whole(out/'begun') as tmp: tmp.write_text(spec.id, encoding='utf-8')      # a folder that cannot be written is refused before the first step
-    if not there: return state
-    if not resume: raise FileExistsError(f"There is a run in {out.name!r} already. Use resume=True to go on with it, or choose another folder")
-    return restore(state, load_run(out), spec, data)
+    work = model.train() if ranks.world == 1 else copy.deepcopy(model.train())
+    if ranks.world > 1:
+        for t in work.state_dict().values(): torch.distributed.broadcast(t, 0)       # the first rank's weights are everybody's
+    if spec.sync_norm: work = synced(work)
+    ema, cut = EMA(work, spec.ema) if spec.ema else None, spec.parallel == 'fsdp'
+    for m in [work, *([ema.model] if ema else [])] if cut else []: shared(m, ranks)
+    opt = optimizer(work, spec)
+    if any(map(is_share, work.parameters())): opt = type(opt)(by_kind(opt.param_groups))
+    net = work if cut else joined(work, ranks, static=spec.accumulate == 1)
+    state = State(work, opt, ema, net=net, plain=None if work is model else model)
+    held = found(out, resume, spec.id) if out else None
+    return restore(state, held, spec, data) if held else state
+
+# %% ../../nbs/55_train.state.ipynb #5cdd31e3
+def usable(
+    state:State,
+    average:bool=True, # of the averaged weights, if there are any
+)->nn.Module: # on every rank the same; not the one that learns, where there are several ranks
+    "The model that a run has so far; with several ranks every one must ask"
+    learned = state.ema.model if state.ema and average else state.model
+    if state.plain is None: return learned
+    model = copy.deepcopy(state.plain).eval() if average else state.plain
+    fill(model, whole_state(learned.state_dict()))
+    return model
