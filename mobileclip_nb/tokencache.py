@@ -41,9 +41,10 @@ def rust_ids(
     text:str, # anything
 )->list[int]: # what `encode` gives
     "The ids of a text, merged in Rust"
-    text = cleaned(text)
-    if not text.isascii() or '<start_of_text>' in text or '<end_of_text>' in text: return encode(text)
-    return rust().encode(text, add_special_tokens=False).ids
+    plain = cleaned(text)
+    if 'ſ' in plain or '<start_of_text>' in plain or '<end_of_text>' in plain: return encode(text)
+    try: return rust().encode(plain, add_special_tokens=False).ids
+    except UnicodeEncodeError: return encode(text) # half a character
 
 # %% ../nbs/51_tokencache.ipynb #05e60e68
 class TokenCache:
