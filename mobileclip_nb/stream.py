@@ -374,7 +374,8 @@ class Stream:
         if len(parts) > 1: fields = {f: x[back] for f, x in fields.items()}
         self.skips.kept += self.batch
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.spec.mean, self.spec.std))
-        fields['image'] = fields['image'].permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+        fields['image'] = fields['image'].permute(0, 3, 1, 2).div(255*std)
+        if any(self.spec.mean): fields['image'].sub_(mean/std)
         if 'syn' not in fields: fields.pop('syn_label', None)
         return Batch(**{f: x.long() if f in ('text', 'syn') else x for f, x in fields.items()})
 
