@@ -56,6 +56,7 @@ def gather(
     if grad: return _All.apply(x.contiguous())
     with torch.no_grad(): return _All.apply(x.detach().contiguous())
 
+# %% ../nbs/51_gather.ipynb #ab3a38ec
 def rows_of(
     x:Tensor, # `(b, ...)` of this rank
     ranks:Ranks,
