@@ -46,7 +46,7 @@ prepare: .venv/with-emoji,train,reinforce,lab,dev
 	$(BIN)/python tests/readme.py
 
 bench: .venv/with-emoji,train,reinforce,lab,dev
-	$(BIN)/mobileclip bench
+	$(BIN)/mobileclip bench latency
 
 clean:
 	rm -rf .venv runs build *.egg-info

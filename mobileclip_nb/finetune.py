@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['started', 'wider', 'interpolate', 'wise_curve', 'Keeping', 'Tuned', 'finetune']
 
-# %% ../nbs/86_finetune.ipynb #60a3b10a
+# %% ../nbs/86_finetune.ipynb #738e75b8
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from .text.tokens import ids_in_use
 from .train.objective import encode, loss_of
 from .train.recipe import NOTE, PROMPTS, Recipe, captions_of, source
 from .train.state import TrainSpec
-from .zoo import build
+from .zoo import build, record
 
 # %% ../nbs/86_finetune.ipynb #f1f6689d
 def started(
@@ -129,6 +130,7 @@ def finetune(
     progress:bool=True, # draw a progress bar
     device:str|None=None, # where to train; None is the CPU
     workers:int=0, # processes that read shards ahead
+    before:Callable[[CLIP,Any,Recipe],Any]|None=None, # told model, source and recipe before the first step
 )->Tuned:
     "Teach a trained model new data, gently (WiSE-FT; LiT for a frozen tower)"
     begun = started(model, weights)
@@ -136,6 +138,8 @@ def finetune(
     found = source(r, data, workers=workers, say=say, progress=progress, rec=begun.record)
     begun, new = wider(begun, [c for cs in captions_of(found) for c in cs] if begun.record.text.rows else [])
     if new: say(f'{new} new rows of vocabulary')
+    r = r.but(stream=r.stream.but(batch=found.batch))
+    if before: before(begun, found, r)
     objective = Keeping(begun, keep) if keep else None
     name = model.record.name if isinstance(model, nn.Module) else Path(model).name if Path(model).exists() else str(model)
     done = fit(r, found, out, judge, 0, resume, ledger, scale, progress, device, str(data), copy.deepcopy(begun), name, objective)
