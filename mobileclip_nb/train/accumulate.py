@@ -54,6 +54,7 @@ def set_random(
     torch.set_rng_state(state[0])
     if device.type == 'cuda': torch.cuda.set_rng_state(state[1], device)
 
+# %% ../../nbs/54_train.accumulate.ipynb #5909bb05
 @contextmanager
 def silent(
     model:nn.Module, # wrapped for several ranks, or not
@@ -74,7 +75,7 @@ def leaves(
     held:list[Features], # without gradient, of all parts
 )->Features: # of the whole batch; ends of the graph
     "Join the features of parts and begin a new graph at them"
-    def end(*xs:Tensor|None)->Tensor|None: return None if xs[0] is None else torch.cat(xs).requires_grad_() if xs[0].ndim else xs[0].clone().requires_grad_()
+    def end(*xs:Tensor|None)->Tensor|None: return None if xs[0] is None else (torch.cat(xs) if xs[0].ndim else xs[0]).detach().clone().requires_grad_()
     return Features(*(end(*(getattr(f, k) for f in held)) for k in ('image', 'text', 'syn')), end(held[0].scale), end(held[0].bias))
 
 def accumulated(
