@@ -1,0 +1,80 @@
+"Recipes from their name to weights: every published run at its smallest, on shards of the published form; and the verbs that learn."
+import io, json, os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mobileclip_nb.clip import CLIP
+from mobileclip_nb.image.mci import MCi
+from mobileclip_nb.published import ROWS
+from mobileclip_nb.shards.files import write_shard
+from mobileclip_nb.shards.sample import Sample, StoreSpec
+from mobileclip_nb.text.repmixer import TextRepMixer
+from mobileclip_nb.text.transformer import TextSpec
+from mobileclip_nb.train.loop import train
+from mobileclip_nb.train.recipe import learner, price, published_data, recipe, record_of, source
+from mobileclip_nb.zoo import build
+
+RUN = [sys.executable, '-c', 'from mobileclip_nb.cli import main; raise SystemExit(main())']
+ENV = os.environ | dict(OMP_NUM_THREADS='1')
+
+def told(*words, cwd): return subprocess.run([*RUN, *words], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+
+def rows(rng, k, widths): return np.concatenate([(v := rng.standard_normal((k, w)).astype('f'))/np.linalg.norm(v, axis=1, keepdims=True) for w in widths], 1)
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory):
+    "Sixteen samples as the papers publish them: two teachers of 768, two augmentations, two lists of synthetic captions, no manifest"
+    at, rng, keys = tmp_path_factory.mktemp('shards'), np.random.default_rng(0), ('syn_text', 'syn_text_dfn_mscoco38k')
+    def sample(i):
+        f = io.BytesIO(); Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(f, 'JPEG')
+        aug = tuple([[2, 3, 50, 40], [[9, -0.26999998092651367], [3, -30.45317268371582]]] for _ in range(2))
+        return Sample(f'{i:04}', f.getvalue(), 'jpg', (f'picture {i}',), {k: (f'one {i}', f'a {i}') for k in keys}, aug, rows(rng, 2, (768, 768)), dict(text=rows(rng, 1, (768, 768))) | {k: rows(rng, 2, (768, 768)) for k in keys})
+    for n in range(2): write_shard(at/f'{n:08}.tar', [sample(8*n+i) for i in range(8)], StoreSpec('bf16' if n else 'float32'))
+    return at
+
+@pytest.mark.parametrize('name', ROWS)
+def test_published_recipe(name, shards):
+    "The recipe's own pictures, captions, rows, loss, optimizer and schedule, two steps, with a small model in the place of its own; its own is built and counted without memory"
+    r = recipe(name).at('smoke')
+    small = CLIP(MCi('mci_nano', 32), TextRepMixer(TextSpec(width=32, heads=2, layers=1, conv_blocks=1, kernel=5, context=77), 32))
+    run = train(small, source(r, shards), r.train, progress=False)
+    assert [np.isfinite(s['loss']) for s in run.history] == [True, True] and run.batch == 4
+    whole = recipe(name).at('full')
+    with torch.device('meta'): model = build(record_of(whole), empty=True)
+    assert sum(p.numel() for p in model.parameters()) > 50e6
+    cost = price(whole, 12.8e6/1.3/3600, published_data(whole.data), 'Table 4d, eight A100')
+    assert cost.samples == ROWS[name].steps*ROWS[name].batch and cost.stored > 5e11 and 'Table 4d' in str(cost)
+
+def test_real_model_of_a_published_recipe(shards, tmp_path):
+    "MobileCLIP-S0 itself takes two steps of its own recipe"
+    r = recipe('mobileclip_s0.datacompdr1b').at('smoke')
+    r = r.but(stream=r.stream.but(batch=2))
+    run = train(learner(r), source(r, shards), r.train, progress=False)
+    assert len(run.history) == 2 and all(np.isfinite(s['loss']) for s in run.history)
+
+def test_train_on_shards_mixed_and_released(shards, tmp_path):
+    "Shards and a folder in one run, a price first, a field by its name, raw weights out of the folder, and a refusal that names the field"
+    Image.new('RGB', (64, 64), 'red').save(tmp_path/'a.png'); Image.new('RGB', (64, 64), 'blue').save(tmp_path/'b.png')
+    (tmp_path/'captions.csv').write_text('image,caption\na.png,a red square\nb.png,a blue square\n')
+    words = ['train', f'{shards}:3,{tmp_path}:1', '--scale', 'smoke', '--steps', '2', '--set', 'stream.batch=8', '--out', 'run', '--freeze', 'image', '--json']
+    done = told(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert '2 steps of 8: 16 pairs' in done.stderr and 'measured here' in done.stderr
+    again = told(*words, '--resume', cwd=tmp_path)
+    assert again.returncode == 0 and json.loads(again.stdout)['metrics']['loss_nats'] == json.loads(done.stdout)['metrics']['loss_nats'], again.stderr[-800:]
+    freed = told('release', 'run', '--out', 'raw.safetensors', '--raw', '--json', cwd=tmp_path)
+    assert freed.returncode == 0 and json.loads(freed.stdout)['run']['weights'] == 'raw', freed.stderr
+    wrong = told('train', '.', '--set', 'train.lrr=1', cwd=tmp_path)
+    assert wrong.returncode == 2 and "Did you mean 'lr" in wrong.stderr and 'Traceback' not in wrong.stderr
+
+def test_price_of_a_published_run(tmp_path):
+    "A published run has a price without its data, and says that its rate is assumed"
+    got = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', '--scale', 'full', '--price', '--rate', '20000', '--json', cwd=tmp_path)
+    p = json.loads(got.stdout)
+    assert got.returncode == 0 and p['samples'] == 200_000*65_536 and abs(p['hours']-p['samples']/20_000/3600) < 1e-6 and 'assumed' in got.stderr
+    absent = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', cwd=tmp_path)
+    assert absent.returncode == 2 and 'datacompdr1b' in absent.stderr and 'Traceback' not in absent.stderr
