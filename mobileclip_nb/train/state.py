@@ -213,12 +213,13 @@ def begin(
     "Make a run's first state, or find its last; on one rank or as one of many"
     ranks = here()
     if spec.frozen or spec.frozen_norm: freeze(model, spec.frozen, spec.frozen_norm)
-    if spec.channels_last: model.to(memory_format=torch.channels_last)
+    cut = spec.parallel == 'fsdp' and ranks.world > 1
+    if spec.channels_last: model.to(memory_format=torch.contiguous_format if cut else torch.channels_last)       # shares are cut from contiguous tensors
     work = model.train() if ranks.world == 1 else copy.deepcopy(model.train())
     if ranks.world > 1:
         for t in work.state_dict().values(): torch.distributed.broadcast(t, 0)       # the first rank's weights are everybody's
     if spec.sync_norm: work = synced(work)
-    ema, cut = EMA(work, spec.ema) if spec.ema else None, spec.parallel == 'fsdp'
+    ema = EMA(work, spec.ema) if spec.ema else None
     for m in [work, *([ema.model] if ema else [])] if cut else []: shared(m, ranks)
     opt = optimizer(work, spec)
     if any(map(is_share, work.parameters())): opt = type(opt)(by_kind(opt.param_groups))
