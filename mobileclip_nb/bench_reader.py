@@ -48,6 +48,7 @@ def photo(
     out = io.BytesIO(); image.convert(mode).save(out, 'JPEG', quality=85)
     return out.getvalue(), (w, h)
 
+# %% ../nbs/85_bench_reader.ipynb #8ffa38d8
 def made(
     n:int, # samples
     views:int=30, # stored augmentations each
@@ -96,6 +97,7 @@ def replay_published(
     for i, m in ops or (): image = autoaugment._apply_op(image, OPS[i], m, InterpolationMode.NEAREST, None)
     return image
 
+# %% ../nbs/85_bench_reader.ipynb #f2107034
 def published(
     url:str, # a shard on this machine
     side:int, # pixels
@@ -220,6 +222,7 @@ class Report(NamedTuple):
                   f'approximate: mean difference {self.approximate.mean:.2f} of 255, PSNR {self.approximate.psnr:.1f} dB, cosine of a teacher\'s rows {self.approximate.cosine:.4f} on average, {self.approximate.least:.4f} at worst']
         return '\n'.join(lines)
 
+# %% ../nbs/85_bench_reader.ipynb #41c0993e
 def run(
     samples:int=64, # in each shard
     rounds:int=3, # of one batch each way
