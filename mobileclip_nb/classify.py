@@ -152,10 +152,11 @@ def _tools(model:nn.Module, spec:ClassifySpec, classes:int, steps:int)->tuple[An
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV3
     opt = create_optimizer_v2(model, 'adamw', lr=spec.lr, weight_decay=spec.decay)
-    schedule = CosineLRScheduler(opt, spec.epochs*steps, warmup_t=spec.warmup*steps, warmup_lr_init=1e-6, warmup_prefix=False, t_in_epochs=False)
+    schedule = CosineLRScheduler(opt, max(spec.epochs-spec.warmup, 1)*steps, warmup_t=spec.warmup*steps, warmup_lr_init=1e-6, warmup_prefix=True, t_in_epochs=False)
     mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing, num_classes=classes) if spec.mixup or spec.cutmix else None
     return opt, schedule, mix, ModelEmaV3(model, spec.ema, use_warmup=True)
 
+# %% ../nbs/59_classify.ipynb #7141e16f
 def classify(
     place:str|Path, # holds `train/CLASS/...` and `val/CLASS/...`
     spec:ClassifySpec=ClassifySpec(),

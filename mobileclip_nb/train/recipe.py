@@ -123,7 +123,7 @@ RECIPES = {r.name: r for r in (
     Recipe('nano-emoji', 'mobileclip_nano', _NANO, _OURS),
     Recipe('nano-emoji-dr', 'mobileclip_nano', _NANO.but(templates=('{}',)), _OURS.but(loss=LossSpec(clip=0., distill=1., widths=(128, 192), scales=(100., 100.))), reader=StreamSpec()),
     *(Recipe(f'nano-teacher-{x}', f'teacher_nano_{x}', _NANO.but(context=c), _OURS, data='emoji-all', skin_tones=True, full=steps) for x, c, steps in (('a', 20, 1200), ('b', 24, 900))),
-    Recipe('finetune', 'mobileclip_nano', BatchSpec(batch=64), TrainSpec(warmup=20, lr=3e-4, decay=.05, frozen_norm=True), smoke=2, nano=100, full=400),
+    Recipe('finetune', 'mobileclip_nano', BatchSpec(batch=64), TrainSpec(warmup=20, lr=3e-4, decay=.05, frozen_norm=True), smoke=2, nano=60, full=400),
     *map(of_row, ROWS.values()),
 )}
 
@@ -237,6 +237,7 @@ def _shards(r:Recipe, place:str, pairs:int, rec:Record, ranks:tuple[int,int], wo
     spec = r.reader.but(batch=pairs, context=rec.context_length, seed=r.stream.seed, side=rec.pixels.side, mean=rec.pixels.mean, std=rec.pixels.std)
     return Stream(known, spec, ranks, workers)
 
+# %% ../../nbs/56_train.recipe.ipynb #48130868
 def captions_of(
     found:Any, # a source of `source`
 )->Iterable[Sequence[str]]: # of each picture; read only if somebody asks
