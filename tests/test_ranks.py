@@ -22,7 +22,7 @@ from mobileclip_nb.text.transformer import TextSpec
 from mobileclip_nb.train.accumulate import accumulated
 from mobileclip_nb.train.objective import LossSpec, objective, with_bias
 
-LIMIT = 240             # seconds a pair of processes may take; then they are ended
+LIMIT = 400             # seconds a pair of processes may take; then they are ended
 WIDTHS = (5, 7)
 TAUGHT = LossSpec(clip=.25, distill=.75, widths=WIDTHS, scales=(70., 60.))
 LOSSES = dict(plain=LossSpec(), same=LossSpec(same=True), reinforced=TAUGHT, chunked=TAUGHT.but(chunk=3, same=True), before=TAUGHT.but(clip=0., distill=1., after_softmax=False),
