@@ -54,3 +54,19 @@ def test_interrupt_and_resume(folder):
     assert done.returncode == 0 and (folder/'run'/'model.safetensors').exists(), done.stderr[-800:]
     asked = told('eval', 'run/model.safetensors', '--on', '.', '--json', cwd=folder)
     assert asked.returncode == 0 and list(json.loads(asked.stdout).values())[0]['n_images'] == 12, asked.stderr[-800:]
+
+def test_finetune_and_release(folder):
+    "A trained model learns a folder; alpha 0 writes the old weights, and what is written says which run made it"
+    import torch
+    from mobileclip_nb.checkpoint import ABOUT, create_model, read_state
+    words = ['finetune', 'mobileclip_nano', '.', '--out', 'tuned', '--scale', 'smoke', '--alpha', '0', '--json']
+    done = told(*words, cwd=folder)
+    assert done.returncode == 0 and 'measured here' in done.stderr, done.stderr[-800:]
+    state, meta = read_state(folder/'tuned'/'model.safetensors')
+    start = create_model('mobileclip_nano', 'emoji').state_dict()
+    assert torch.equal(state['image.head.weight'], start['image.head.weight'].half()) and json.loads(meta[ABOUT])['run']['alpha'] == 0
+    refused = told(*words, cwd=folder)
+    assert refused.returncode == 2 and '--resume' in refused.stderr and 'Traceback' not in refused.stderr
+    freed = told('release', 'tuned', '--out', 'new.safetensors', cwd=folder)
+    assert freed.returncode == 0 and 'finetune' in freed.stdout and not torch.equal(read_state(folder/'new.safetensors')[0]['image.head.weight'], state['image.head.weight']), freed.stderr
+    assert told('release', 'tuned', '--out', 'new.pt', cwd=folder).returncode == 2
