@@ -23,11 +23,12 @@ from .emoji import load_emoji
 from .operations import OPS
 from .replay import jpeg_head, upper_rows, view
 from .rows import opinions, row_of
+from .sampling import StreamSpec, stored
 from .shards.files import read_shard, write_shard
 from .shards.limits import Limits
 from .shards.sample import Sample, StoreSpec
 from .sources import Source, source_of
-from .stream import Stream, StreamSpec, stored
+from .stream import Stream
 from .teachers import TeacherSpec, load_teacher
 from .tokencache import TokenCache
 

@@ -214,11 +214,14 @@ def _scaled(
     short = min(-(-(top+h+8*factor)//head.block)*head.block, head.height)
     if not head.plain or blob.rstrip(b'\0')[-2:] != b'\xff\xd9': short = head.height
     small = b''.join((blob[:head.at], short.to_bytes(2, 'big'), blob[head.at+2:])) if short < head.height else blob
-    try: x = turbo.decode_jpeg(small, 'RGB', min_height=1, min_width=1, min_factor=factor, strict=short == head.height)
+    try: x = turbo.decode_jpeg(small, 'RGB', min_height=-(-short//factor), min_width=-(-head.width//factor), strict=short == head.height)
     except ValueError: return None
     fy, fx = x.shape[0]/short, x.shape[1]/head.width
-    part = x[round(top*fy):round((top+h)*fy), round(left*fx):round((left+w)*fx)]
-    return Image.fromarray(shrunk(part, side, interpolation))
+    if factor == 1: return Image.fromarray(shrunk(x[top:top+h, left:left+w], side, interpolation))
+    a, b = max(int(left*fx)-3, 0), max(int(top*fy)-3, 0)
+    part = Image.fromarray(x[b:int((top+h)*fy)+4, a:int((left+w)*fx)+4])
+    box = (left*fx-a, top*fy-b, min((left+w)*fx-a, part.width), min((top+h)*fy-b, part.height))
+    return part.resize((side, side), FILTERS[interpolation], box=box)
 
 def shrunk(
     x:np.ndarray, # uint8 `(h, w, 3)`
