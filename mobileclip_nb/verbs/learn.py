@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'recipe_of', 'told_price', 'train', 'is_captioner', 'finetune', 'teach_captioner', 'release', 'bench_latency',
-           'bench_reader']
+           'bench_reader', 'bench_efficiency']
 
 # %% ../../nbs/88_verbs.learn.ipynb #6f0a7e31
 import argparse
@@ -142,6 +142,17 @@ def bench_reader(
     answer(dict(results=[r._asdict() for r in found.results], exact=found.exact._asdict(), approximate=found.approximate._asdict()), str(found), args.json)
     return 0
 
+# %% ../../nbs/88_verbs.learn.ipynb #45496665
+def bench_efficiency(
+    args:argparse.Namespace, # `out`, `scale`, `seeds`, `limit`
+)->int: # exit status
+    "Train plain and reinforced students from one start, and print what a sample was worth; the same command again goes on"
+    from mobileclip_nb.efficiency import compare
+    if args.limit is not None and args.limit < 64: raise ValueError(f'--limit {args.limit}: the smallest batches of this comparison need 64 pictures')
+    text = compare(args.out, args.scale, args.seeds, limit=args.limit, say=say)
+    answer(dict(out=str(args.out), table=text.splitlines()), text, args.json)
+    return 0
+
 # %% ../../nbs/88_verbs.learn.ipynb #4e2bf5d6
 _RECIPE = (('--scale', dict(default='nano', choices=['smoke', 'nano', 'full'], help='length of the run')), ('--steps', flag('instead of the recipe\'s', type=int)),
            ('--seed', flag('instead of the recipe\'s', type=int)), ('--freeze', flag('image, text, or probe: what does not learn', type=str)),
@@ -159,5 +170,7 @@ VERBS:list[Verb] = [
     ('release', release, (('folder', dict(help='of a run, or one of its checkpoints')), ('--out', dict(required=True, help='a .safetensors file')), ('--raw', flag('the weights as trained, not their average')))),
     ('bench reader', bench_reader, (('--samples', dict(type=int, default=64, help='in each shard (64)')), ('--rounds', dict(type=int, default=3, help='batches each way (3)')),
         ('--side', dict(type=int, default=256, help='pixels (256)')), ('--views', dict(type=int, default=30, help='stored augmentations a sample (30)')), ('--batch', dict(type=int, default=32, help='samples a round (32)')))),
+    ('bench efficiency', bench_efficiency, (('--out', dict(default='runs/efficiency', help='folder for shards and ledger (runs/efficiency)')), ('--scale', dict(default='nano', choices=['smoke', 'nano', 'full'], help='length of the runs: full takes hours')),
+        ('--seeds', dict(nargs='+', type=int, default=[0, 1, 2], help='of starts, order and noise (0 1 2)')), ('--limit', flag('at most so many pictures', type=int)))),
     ('bench latency', bench_latency, (('--models', dict(nargs='+', default=['mci0', 'mci2'], help='rows of MCI')), ('--rounds', dict(type=int, default=20, help='rounds that count')))),
 ]
