@@ -13,11 +13,15 @@ from mobileclip_nb.image.mci import MCI, MCi
 from mobileclip_nb.mixture import Slice
 from mobileclip_nb.text.repmixer import TextRepMixer
 from mobileclip_nb.text.transformer import TextSpec
-from mobileclip_nb.train.loop import TrainSpec, train
+from functools import partial
+
+from mobileclip_nb.train.loop import TrainSpec, plain, train as train_
 from mobileclip_nb.train.state import checkpoints, load_run
+from mobileclip_nb.train.objective import LossSpec, online
 from mobileclip_nb.train.torchrun import group
 
 OLD = Path(__file__).parent/'fixtures/v1'
+train = partial(train_, watch=())        # TensorBoard takes seconds to import
 LIMIT = 240             # seconds that processes may take on a busy machine; then they are ended
 SPEC = TrainSpec(steps=8, warmup=2, lr=2e-3, ema=.9)
 
@@ -97,9 +101,12 @@ def test_killed_anywhere(tmp_path):
 
 def test_a_checkpoint_cut_short(tmp_path):
     "The one before it is taken, with a warning, and the run ends at the same numbers; with none left the error is clear"
-    def stop(m): raise MemoryError
+    def stop(model, batch, spec, calls=[]):
+        calls.append(1)
+        if len(calls) == 8: raise MemoryError            # in the middle of a step, so that nothing is saved
+        return plain(model, batch, spec)
     whole = train(small(), data(), SPEC, progress=False)
-    with pytest.raises(MemoryError): train(small(), data(), SPEC, tmp_path, stop, judge_every=7, save_every=2, progress=False)
+    with pytest.raises(MemoryError): train(small(), data(), SPEC, tmp_path, save_every=2, objective=stop, progress=False)
     newest = tmp_path/'state.pt'; newest.write_bytes(newest.read_bytes()[:-4000])
     with pytest.warns(UserWarning, match="'state.pt' cannot be read.*of step 4"): run = train(small(2), data(), SPEC, tmp_path, resume=True, progress=False)
     assert losses(run.history) == losses(whole.history) and run.new == 4 and same(run.model, whole.model)
@@ -119,9 +126,31 @@ def test_data_that_vanish(tmp_path):
     (tmp_path/'shards').mkdir(); files = Files(tmp_path/'shards')
     (tmp_path/'shards/5.tar').unlink()
     with pytest.raises(FileNotFoundError, match='5.tar'): train(small(), files, SPEC, tmp_path/'run', save_every=2, progress=False)
-    assert load_run(tmp_path/'run')['step'] == 4
+    assert load_run(tmp_path/'run')['step'] == 5         # not a step is lost, whatever save_every says
     run = train(small(1), Files(tmp_path/'shards'), SPEC, tmp_path/'run', resume=True, progress=False)
-    assert run.new == 4 and losses(run.history) == losses(train(small(), data(), SPEC, progress=False).history)
+    assert run.new == 3 and losses(run.history) == losses(train(small(), data(), SPEC, progress=False).history)
+
+def test_a_shard_that_vanishes(tmp_path, monkeypatch):
+    "The same with the reader of shards: named, saved, and the same losses when the shard is back"
+    from test_stream import SPEC as STREAM, shards
+    from mobileclip_nb.stream import Stream
+    place, spec = shards(tmp_path/'s', (24, 24, 24)), SPEC.but(steps=6, warmup=1, ema=0.)
+    def stream(memory): return Stream(place, STREAM.but(batch=12, context=8, rows=False), memory=tmp_path/memory)
+    whole = train(small(), stream('a'), spec, progress=False)
+    broken, seen = stream('b'), Stream.since
+    def since(self, step=0):
+        for k, b in enumerate(seen(self, step), step):
+            yield b
+            if k == 1:
+                for f in (tmp_path/'s').glob('*.tar'): f.rename(f.with_suffix('.gone'))
+    monkeypatch.setattr(Stream, 'since', since)
+    with pytest.raises(FileNotFoundError, match='.tar') as told: train(small(), broken, spec, tmp_path/'run', progress=False)
+    at = load_run(tmp_path/'run')['step']
+    assert 2 <= at < 6 and f'stopped after step {at} of 6; resume=True goes on' in told.value.__notes__[0]
+    monkeypatch.undo()
+    for f in (tmp_path/'s').glob('*.gone'): f.rename(f.with_suffix('.tar'))
+    again = train(small(3), stream('c'), spec, tmp_path/'run', resume=True, progress=False)
+    assert losses(again.history) == losses(whole.history) and same(again.model, whole.model)
 
 def test_savings_change_nothing():
     "Gradient checkpointing, bit for bit, statistics included; what is frozen stays, statistics included"
@@ -132,7 +161,24 @@ def test_savings_change_nothing():
     still = train(small(), data(), SPEC.but(frozen_norm=True), progress=False).raw.state_dict()
     assert all(torch.equal(t, still[n]) for n, t in start.state_dict().items() if 'running' in n) and not torch.equal(still['image.head.weight'], start.image.head.weight)
 
+def test_teachers_who_are_asked():
+    "Two teachers at training time, through the loop: the losses of the same teachers called as an objective, and scales and widths of their own"
+    asked = LossSpec(clip=.5, distill=.5, scales=(100.,), online=(('teacher_nano_a', 'emoji'), ('teacher_nano_b', 'emoji')))
+    spec = SPEC.but(steps=2, warmup=1, ema=0., loss=asked)
+    a = train(small(drop=0.), data(batch=4), spec, progress=False)
+    b = train(small(drop=0.), data(batch=4), spec, objective=online(asked), progress=False)
+    plainly = train(small(drop=0.), data(batch=4), spec.but(loss=LossSpec()), progress=False)
+    assert losses(a.history) == pytest.approx(losses(b.history), abs=1e-5) and abs(a.history[0]['loss']-plainly.history[0]['loss']) > 1e-3
+
 # Two processes.
+TAUGHT = LossSpec(clip=.25, distill=.75, widths=(5, 7), scales=(70., 60.))
+
+class Taught(Slice):
+    "With rows of two teachers"
+    def since(self, start=0):
+        rows = [torch.cat([nn.functional.normalize(torch.randn(48, w, generator=torch.Generator().manual_seed(k+w)), dim=1) for w in (5, 7)], 1) for k in range(2)]
+        for b in super().since(start): yield b._replace(image_emb=rows[0][b.index], text_emb=rows[1][b.index])
+
 JOINT = SPEC.but(steps=3, warmup=1, frozen_norm=True, lr=1e-3)
 
 def pair(tmp_path, work, *words):
@@ -163,9 +209,12 @@ def both_ways(ranks, out):
         run = go(spec, way, judge=lambda m: dict(norm=m.logit_scale.item()), ledger=out/'ledger.jsonl')
         torch.save(dict(losses=losses(run.history), norms=[r['norm'] for r in run.history], model=run.model.state_dict(), raw=run.raw.state_dict(), judged=run.judged), out/f'{way}{ranks.rank}.pt')
         try: go(spec, f'{way}-stopped', hear(1, 1)); raise AssertionError('not stopped')
-        except KeyboardInterrupt as e: assert 'stopped after step 2 of 3' in str(e), str(e)
+        except KeyboardInterrupt as e: assert 'stopped after step 1 of 3' in str(e), str(e)
         again = go(spec, f'{way}-stopped', seed=7, resume=True)
-        assert losses(again.history) == losses(run.history) and same(again.model, run.model) and again.new == 1
+        assert losses(again.history) == losses(run.history) and same(again.model, run.model) and again.new == 2
+    once, parts = (go(JOINT.but(loss=TAUGHT, accumulate=k), f'parts{k}', Taught) for k in (1, 2))
+    assert max(abs(x-y) for x, y in zip(losses(once.history), losses(parts.history), strict=True)) < 1e-4
+    assert all(torch.allclose(x, y, atol=2e-3) for x, y in zip(once.raw.parameters(), parts.raw.parameters(), strict=True))
     live = go(JOINT.but(steps=2, frozen_norm=False, sync_norm=True), 'live')            # statistics of all ranks
     assert not any('Sync' in type(m).__name__ for m in live.raw.modules())             # and the caller's model as it was
     torch.save(dict(losses=losses(live.history), raw=live.raw.state_dict()), out/f'live{ranks.rank}.pt')
@@ -200,7 +249,7 @@ def failing(ranks, out, how):
                 yield b
     train(small(drop=0.), Bad(data(), ranks.rank, ranks.world), JOINT, out/how, save_every=1, progress=False)
 
-@pytest.mark.parametrize('how,first,second', [('killed', 'Rank 0 lost another one', ''), ('raises', 'Rank 0 lost another one', 'FileNotFoundError: Nothing at 00000002.tar'),
+@pytest.mark.parametrize('how,first,second', [('killed', 'Rank 0 lost another one', ''), ('raises', "Rank 0 lost another one's data", 'FileNotFoundError: Nothing at 00000002.tar'),
                                               ('not finite', 'FloatingPointError: Step 2', 'batch_at(2) of rank 1, pictures')])
 def test_a_rank_fails(tmp_path, how, first, second):
     "Nobody hangs; the rank that failed says why, the other one that it was not itself; the last checkpoint stands"

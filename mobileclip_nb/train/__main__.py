@@ -51,13 +51,15 @@ def main(
     who = f'rank {rank} of {world}: ' if world != '1' else ''
     def say(text:str)->None: print(text, file=sys.stderr, flush=True)
     try:
+        if args.resume and not args.out: raise ValueError("--resume goes on with the run in a folder, and none is given; add --out FOLDER")
         r = asked(args)
         settings = dict(save_every=args.save_every, resume=args.resume, keep=args.keep, milestones=args.milestones, watch=args.watch, ledger=args.ledger)
         run = trained(r, args.data, args.out, own_device(args.device), args.workers, say, args.patience, not args.quiet, settings)
-    except KeyboardInterrupt as e: say(who + str(e).replace('resume=True', '--resume')); return 2
-    except (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError) as e:
+    except KeyboardInterrupt as e: say(who + (str(e) or 'interrupted').replace('resume=True', '--resume')); return 2
+    except (ValueError, TypeError, KeyError, OSError, EOFError, ImportError, FloatingPointError) as e:
         if args.debug: raise
-        say(f"{who}{type(e).__name__}: {str(e.args[0] if isinstance(e, KeyError) and e.args else e).replace('resume=True', '--resume')}")
+        told = '. '.join([str(e.args[0] if isinstance(e, KeyError) and e.args else e).rstrip('.'), *getattr(e, '__notes__', ())])
+        say(f"{who}{type(e).__name__}: {told.replace('resume=True', '--resume')}")
         return 2
     if rank == '0': print(', '.join(f'{k} {v:.4g}' for k, v in run.metrics.items()))
     return 0

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['with_same', 'plain', 'Step', 'step', 'patient', 'placed', 'advance', 'survive', 'judged', 'Trained', 'written',
-           'refused', 'prepared', 'windows', 'train']
+           'refused', 'possible', 'prepared', 'windows', 'fetched', 'stopped', 'train']
 
 # %% ../../nbs/56_train.loop.ipynb #cf675ad3
 import json, math, signal, sys, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from .accumulate import accumulated
 from .log import Log, Pace
 from .objective import objective as asked_loss, online
 from .parallel import anybody, average_rest, clip_whole, from_first, mean_over
-from .state import State, TrainSpec, begin, load_run, save_state, usable
+from .state import State, TrainSpec, begin, load_run, save_state, spoiled, usable
 from .towers import compiled, recomputed
 
 # %% ../../nbs/56_train.loop.ipynb #d5891ef1
@@ -81,7 +80,7 @@ def patient()->Iterator[list[int]]:
     wishes = []
     def hear(number:int, frame:Any)->None:
         "Note the first, obey the second"
-        if wishes: raise KeyboardInterrupt
+        if wishes: raise KeyboardInterrupt('interrupted at once: nothing was saved, and resume=True goes on from the last checkpoint')
         wishes.append(number)
     if threading.current_thread() is not threading.main_thread():
         yield wishes
@@ -132,7 +131,7 @@ def survive(
     "Take one step; if it is not finite, write down where, save the state, and stop"
     try: return advance(state, batch, spec, objective)
     except FloatingPointError as e:
-        if out: saved, _ = state.saved, save_state(state, out/'nonfinite.pt', asked or spec, data); state.saved = saved
+        if out: saved, _ = state.saved, save_state(state, out/'nonfinite.pt', asked or spec, data, whatever=True); state.saved = saved
         rows = ', '.join(str(i) for i in batch.index[:8].tolist())
         raise FloatingPointError(f"Step {state.step}: {e}, at lr={lr_at(state.step, spec):.3g} and scale={state.model.logit_scale.exp().item():.3g}. "
                                  f"The batch is batch_at({state.step})" + (f" of rank {here().rank}" if here().world > 1 else "") + f", pictures {rows}, ... "
@@ -143,14 +142,20 @@ def survive(
 def judged(
     state:State,
     judge:Callable[[nn.Module],dict[str,float]], # metrics by name
-)->dict[str,float]: # with `step`
+    save:Callable[[],None]=lambda: None, # called before an error is raised
+)->dict[str,float]: # with `step`; stands in the state, too
     "Ask `judge` in eval mode, without gradient"
-    model, ranks, found = usable(state), here(), {}
+    model, ranks, found, failed = usable(state), here(), {}, None
     training, device = model.training, next(state.model.parameters()).device
     try:
-        with torch.no_grad(): found = dict(step=state.step, **judge(model.eval())) if not ranks.rank else {}
+        with torch.no_grad(): found = {k: float(v) for k, v in judge(model.eval()).items()} if not ranks.rank else {}
+    except Exception as e: failed = e
     finally: model.train(training)
-    return found if ranks.world == 1 else json.loads(from_first(json.dumps({k: float(v) if k != 'step' else v for k, v in found.items()}).encode(), ranks, device))
+    if anybody(failed is not None, ranks, device):
+        save()
+        raise failed or ConnectionError(f"Rank {ranks.rank} stops because the judge failed on the first rank, whose own message says why")
+    state.judged.append(dict(step=state.step, **json.loads(from_first(json.dumps(found).encode(), ranks, device))))
+    return state.judged[-1]
 
 # %% ../../nbs/56_train.loop.ipynb #38d9d4b5
 class Trained(NamedTuple):
@@ -195,6 +200,16 @@ def refused(
     now = dict(getattr(getattr(batches, 'skips', None), 'counts', None) or {})
     return {k: before.get(k, 0)+now.get(k, 0) for k in sorted(before | now)}
 
+def possible(
+    spec:TrainSpec,
+    pairs:int, # a step of this rank
+    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple], # what is minimized
+)->TrainSpec: # the same
+    "Refuse what could only fail in the first step"
+    if spec.accumulate > 1 and objective is not plain: raise ValueError("accumulate cuts the loss that spec.loss asks for; with an objective of your own use accumulate=1")
+    if spec.accumulate > pairs: raise ValueError(f"accumulate={spec.accumulate} parts of {pairs} pairs; use {pairs} or fewer")
+    return spec
+
 def prepared(
     model:nn.Module, # its record knows how its pictures were normalized
     batches:Any, # a source
@@ -221,6 +236,30 @@ def windows(
     bar = tqdm(total=spec.steps*pairs, initial=state.step*pairs, unit=' images', mininterval=.5 if sys.stderr.isatty() else 10, disable=not (progress and first))
     return bar, Log(out if first and state.step < spec.steps else None, Pace(pairs, spec.steps), state.history, state.judged, spec.to_dict(), watch)
 
+# %% ../../nbs/56_train.loop.ipynb #98d7db2a
+def fetched(
+    stream:Iterator[Batch],
+    wishes:list[int], # of `patient`; with one nothing is fetched any more
+)->tuple[Batch|None,Exception|None]: # one of them is there, unless there are wishes
+    "The next batch, or why there is none"
+    try: return (None, None) if wishes else (next(stream), None)
+    except StopIteration: return None, EOFError("The source has no more batches, and the run has steps left. A source gives batches without end; give it more data, or ask for fewer steps")
+    except Exception as e: return None, e
+
+def stopped(
+    state:State, # between two steps
+    steps:int, # of the whole run
+    failed:Exception|None, # why this rank has no batch
+    wished:bool, # whether this rank heard an interrupt
+    out:Path|None, # the run's folder
+    device:torch.device, # where the group communicates
+)->BaseException: # to be raised
+    "Say why a run stops before its end, and where"
+    where = f"stopped after step {state.step} of {steps}" + ("; resume=True goes on" if out and state.step else "")
+    if failed: failed.add_note(f"The run is {where}")
+    if not anybody(failed is not None, here(), device): return KeyboardInterrupt(where)
+    return failed or (KeyboardInterrupt(where) if wished else ConnectionError(f"Rank {here().rank} lost another one's data, whose own message says why; {where}"))
+
 # %% ../../nbs/56_train.loop.ipynb #bd6442bf
 def train(
     model:nn.Module, # is changed
@@ -240,25 +279,25 @@ def train(
     watch:Sequence[str]|None=None, # `tensorboard`, `wandb`; None: TensorBoard where it is installed
 )->Trained:
     "Train in place, with checkpoints, judgement and a log; resumes to the same numbers (MobileCLIP Table 12)"
-    if spec.accumulate > 1 and objective is not plain: raise ValueError("accumulate cuts the loss that spec.loss asks for; with an objective of your own use accumulate=1")
     out, ranks = Path(out) if out else None, here()
-    state = begin(model, spec, batches.id, out, resume)
+    state = begin(model, possible(spec, batches.batch, objective), batches.id, out, resume)
     begun, before, device, pairs = state.step, dict(state.skips), next(state.model.parameters()).device, batches.batch*ranks.world
     (stream, asked), (bar, log) = prepared(model, batches, spec, begun), windows(state, spec, pairs, out, progress, watch)
     def due(every:int)->bool: return state.step == spec.steps or bool(every) and state.step % every == 0
+    def save()->None:
+        if out and state.step != begun: save_state(state, out/'state.pt', spec, batches.id, keep, milestones)
     with torch.random.fork_rng(), patient() as wishes, recomputed(state.model, spec.checkpointing), compiled(state.model, spec.compile), log, bar:
-        last = time.perf_counter()
-        for batch in islice(stream, spec.steps-begun):
-            wait = time.perf_counter()-last
-            row = log.step(survive(state, batch, asked, objective, out, batches.id, spec) | dict(wait=wait))
+        while state.step < spec.steps:
+            start = time.perf_counter()
+            batch, failed = fetched(stream, wishes)
+            if anybody(bool(wishes) or failed is not None, ranks, device): save(); raise stopped(state, spec.steps, failed, bool(wishes), out, device)
+            row = log.step(survive(state, batch, asked, objective, out, batches.id, spec) | dict(wait=time.perf_counter()-start-state.history[-1]['seconds']))
             bar.update(pairs); bar.set_postfix(loss=f"{row['loss']:.3f}", step=state.step, refresh=False)
-            if judge and due(judge_every): state.judged.append(judged(state, judge)); log.judged(state.judged[-1])
-            state.skips, stop = refused(batches, before), anybody(bool(wishes), ranks, device)
-            if out and (stop or due(save_every)): save_state(state, out/'state.pt', spec, batches.id, keep, milestones)
-            if stop and state.step < spec.steps: raise KeyboardInterrupt(f"stopped after step {state.step} of {spec.steps}" + ("; resume=True goes on" if out else ""))
-            last = time.perf_counter()
-    if judge and state.step == begun: state.judged.append(judged(state, judge))         # nothing was left to do but to judge
-    best, raw = usable(state), usable(state, False)
-    run = Trained(best.eval(), raw.eval(), state.history, state.judged, spec, batches.id, batches.batch, state.step-begun, ranks.world, state.skips)
+            state.skips = refused(batches, before)
+            if judge and due(judge_every): log.judged(judged(state, judge, save))
+            if due(save_every): save()
+    if judge and state.step == begun: judged(state, judge)                              # nothing was left to do but to judge
+    if lost := spoiled(state): raise FloatingPointError(f"The run has ended with numbers that are not finite in {lost}. Try a lower lr")
+    run = Trained(usable(state).eval(), usable(state, False).eval(), state.history, state.judged, spec, batches.id, batches.batch, state.step-begun, ranks.world, state.skips)
     if ledger and run.new and not ranks.rank: written(run, ledger, name)
     return run

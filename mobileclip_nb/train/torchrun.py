@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ..core import pick_device
 from ..gather import Ranks, here
 from .loop import Trained, train
-from .recipe import Recipe, captions_of, learner, source
+from .recipe import Note, Recipe, captions_of, learner, source, write_note
 
 # %% ../../nbs/57_train.torchrun.ipynb #4256bf1f
 def own_device(
@@ -38,7 +38,10 @@ def group(
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: yield here(); return
     cuda = device.startswith('cuda')
     if cuda: torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=minutes))
+    try: dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=minutes))
+    except (RuntimeError, ValueError) as e:
+        where = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT is not set)')}"
+        raise ConnectionError(f"The ranks cannot meet at {where} ({str(e).splitlines()[0][:160]}). Start them by torchrun, and choose another port if this one is in use: torchrun --master-port") from e
     try: yield here()
     except RuntimeError as e:
         if not any(s in str(e) for s in ('onnection', 'gloo', 'NCCL', 'imed out')): raise
@@ -64,4 +67,5 @@ def trained(
         found = source(r, data, ranks, workers, say=tell, progress=progress and first)
         model = learner(r, captions_of(found)).to(device)
         if ranks.world > 1: tell(f"{ranks.world} ranks, each with {found.batch} pairs a step, {r.train.parallel} on {device.split(':')[0]}")
+        if out and first: write_note(out, Note(r, model.record, str(data or r.data)))
         return train(model, found, r.train, out, progress=progress, name=r.name, **settings or {})
