@@ -35,6 +35,9 @@ class OptimSpec(Spec):
     def __post_init__(self)->None:
         if min(self.steps, self.warmup, self.hold) < 0 or self.warmup+self.hold > self.steps:
             raise ValueError(f"warmup={self.warmup} and hold={self.hold} do not fit into steps={self.steps}. Shorten them or train longer")
+        for k in ('lr', 'lr_end', 'decay', 'clip', 'eps'):
+            if not getattr(self, k) >= 0: raise ValueError(f"{k}={getattr(self, k)} is below 0, which would walk uphill or push weights away; use 0 or more")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.scale_max > 0): raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} lie from 0 to 1 (excluded), scale_max={self.scale_max} above 0")
 
 # %% ../nbs/53_optim.ipynb #0477cba6
 def lr_at(

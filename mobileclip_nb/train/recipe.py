@@ -232,8 +232,10 @@ def _shards(r:Recipe, place:str, pairs:int, rec:Record, ranks:tuple[int,int], wo
     known, asked = source_of(place), r.train.loss
     if known.augment is None and r.reader.views == 'stored' and r.name in ROWS:
         known = source_of(place, augment=DATACOMPDR); say(f"Nothing beside {place} tells what its augmentations mean; taken as DataCompDR's")
+    if asked.distill and not asked.online and known.augment is None and not known.widths:
+        raise ValueError(f"Nothing beside {Path(place).name!r} tells of stored augmentations and teachers, and {r.name} learns from both. Plain shards: `mobileclip reinforce` them first, or take nano-emoji; published shards: take a published recipe")
     if asked.distill and not asked.online and known.widths and known.widths != asked.widths:
-        raise ValueError(f"{place}: its teachers' rows are {known.widths} wide and the recipe expects {asked.widths}. Use --set train.loss.widths={list(known.widths)} and scales to match, or another recipe")
+        raise ValueError(f"{place}: its teachers' rows are {known.widths} wide and the recipe expects {asked.widths}. Use --set 'train.loss.widths={list(known.widths)}' and train.loss.scales to match, or another recipe")
     spec = r.reader.but(batch=pairs, context=rec.context_length, seed=r.stream.seed, side=rec.pixels.side, mean=rec.pixels.mean, std=rec.pixels.std)
     return Stream(known, spec, ranks, workers)
 
