@@ -9,6 +9,7 @@ __all__ = ['LEDGER', 'SHIPPED', 'emoji_ids', 'emoji_judge', 'seen_judge', 'Fit',
 # %% ../nbs/84_recipes.ipynb #8c46133b
 import copy, time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from .core import near, pick_device, sha256
 from .emoji import HANDS, TEMPLATES, concepts, load_emoji
 from .eval.retrieval import Judge
 from .ledger import append, code_version, read, record as run_record, spread
+from .reinforce.folder import alone
 from .text.tokens import ids_in_use
 from .train.loop import Trained, train
 from .train.recipe import PROMPTS, Note, Recipe, as_batches, captions_of, learner, load_data, read_note, recipe, write_note
@@ -79,9 +81,11 @@ def fit(
     "Train what a recipe says on these data (MobileCLIP Table 12)"
     found = as_batches(r, data) if isinstance(data, PairData) else data
     model = (learner(r, captions_of(found)) if start is None else start).to(pick_device(device or 'cpu'))
-    if out: write_note(out, Note(r, model.record, place, started))
     how = {} if objective is None else dict(objective=objective)
-    run = train(model, found, r.train, out, judge, judge_every, save_every=200, resume=resume, progress=progress, **how)
+    if out: Path(out).mkdir(parents=True, exist_ok=True)
+    with alone(str(out)) if out else nullcontext():                                     # two runs in one folder would overwrite each other's checkpoints
+        if out: write_note(out, Note(r, model.record, place, started))
+        run = train(model, found, r.train, out, judge, judge_every, save_every=200, resume=resume, progress=progress, **how)
     metrics = run.metrics | ({} if getattr(found, 'skips', None) is None else dict(skipped=found.skips.total))
     if ledger and run.new: append(ledger, run_record(r.name, r, metrics, r.train.seed, metrics['seconds'], str(next(model.parameters()).device), scale))
     return Fit(run.model, run, r)
@@ -115,14 +119,12 @@ def from_run(
     note, held = read_note(out if out.is_dir() else out.parent), load_run(out)
     average = which == 'ema' and held['ema'] is not None
     model = build(note.record, empty=True)
-    state = held['ema' if average else 'model']
-    bias = state.pop('logit_bias', None)                                        # of the sigmoid loss: a ranking does without it, and so do weight files
-    model.load_state_dict(state)
+    model.load_state_dict(held['ema' if average else 'model'])
     r = note.recipe
     run = Trained(model, model, held['history'], held['judged'], held['spec'], held['data'], r.stream.batch, 0)
     metrics = {k: v for k, v in run.metrics.items() if k not in ('seconds', 'images_per_s')}
     said = dict(recipe=r.name, recipe_id=r.id, spec_id=held['spec'].id, seed=r.train.seed, data=Path(note.data).name, data_id=held['data'], start=note.start, step=held['step'],
-                steps=r.train.steps, weights='ema' if average else 'raw', metrics=metrics) | ({} if bias is None else dict(logit_bias=bias.item()))
+                steps=r.train.steps, weights='ema' if average else 'raw', metrics=metrics)
     return model.eval(), said
 
 def release(
