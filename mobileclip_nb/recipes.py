@@ -119,12 +119,14 @@ def from_run(
     note, held = read_note(out if out.is_dir() else out.parent), load_run(out)
     average = which == 'ema' and held['ema'] is not None
     model = build(note.record, empty=True)
-    model.load_state_dict(held['ema' if average else 'model'])
+    state = held['ema' if average else 'model']
+    bias = state.pop('logit_bias', None)                                        # of the sigmoid loss: a ranking does without it, and so do weight files
+    model.load_state_dict(state)
     r = note.recipe
     run = Trained(model, model, held['history'], held['judged'], held['spec'], held['data'], r.stream.batch, 0)
     metrics = {k: v for k, v in run.metrics.items() if k not in ('seconds', 'images_per_s')}
     said = dict(recipe=r.name, recipe_id=r.id, spec_id=held['spec'].id, seed=r.train.seed, data=Path(note.data).name, data_id=held['data'], start=note.start, step=held['step'],
-                steps=r.train.steps, weights='ema' if average else 'raw', metrics=metrics)
+                steps=r.train.steps, weights='ema' if average else 'raw', metrics=metrics) | ({} if bias is None else dict(logit_bias=bias.item()))
     return model.eval(), said
 
 def release(
