@@ -57,7 +57,7 @@ def price(
 )->str: # one line
     "What runs will cost, from the speed of four steps here"
     s = specs[0].but(arm=ARMS['reinforced'], longer=1)
-    rate = run(s.but(train=s.train.but(steps=4, warmup=1), every=4), sets, lambda model: {})['images_per_s']
+    rate = run(s.but(train=s.train.but(steps=4, warmup=1), every=4), sets, lambda model: dict(heldout_r1=0.))['images_per_s']
     samples = sum(x.train.steps*x.batch for x in specs)
     return f'{samples:,} samples in {len(specs)} runs: about {samples/rate/3600:.1f} hours at {rate:.0f} samples/s, measured here in four steps'
 

@@ -7,8 +7,8 @@ __all__ = ['RECIPES', 'EMOJI', 'PROMPTS', 'NOTE', 'Recipe', 'record_of', 'with_f
            'load_data', 'learner', 'as_batches', 'source', 'captions_of', 'opened', 'Held', 'Price', 'sized', 'lasting',
            'price', 'held_by', 'published_data', 'Note', 'read_note', 'write_note']
 
-# %% ../../nbs/56_train.recipe.ipynb #3bba79d2
-import json
+# %% ../../nbs/56_train.recipe.ipynb #3323cb4d
+import json, re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from ..sources import source_of
 from ..spec import Spec, plain
 from ..stream import Stream, StreamSpec
 from ..text.tokens import ids_in_use
-from .objective import LossSpec
+from .objective import LossSpec, with_bias
 from .state import TrainSpec
 from ..zoo import Record, build, image_spec, kept_ids, record
 
@@ -91,6 +91,7 @@ def with_fields(
 
 def _value(text:str)->Any:
     "Read JSON, or take the text as it is; a list becomes a tuple"
+    text = re.sub(r'^(-?)\.', r'\g<1>0.', text)
     try: v = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text))
     except ValueError: return text
     return tuple(v) if isinstance(v, list) else v
@@ -181,7 +182,7 @@ def learner(
         model = build(rec if r.drop is None else rec.but(image=image_spec(rec).but(drop=r.drop)))
     model.record = rec
     if ids: model.text.token.keep(ids)
-    return model
+    return with_bias(model) if r.train.loss.kind == 'sigmoid' else model
 
 # %% ../../nbs/56_train.recipe.ipynb #89992508
 def as_batches(
