@@ -159,7 +159,7 @@ def draw(
     "Draw accuracy against samples seen, or against wall time"
     runs = list(runs)
     with style():
-        fig = figure(2.3*len(noises)+.4, 2.3); axes = fig.subplots(1, len(noises), sharey=True, squeeze=False)[0]
+        fig = figure(2.1*len(noises)+1.8, 2.3); axes = fig.subplots(1, len(noises), sharey=True, squeeze=False)[0]
         for ax, noise in zip(axes, noises):
             for name, color in zip(arms, ('orange', 'blue', 'green', 'red', 'black', 'sky')):
                 if (c := curves(runs, name, noise)) is None: continue
@@ -168,7 +168,7 @@ def draw(
                 ax.plot(xs, 100*c.r1.mean(0), color=COLORS[color], label=name)
                 if name == 'plain': ax.axhline(100*c.r1[:, -1].mean(), color=COLORS[color], linestyle='--', linewidth=.8)
             ax.set(title=f'{noise:.0%} wrong captions', xlabel='seconds of steps' if time else 'thousand samples seen')
-        axes[0].set_ylabel('held-out recall@1, %'); axes[0].legend(loc='upper left')
+        axes[0].set_ylabel('held-out recall@1, %'); axes[-1].legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../nbs/83_efficiency.ipynb #33868a93
