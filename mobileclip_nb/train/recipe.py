@@ -91,8 +91,7 @@ def with_fields(
 
 def _value(text:str)->Any:
     "Read JSON, or take the text as it is; a list becomes a tuple"
-    text = re.sub(r'^(-?)\.', r'\g<1>0.', text)
-    try: v = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text))
+    try: v = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, re.sub(r'^(-?)\.', r'\g<1>0.', text)))
     except ValueError: return text
     return tuple(v) if isinstance(v, list) else v
 
@@ -298,8 +297,7 @@ def price(
     memory:bool=False, # the data are read once, and then in memory
 )->Price:
     "What a run will look at, read and take"
-    samples = r.train.steps*r.stream.batch
-    passes = samples/held.samples if held.samples else None
+    samples = r.train.steps*r.stream.batch; passes = samples/held.samples if held.samples else None
     read = held.bytes if memory or held.bytes is None or passes is None else int(held.bytes*passes)
     return Price(r.train.steps, r.stream.batch, samples, passes, held.bytes, read, rate, samples/rate/3600 if rate else None, assumed)
 

@@ -53,6 +53,7 @@ def told_skips(
     say(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in skips.items())}; `mobileclip shards verify` names each")
     return 1
 
+# %% ../../nbs/88_verbs.learn.ipynb #bd2c55ad
 def train(
     args:argparse.Namespace, # `data`, `out`, `resume`, `device`, `workers`, `price`, `rate`, and those of `recipe_of`
 )->int: # exit status
