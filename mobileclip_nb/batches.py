@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STILL', 'PairData', 'decoded', 'pair_data', 'from_pairs', 'seeded', 'Jitter', 'Draws', 'draw', 'jittered',
-           'BatchSpec', 'Batch', 'Texts', 'tokenized', 'stream_id', 'Batches']
+           'BatchSpec', 'Batch', 'Texts', 'tokenized', 'picked', 'as_input', 'stream_id', 'Batches']
 
 # %% ../nbs/52_batches.ipynb #be3eff14
 import hashlib, json, math, zlib
@@ -184,6 +184,25 @@ def tokenized(
     count = torch.tensor([len(cs) for cs in captions])
     return Texts(table[:, label], label, count.cumsum(0)-count, count)
 
+# %% ../nbs/52_batches.ipynb #49eba108
+def picked(
+    texts:Texts,
+    index:Tensor, # `(B,)` which pictures
+    u:Tensor, # `(B,)` drawn, 0–1
+)->Tensor: # `(B,)` places in `texts`
+    "One caption of each picture"
+    return texts.first[index] + (u*texts.count[index]).long()
+
+def as_input(
+    images:Tensor, # uint8 `(B, S, S, 3)`
+    spec:BatchSpec, # its jitter, mean and std
+    generator:torch.Generator, # on the CPU; not touched by `STILL`
+)->Tensor: # float `(B, 3, S, S)`, normalized
+    "Jitter and normalize a batch of pictures"
+    x = images.permute(0, 3, 1, 2)/255
+    if spec.jitter != STILL: x = jittered(x, draw(spec.jitter, len(x), generator))
+    return (x-torch.tensor(spec.mean)[:, None, None])/torch.tensor(spec.std)[:, None, None]
+
 # %% ../nbs/52_batches.ipynb #9d09f197
 def stream_id(
     data:PairData,
@@ -228,12 +247,9 @@ class Batches:
         epoch, k = divmod(step, self.per_epoch)
         index = self.order(epoch)[k*self.batch:(k+1)*self.batch]
         g, s, t = seeded(self.spec.seed, 'batch', step), self.spec, self.texts
-        caption = t.first[index] + (torch.rand(len(index), generator=g)*t.count[index]).long()
+        caption = picked(t, index, torch.rand(len(index), generator=g))
         template = torch.randint(len(s.templates), (len(index),), generator=g)
-        x = self.data.images[index].permute(0, 3, 1, 2)/255
-        if s.jitter != STILL: x = jittered(x, draw(s.jitter, len(index), g))
-        x = (x-torch.tensor(s.mean)[:, None, None])/torch.tensor(s.std)[:, None, None]
-        return Batch(x, t.tokens[template, caption].long(), index, t.label[caption])
+        return Batch(as_input(self.data.images[index], s, g), t.tokens[template, caption].long(), index, t.label[caption])
 
     def since(self,
         step:int=0, # the first that is wanted

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .augment import AugmentSpec, apply, unpack
-from .batches import STILL, Batch, Batches, BatchSpec, Jitter, Texts, draw, jittered, seeded, tokenized
+from .batches import STILL, Batch, Batches, BatchSpec, Jitter, as_input, picked, seeded, tokenized
 from .core import near
 from .shards.files import Skips, read_shard
 from .shards.limits import Faulty
@@ -172,10 +172,6 @@ class ViewSpec(BatchSpec):
     jitter:Jitter=STILL # on top of the stored augmentation, which no teacher saw
     synthetic:bool=True # whether a batch carries a synthetic caption beside the true one
 
-def _pick(texts:Texts, index:Tensor, u:Tensor)->Tensor:
-    "One caption of each picture"
-    return texts.first[index] + (u*texts.count[index]).long()
-
 def _row(rows:Tensor|None, at:Tensor|tuple[Tensor,...])->Tensor|None:
     "Some rows, float32"
     return None if rows is None else rows[at].float()
@@ -214,11 +210,9 @@ class ViewBatches(Batches):
         u = torch.rand(3, n, generator=g)
         view = (u[0]*v.images.shape[1]).long()
         template = torch.randint(len(s.templates), (n,), generator=g)
-        caption = _pick(self.texts, index, u[1])
-        x = v.images[index, view].permute(0, 3, 1, 2)/255
-        if s.jitter != STILL: x = jittered(x, draw(s.jitter, n, g))
-        x = (x-torch.tensor(s.mean)[:, None, None])/torch.tensor(s.std)[:, None, None]
+        caption = picked(self.texts, index, u[1])
+        x = as_input(v.images[index, view], s, g)
         out = Batch(x, self.texts.tokens[template, caption].long(), index, self.texts.label[caption], image_emb=_row(v.image_rows, (index, view)), text_emb=_row(v.text_rows, caption))
         if not self.syn: return out
-        said = _pick(self.syn, index, u[2])
+        said = picked(self.syn, index, u[2])
         return out._replace(syn=self.syn.tokens[0, said].long(), syn_label=self.syn.label[said], syn_emb=_row(v.syn_rows, said))
