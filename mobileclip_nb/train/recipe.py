@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'EMOJI', 'PROMPTS', 'NOTE', 'Recipe', 'record_of', 'with_fields', 'of_row', 'recipe', 'has_shards',
            'load_data', 'learner', 'as_batches', 'source', 'captions_of', 'opened', 'Held', 'Price', 'sized', 'lasting',
-           'price', 'held_by', 'published_data', 'Note', 'read_note', 'write_note']
+           'price', 'held_by', 'published_data', 'Note', 'read_note', 'differences', 'write_note']
 
 # %% ../../nbs/56_train.recipe.ipynb #3323cb4d
 import json, re
@@ -219,6 +219,7 @@ def source(
     "Open what a recipe shall learn from"
     rec, found, (rank, world) = rec or record_of(r), parts(str(data or r.data)), ranks
     if r.stream.batch % world: raise ValueError(f"batch={r.stream.batch} does not divide among {world} ranks; use --set stream.batch={max(r.stream.batch//world, 1)*world}")
+    for p in found: _taught(r, p.place)
     held = [None if has_shards(p.place) else load_data(p.place, rec.pixels.side, r.skin_tones, say, progress, rec.pixels.resize) for p in found]
     counts = _counts(r.stream.batch, [p.weight for p in found], [d and len(d.images) for d in held], world)
     if sum(counts) < r.stream.batch: say(f'{sum(counts)} pairs a step instead of {r.stream.batch}: there are ' + ', '.join(f'{len(d.images)} pictures in {p.place}' for d, p in zip(held, found) if d))
@@ -226,6 +227,12 @@ def source(
             for p, d, n in zip(found, held, counts) for b in [d and as_batches(r, d, n, rec)]]
     whole_ = each[0] if len(each) == 1 else Mixture(each, [p.place for p in found])
     return Ranged(whole_, r.psnr, r.train.steps, r.stream.seed, rec.pixels.mean, rec.pixels.std) if r.psnr else whole_
+
+def _taught(r:Recipe, place:str)->None:
+    "Refuse pictures with captions alone where the recipe learns from teachers' rows"
+    if not r.train.loss.distill or r.train.loss.online or not (place in EMOJI or Path(place).exists()) or has_shards(place): return
+    raise ValueError(f"{place!r} holds pictures with captions, and {r.name} learns from teachers' rows, which only reinforced shards have. Make some: `mobileclip shards build {place} PLAIN`, "
+                     f"then `mobileclip reinforce PLAIN RICH`, and train on RICH; or take a recipe without teachers, such as nano-emoji")
 
 def _shards(r:Recipe, place:str, pairs:int, rec:Record, ranks:tuple[int,int], workers:int, say:Callable[[str],None])->Stream:
     "Open shards; published ones, which say nothing of themselves, are taken as DataCompDR's"
@@ -274,15 +281,15 @@ class Price(NamedTuple):
     assumed:str='' # where the rate comes from, if it was not measured here
 
     def __str__(self)->str:
-        first = f'{self.steps:,} steps of {self.batch:,}: {self.samples:,} pairs' + (f', {self.passes:.3g} passes over the data' if self.passes else '')
+        first = f'{self.steps:,} steps of {self.batch:,}: {self.samples:,} pairs' + (f', {self.passes:{",.0f" if self.passes >= 100 else ".3g"}} passes over the data' if self.passes else '')
         data = f'{sized(self.stored)} of data, {sized(self.read)} to read' if self.stored is not None else 'data of unknown size'
         time = f'{lasting(self.hours)} at {self.rate:,.0f} images/s ({self.assumed or "measured here, in a few steps"})' if self.rate else 'no rate known, so no hours'
         return f'{first}\n{data}\n{time}'
 
 def sized(n:float, unit:str='B')->str:
     "Bytes, with three digits"
-    for prefix in ('', 'k', 'M', 'G', 'T'):
-        if n < 1000 or prefix == 'T': return f'{n:.3g} {prefix}{unit}'
+    for prefix in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
+        if n < 999.5 or prefix == 'E': return f'{n:.0f} {prefix}{unit}' if n >= 99.95 else f'{n:.3g} {prefix}{unit}'
         n /= 1000
 
 def lasting(hours:float)->str:
@@ -344,6 +351,16 @@ def read_note(
     d = json.loads(at.read_text(encoding='utf-8'))
     return Note(Recipe.from_dict(d['recipe']), Record.from_dict(d['record']), d['data'], d['start'])
 
+def differences(
+    was:Recipe, # of a run that has begun
+    now:Recipe, # what is asked for
+)->list[str]: # `train.steps=41 (was 40)`: a field as `--set` names it; the lengths of other sizes do not count
+    "Name the settings in which two recipes differ"
+    def flat(v:Any, path:str='')->dict[str,Any]:
+        return {k: x for name, y in v.items() for k, x in flat(y, f'{path}.{name}'.lstrip('.')).items()} if isinstance(v, dict) else {path: v}
+    a, b = flat(was.to_dict()), flat(now.to_dict())
+    return [f'{k}={b.get(k)!r} (was {a.get(k)!r})' for k in {**a, **b} if k not in SCALES and a.get(k) != b.get(k)]
+
 def write_note(
     out:str|Path, # a run's folder; made if need be
     note:Note,
@@ -351,8 +368,7 @@ def write_note(
     "Write what a run is into its folder; another run's folder is refused"
     at = Path(out)/NOTE
     if at.is_file() and (Path(out)/'state.pt').exists():
-        was, now = ({k: v for k, v in plain(n._asdict()).items()} for n in (read_note(out), note))
-        other = [f'{k}={now["recipe"][k]!r} (was {was["recipe"][k]!r})' for k in now['recipe'] if k != 'train' and now['recipe'][k] != was['recipe'].get(k)]
-        other += [f'{k} {now[k]!r} (was {was[k]!r})' for k in ('data', 'start') if now[k] != was[k]]
+        was = read_note(out)
+        other = differences(was.recipe, note.recipe) + [f'{k} {getattr(note, k)!r} (was {getattr(was, k)!r})' for k in ('data', 'start') if getattr(note, k) != getattr(was, k)]
         if other: raise ValueError(f"The run in {Path(out).name!r} is another: {'; '.join(other)}. Ask for the same to go on, or choose another folder")
     with whole(at) as tmp: tmp.write_text(json.dumps(plain(note._asdict()), indent=1, sort_keys=True) + '\n', encoding='utf-8')
