@@ -22,7 +22,7 @@ from .gather import here
 from .pixels import Pixels
 from .recipes import Fit, fit, from_run
 from .text.tokens import ids_in_use
-from .train.objective import encode, loss_of
+from .train.objective import encode, loss_of, taught
 from .train.recipe import NOTE, PROMPTS, Recipe, captions_of, source
 from .train.state import TrainSpec
 from .zoo import build, record
@@ -100,7 +100,7 @@ class Keeping:
         "Fill the batch with what the earlier self thinks, and compare"
         self.start.to(batch.image.device)
         with torch.no_grad(): old = self.start(batch.image, batch.text)
-        asked = spec.but(loss=spec.loss.but(distill=self.weight, widths=(old.image.shape[1],), scales=(old.scale.item(),)))
+        asked = taught(spec, (old.image.shape[1],), (old.scale.item(),), distill=self.weight)
         return loss_of(encode(model, batch, asked), batch._replace(image_emb=old.image, text_emb=old.text), asked, here())
 
 # %% ../nbs/86_finetune.ipynb #be142253

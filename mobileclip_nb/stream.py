@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHUNK', 'Chunk', 'Failure', 'Readers', 'Notes', 'Shards', 'Stream']
 
-# %% ../nbs/53_stream.ipynb #e963ac3f
-import hashlib, json, signal
+# %% ../nbs/53_stream.ipynb #35c8e1d0
+import hashlib, json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .archive import Archives, Index, index_of
-from .batches import Batch
+from .batches import Batch, normalized
 from .core import cache_dir
 from .order import Mix, Order, Slot
 from .places import name_of
@@ -27,6 +27,7 @@ from .shards.files import Skips
 from .shards.limits import Faulty
 from .sources import Source, source_of
 from .tokencache import TokenCache
+from .workers import loyal
 
 # %% ../nbs/53_stream.ipynb #17134f9a
 class Chunk(NamedTuple):
@@ -75,9 +76,9 @@ def _absent(index:Index, n:int)->tuple[str,str]: # reason, detail
     reason = max(index.skips['counts'], key=index.skips['counts'].get, default='missing')
     return reason, f'the manifest promises {n} samples, and {len(index.keys)} can be read'
 
-def _deaf(worker:int)->None:
-    "A reading process does not hear Ctrl-C, which the process that started it answers"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin(worker:int)->None:
+    "A reading process leaves it to the loop to answer Ctrl-C and SIGTERM, ends with it, and computes on one thread"
+    loyal()
     torch.set_num_threads(1)
 
 # %% ../nbs/53_stream.ipynb #eda3c0d8
@@ -228,7 +229,7 @@ class Stream(Shards):
         sizes = [sum(n for *_, n in group)//self.ranks[1]+1 for group in self.shards]
         p = _Pass([o.since(int(k)) for o, k in zip(self.orders(), self.mix.drawn(step*self.batch))], self.mix, self.notes, sizes)
         tasks = p.tasks(step*self.batch)
-        done = iter(DataLoader(self.readers, None, sampler=_Endless(tasks), num_workers=self.workers, prefetch_factor=4, worker_init_fn=_deaf)) if self.workers else map(self.readers.__getitem__, tasks)
+        done = iter(DataLoader(self.readers, None, sampler=_Endless(tasks), num_workers=self.workers, prefetch_factor=4, worker_init_fn=_begin)) if self.workers else map(self.readers.__getitem__, tasks)
         try:
             while True:
                 which = self.mix.draws(step*self.batch, self.batch); step += 1
@@ -246,9 +247,7 @@ class Stream(Shards):
         fields['index'] = torch.tensor([int(starts[first[g]+s.shard])+s.i for g, group in enumerate(parts) for slots, _ in group for s in slots])
         if len(parts) > 1: fields = {f: x[back] for f, x in fields.items()}
         self.skips.kept += self.batch
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.spec.mean, self.spec.std))
-        fields['image'] = fields['image'].permute(0, 3, 1, 2).div(255*std)
-        if any(self.spec.mean): fields['image'].sub_(mean/std)
+        fields['image'] = normalized(fields['image'], self.spec.mean, self.spec.std)
         if 'syn' not in fields: fields.pop('syn_label', None)
         return Batch(**{f: x.long() if f in ('text', 'syn') else x for f, x in fields.items()})
 

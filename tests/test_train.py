@@ -152,6 +152,64 @@ def test_a_shard_that_vanishes(tmp_path, monkeypatch):
     again = train(small(3), stream('c'), spec, tmp_path/'run', resume=True, progress=False)
     assert losses(again.history) == losses(whole.history) and same(again.model, whole.model)
 
+# Signals to a whole group of processes, the loop's and its readers': what a cluster or torchrun sends.
+def grouped(out, tokens=None):
+    "Train from shards with two readers"
+    from test_stream import SPEC as STREAM
+    from mobileclip_nb.stream import Stream
+    torch.set_num_threads(1)
+    reader = Stream(out/'s', STREAM.but(batch=12, context=8, rows=False), workers=2, memory=out/'m', tokens=tokens)
+    try: train(small(), reader, SPEC.but(steps=100_000), out/'run', progress=False)
+    except KeyboardInterrupt as e: print(f'stopped well: {e}', file=sys.stderr, flush=True)
+
+def sleeper(texts, context): time.sleep(600)            # a read that hangs
+
+def group_of(pgid):
+    "Processes of a group that are no zombies"
+    stats = [p.read_text().rpartition(')')[2].split() for p in Path('/proc').glob('[0-9]*/stat') if p.exists()]
+    return sum(int(s[2]) == pgid and s[0] != 'Z' for s in stats)
+
+def until(what, seconds=60):
+    deadline = time.time()+seconds
+    while not what() and time.time() < deadline: time.sleep(.02)
+    return what()
+
+@pytest.fixture
+def band(tmp_path):
+    "Start a program in a group of its own, wait until it is at work, and end what a test has left of it"
+    from test_stream import shards
+    shards(tmp_path/'s', (24, 24)); log, ps = tmp_path/'run/log.jsonl', []
+    def start(tokens='None'):
+        code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_train import *\nif __name__ == "__main__": grouped(Path({str(tmp_path)!r}), {tokens})'
+        with open(tmp_path/'said', 'a') as f: ps.append(subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stderr=f, start_new_session=True))
+        def busy(): return group_of(ps[0].pid) >= 3 and (tokens != 'None' or log.exists() and len(log.read_text().splitlines()) > 3)
+        assert until(busy), (tmp_path/'said').read_text()
+        return ps[0]
+    yield start
+    for p in ps:
+        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks for processes in /proc')
+@pytest.mark.parametrize('numbers', [(signal.SIGTERM,), (signal.SIGTERM,)*2, (signal.SIGINT,)], ids=['TERM', 'twice', 'INT'])
+def test_a_signal_to_the_group(tmp_path, band, numbers):
+    "The readers do not die before the loop, which saves its last step and says so, and nobody else says a word; Slurm and torchrun together send it twice"
+    p = band()
+    for n in numbers: os.killpg(p.pid, n); time.sleep(.005)
+    assert p.wait(60) == 0 and until(lambda: not group_of(p.pid), 4), (tmp_path/'said').read_text()
+    said, step = (tmp_path/'said').read_text().splitlines(), load_run(tmp_path/'run')['step']
+    assert said == [f'stopped well: stopped after step {step} of 100000; resume=True goes on'], said
+    assert len((tmp_path/'run/log.jsonl').read_text().splitlines()) == step
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks for processes in /proc')
+@pytest.mark.parametrize('tokens', ('None', 'sleeper'))
+def test_readers_end_with_the_loop(band, tokens):
+    "kill -9 to the loop's process alone: no reader is left, in the middle of a read or not"
+    p = band(tokens)
+    if tokens == 'sleeper': time.sleep(1)                   # the readers are in the read that hangs
+    p.kill(); p.wait()
+    assert until(lambda: not group_of(p.pid), 4)
+
 def test_savings_change_nothing():
     "Gradient checkpointing, bit for bit, statistics included; what is frozen stays, statistics included"
     a, b = (train(small(), data(), SPEC.but(checkpointing=c), progress=False) for c in (False, True))

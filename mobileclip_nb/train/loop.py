@@ -61,11 +61,11 @@ def step(
 # %% ../../nbs/56_train.loop.ipynb #30124fd8
 @contextmanager
 def patient()->Iterator[list[int]]:
-    "Collect the first interrupt (Ctrl-C, SIGTERM) instead of being interrupted; the second one interrupts"
+    "Collect interrupts (Ctrl-C, SIGTERM) instead of being interrupted; a Ctrl-C that is not the first one interrupts"
     wishes = []
     def hear(number:int, frame:Any)->None:
-        "Note the first, obey the second"
-        if wishes: raise KeyboardInterrupt('interrupted at once: nothing was saved, and resume=True goes on from the last checkpoint')
+        "Note it, but obey somebody who says it again by hand"
+        if wishes and number == signal.SIGINT: raise KeyboardInterrupt('interrupted at once: nothing was saved, and resume=True goes on from the last checkpoint')
         wishes.append(number)
     if threading.current_thread() is not threading.main_thread():
         yield wishes
@@ -206,8 +206,9 @@ def prepared(
     if not spec.loss.online: return found, spec
     pixels = getattr(getattr(model, 'record', None), 'pixels', None)
     asking = online(spec.loss, *((pixels.mean, pixels.std) if pixels else ()), device=str(next(model.parameters()).device))
-    return map(asking.fill, found), spec.but(loss=spec.loss.but(widths=asking.teachers.widths, scales=spec.loss.scales or asking.teachers.scales))
+    return map(asking.fill, found), asking.asked(spec)
 
+# %% ../../nbs/56_train.loop.ipynb #56967359
 def windows(
     state:State, # at its beginning
     spec:TrainSpec,
@@ -215,9 +216,11 @@ def windows(
     out:Path|None, # the run's folder
     progress:bool, # draw a bar
     watch:Sequence[str]|None, # as `train` has it
+    say:Callable[[str],None]=lambda text: None, # told from which step a run goes on
 )->tuple[tqdm,Log]: # both are contexts; with several ranks the first one's are open
     "Open the bar and the log of a run"
     first = here().rank == 0
+    if state.step and first: say(f'goes on from step {state.step} of {spec.steps}' if state.step < spec.steps else f'all {spec.steps} steps are made already')
     bar = tqdm(total=spec.steps*pairs, initial=state.step*pairs, unit=' images', mininterval=.5 if sys.stderr.isatty() else 10, disable=not (progress and first))
     return bar, Log(out if first and state.step < spec.steps else None, Pace(pairs, spec.steps), state.history, state.judged, spec.to_dict(), watch)
 
@@ -262,19 +265,19 @@ def train(
     keep:int=3, # checkpoints that stay
     milestones:int=0, # steps; a checkpoint at a multiple of it is never removed
     watch:Sequence[str]|None=None, # `tensorboard`, `wandb`; None: TensorBoard where it is installed
+    say:Callable[[str],None]=lambda text: None, # told from which step a run goes on
 )->Trained:
     "Train in place, with checkpoints, judgement and a log; resumes to the same numbers (MobileCLIP Table 12)"
     out, ranks = Path(out) if out else None, here()
     state = begin(model, possible(spec, batches.batch, objective), batches.id, out, resume)
     begun, before, device, pairs = state.step, dict(state.skips), next(state.model.parameters()).device, batches.batch*ranks.world
-    (stream, asked), (bar, log) = prepared(model, batches, spec, begun), windows(state, spec, pairs, out, progress, watch)
+    (stream, asked), (bar, log) = prepared(model, batches, spec, begun), windows(state, spec, pairs, out, progress, watch, say)
     def due(every:int)->bool: return state.step == spec.steps or bool(every) and state.step % every == 0
     def save()->None:
         if out and state.step != begun: save_state(state, out/'state.pt', spec, batches.id, keep, milestones)
     with torch.random.fork_rng(), patient() as wishes, recomputed(state.model, spec.checkpointing), compiled(state.model, spec.compile), log, bar:
         while state.step < spec.steps:
-            start = time.perf_counter()
-            batch, failed = fetched(stream, wishes)
+            start, (batch, failed) = time.perf_counter(), fetched(stream, wishes)
             if anybody(bool(wishes) or failed is not None, ranks, device): save(); raise stopped(state, spec.steps, failed, bool(wishes), out, device)
             row = log.step(survive(state, batch, asked, objective, out, batches.id, spec) | dict(wait=time.perf_counter()-start-state.history[-1]['seconds']))
             bar.update(pairs); bar.set_postfix(loss=f"{row['loss']:.3f}", step=state.step, refresh=False)
