@@ -142,5 +142,5 @@ def finetune(
     if before: before(begun, found, r)
     objective = Keeping(begun, keep) if keep else None
     name = model.record.name if isinstance(model, nn.Module) else Path(model).name if Path(model).exists() else str(model)
-    done = fit(r, found, out, judge, 0, resume, ledger, scale, progress, device, str(data), copy.deepcopy(begun), name, objective)
+    done = fit(r, found, out, judge, 0, resume, ledger, scale, progress, device, str(data), copy.deepcopy(begun), name, objective, say)
     return Tuned(begun, thaw(done.model.cpu()), done, new)

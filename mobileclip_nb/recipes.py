@@ -77,6 +77,7 @@ def fit(
     start:CLIP|None=None, # begin with these weights instead of random ones; is changed
     started:str='', # what those are called
     objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple]|None=None, # what is minimized; None reads the recipe
+    say:Callable[[str],None]=lambda text: None, # told from which step a run goes on
 )->Fit:
     "Train what a recipe says on these data (MobileCLIP Table 12)"
     found = as_batches(r, data) if isinstance(data, PairData) else data
@@ -85,7 +86,7 @@ def fit(
     if out: Path(out).mkdir(parents=True, exist_ok=True)
     with alone(str(out)) if out else nullcontext():                                     # two runs in one folder would overwrite each other's checkpoints
         if out: write_note(out, Note(r, model.record, place, started))
-        run = train(model, found, r.train, out, judge, judge_every, save_every=200, resume=resume, progress=progress, **how)
+        run = train(model, found, r.train, out, judge, judge_every, save_every=200, resume=resume, progress=progress, say=say, **how)
     metrics = run.metrics | ({} if getattr(found, 'skips', None) is None else dict(skipped=found.skips.total))
     if ledger and run.new: append(ledger, run_record(r.name, r, metrics, r.train.seed, metrics['seconds'], str(next(model.parameters()).device), scale))
     return Fit(run.model, run, r)
@@ -116,6 +117,7 @@ def from_run(
     "Make the model that a run has come to"
     if which not in ('ema', 'raw'): raise ValueError(f"No weights {which!r} in a run.{near(which, ('ema', 'raw'))} There are ema and raw.")
     out = Path(out)
+    if not out.exists(): raise FileNotFoundError(f"No run at {str(out)!r}.{near(out.name, [p.name for p in out.parent.glob('*/')])} Give the folder that `mobileclip train` or `fit` wrote (by default below runs/), or one of its .pt files")
     note, held = read_note(out if out.is_dir() else out.parent), load_run(out)
     average = which == 'ema' and held['ema'] is not None
     model = build(note.record, empty=True)

@@ -321,7 +321,7 @@ def test_torchrun(tmp_path):
     for i in range(16): Image.new('RGB', (64, 64), (16*i, 255-16*i, 40)).save(tmp_path/f'{i}.png')
     (tmp_path/'captions.csv').write_text('image,caption\n' + ''.join(f'{i}.png,color {i}\n' for i in range(16)), encoding='utf-8')
     line = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'mobileclip_nb.train', 'nano-emoji', '--data', '.', '--scale', 'smoke',
-            '--set', 'stream.batch=8', 'train.steps=2', 'train.warmup=1', '--out', 'run', '--device', 'cpu', '--quiet', '--watch']
+            '--set', 'stream.batch=8', '--steps', '2', '--set', 'train.warmup=1', '--out', 'run', '--device', 'cpu', '--quiet', '--watch']
     done = subprocess.run(line, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0 and 'ranks 2' in done.stdout and load_run(tmp_path/'run')['step'] == 2, done.stderr[-2000:]
     assert load_run(tmp_path/'run')['world'] == 2 and len((tmp_path/'run/log.jsonl').read_text().splitlines()) == 2

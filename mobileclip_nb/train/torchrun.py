@@ -20,6 +20,7 @@ from ..core import pick_device
 from ..gather import Ranks, here
 from .loop import Trained, train
 from .recipe import Note, Recipe, captions_of, learner, source, write_note
+from .state import vacant
 
 # %% ../../nbs/57_train.torchrun.ipynb #4256bf1f
 def own_device(
@@ -55,7 +56,7 @@ def trained(
     out:str|Path|None=None, # the run's folder; without one nothing is saved
     device:str='cpu', # of this process
     workers:int=0, # processes that read shards ahead, a rank
-    say:Callable[[str],None]=lambda text: None, # told what was found and left out
+    say:Callable[[str],None]=lambda text: None, # told what was found and left out, and from which step a run goes on
     minutes:float=30, # that a rank waits for the others
     progress:bool=True, # draw a progress bar
     settings:dict[str,Any]|None=None, # for `train`: `save_every`, `resume`, `keep`, `ledger`, ...
@@ -64,8 +65,9 @@ def trained(
     with group(device, minutes) as ranks:
         first = ranks.rank == 0
         tell = say if first else lambda text: None
+        if out and first: vacant(out, bool((settings or {}).get('resume')))                 # before data are read, which may take long
         found = source(r, data, ranks, workers, say=tell, progress=progress and first)
         model = learner(r, captions_of(found)).to(device)
         if ranks.world > 1: tell(f"{ranks.world} ranks, each with {found.batch} pairs a step, {r.train.parallel} on {device.split(':')[0]}")
         if out and first: write_note(out, Note(r, model.record, str(data or r.data)))
-        return train(model, found, r.train, out, progress=progress, name=r.name, **settings or {})
+        return train(model, found, r.train, out, progress=progress, name=r.name, say=tell, **settings or {})
