@@ -90,13 +90,13 @@ def evaluate(
     if args.on == 'emoji': splits = {s: (p.images, [(c,) for c in p.captions]) for s in ('train', 'heldout', 'shift') for p in [load_emoji(s, side=side)]}
     else: splits = {Path(args.on).name: load_data(args.on, side, say=say, resize=model.record.pixels.resize)}
     found = {}
-    for name, (images, captions) in splits.items():
+    for name, (images, captions, *_) in splits.items():
         first = [c[0] for c in captions]
         names = {c: i for i, c in enumerate(dict.fromkeys(first))}
         zero = zeroshot(model, images, [names[c] for c in first], list(names), EMOJI_TEMPLATES if args.on == 'emoji' else ('{}',))
         found[name] = retrieval(model, images, [list(c) for c in captions])._asdict() | {f'zeroshot_{k}': v for k, v in zero._asdict().items()}
     answer(found, '\n'.join(score_line(name, f) for name, f in found.items()), args.json)
-    return 0
+    return 1 if any(getattr(s, 'left_out', None) for s in splits.values()) else 0
 
 def score_line(
     name:str, # of the split
@@ -188,3 +188,6 @@ def main(
         if args.debug: raise
         say(f'mobileclip {args.verb}: {in_shell(str(e.args[0] if isinstance(e, KeyError) and e.args else e))}')
         return 2
+
+# %% ../nbs/89_cli.ipynb #cc187683
+if __name__ == '__main__' and __package__: raise SystemExit(main())

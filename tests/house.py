@@ -126,6 +126,12 @@ def imports(nb):
                 mods |= {base} if base else {a.name for a in n.names}
     return mods
 
+NAMED = re.compile(r'`(?:nbs/)?((?:\d\d|t\d)_[\w.]+?)(?:\.ipynb)?`')
+def dead(text, nbs):
+    "Notebooks that prose names in backticks and that are not there"
+    there = {n.path.stem for n in nbs}
+    return [name for name in NAMED.findall(text) if name not in there]
+
 FORBIDDEN = {4: {5, 6, 7, 8}, 5: {6, 7, 8}, 6: {4, 5, 7, 8}, 7: {4, 5, 8}}       # floors that a floor must not import
 def order(nbs):
     "A file's name is its module; imports point down; floors keep their distance"

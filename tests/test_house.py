@@ -21,6 +21,12 @@ def test_names():
     import mobileclip_nb
     assert house.names(LIBRARY, mobileclip_nb.__all__) == []
 
+def test_mentions():
+    "Notebooks that prose names are there, in every notebook and page"
+    pages = {n.path.name: '\n'.join(c.source for c in n.cells if c.kind == 'markdown') for n in EVERY} | {p.name: p.read_text(encoding='utf-8') for p in house.ROOT.glob('*.md')}
+    assert {name: found for name, text in pages.items() if (found := house.dead(text, EVERY))} == {}
+    assert house.dead('`00_core`, `nbs/house.ipynb`, `10_gone`, `nbs/20_image.gone.ipynb`, `t9_gone`', EVERY) == ['10_gone', '20_image.gone', 't9_gone']
+
 def test_rules_bite(tmp_path):
     "A rule that cannot fail is no rule: a bad notebook is refused by each"
     def code(source): return dict(cell_type='code', id=None, metadata={}, outputs=[dict(output_type='stream', name='stdout', text='in /home/me')], source=source)
