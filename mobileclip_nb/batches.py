@@ -29,6 +29,7 @@ class PairData(NamedTuple):
     "Pictures with captions, in memory"
     images:Tensor # uint8 `(N, S, S, 3)`
     captions:tuple[tuple[str,...],...] # N times one caption or more
+    left_out:dict[str,int]={} # what could not be used of the place they come from, by reason of `pairs.REASONS`
 
 def decoded(
     paths:Sequence[str|Path], # image files
@@ -75,7 +76,7 @@ def from_pairs(
     texts = {}
     for p in pairs: texts.setdefault(p.image, []).append(p.caption)
     if not texts: raise ValueError("No pair to load. The report that came with the pairs says what was left out and why")
-    return pair_data(list(texts), list(texts.values()), side, progress, resize)
+    return pair_data(list(texts), list(texts.values()), side, progress, resize)._replace(left_out=pairs.report.counts)
 
 # %% ../nbs/52_batches.ipynb #28c87a7c
 def seeded(
