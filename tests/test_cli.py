@@ -70,3 +70,37 @@ def test_finetune_and_release(folder):
     freed = told('release', 'tuned', '--out', 'new.safetensors', cwd=folder)
     assert freed.returncode == 0 and 'finetune' in freed.stdout and not torch.equal(read_state(folder/'new.safetensors')[0]['image.head.weight'], state['image.head.weight']), freed.stderr
     assert told('release', 'tuned', '--out', 'new.pt', cwd=folder).returncode == 2
+
+def test_one_list_of_options():
+    "The console and the module of torchrun know the same options of a run, with the same defaults"
+    from mobileclip_nb.cli import parser
+    from mobileclip_nb.train.__main__ import words
+    from mobileclip_nb.train.options import OPTIONS
+    names = [flag.lstrip('-') for flag, _ in OPTIONS]
+    assert {'scale', 'steps', 'seed', 'set', 'resume'} <= set(names)
+    console, module = parser().parse_args(['train']), words().parse_args(['nano-emoji'])
+    assert {n: getattr(console, n) for n in names} == {n: getattr(module, n) for n in names} and module.scale == 'nano'
+
+def test_a_missing_picture_is_one_rule(folder):
+    "What is left out is said and the status is 1, for `shards build`, `train` and `eval` alike; without, it is 0"
+    words = ['train', '.', '--scale', 'smoke', '--steps', '1']
+    assert told(*words, '--out', 'whole', cwd=folder).returncode == 0
+    (folder/'red0.png').unlink()
+    for verb in ([*words, '--out', 'lacking'], ['eval', '--on', '.'], ['shards', 'build', '.', 'plain']):        # shards last: a folder that holds some is shards
+        done = told(*verb, cwd=folder)
+        assert done.returncode == 1 and 'missing' in done.stdout + done.stderr.replace('the image file is not there', 'missing'), (verb, done.returncode, done.stderr[-500:])
+    assert (folder/'lacking'/'model.safetensors').exists()
+
+def test_a_run_that_is_there(folder):
+    "A taken folder is refused before a picture is opened, other settings as well and in words; to go on says from which step"
+    words = ['train', '.', '--out', 'run', '--scale', 'smoke', '--steps', '2']
+    assert told(*words, cwd=folder).returncode == 0
+    again = told(*words, '--resume', cwd=folder)
+    assert again.returncode == 0 and 'all 2 steps are made already' in again.stderr, again.stderr[-500:]
+    for more, said in (((), 'Use --resume'), (('--resume', '--steps', '3'), 'train.steps=3 (was 2)')):
+        done = told(*words, *more, cwd=folder)
+        assert done.returncode == 2 and said in done.stderr and 'smoke=' not in done.stderr and 'kept' not in done.stderr and 'decode' not in done.stderr, done.stderr
+    lost = told('release', 'rum', '--out', 'x.safetensors', cwd=folder)
+    assert lost.returncode == 2 and "'rum'" in lost.stderr and "Did you mean 'run'" in lost.stderr
+    taught = told('train', '.', '--recipe', 'nano-emoji-dr', cwd=folder)
+    assert taught.returncode == 2 and 'mobileclip reinforce PLAIN RICH' in taught.stderr and 'Traceback' not in taught.stderr

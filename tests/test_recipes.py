@@ -75,6 +75,8 @@ def test_price_of_a_published_run(tmp_path):
     "A published run has a price without its data, and says that its rate is assumed"
     got = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', '--scale', 'full', '--price', '--rate', '20000', '--json', cwd=tmp_path)
     p = json.loads(got.stdout)
-    assert got.returncode == 0 and p['samples'] == 200_000*65_536 and abs(p['hours']-p['samples']/20_000/3600) < 1e-6 and 'assumed' in got.stderr
+    assert got.returncode == 0 and p['samples'] == 200_000*65_536 and abs(p['hours']-p['samples']/20_000/3600) < 1e-6 and p['assumed'] == 'assumed: --rate'
+    person = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', '--price', '--rate', '20000', cwd=tmp_path)
+    assert person.returncode == 0 and '140 TB of data' in person.stdout and 'e+' not in person.stdout and 'This is not the published run' in person.stderr
     absent = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', cwd=tmp_path)
     assert absent.returncode == 2 and 'datacompdr1b' in absent.stderr and 'Traceback' not in absent.stderr

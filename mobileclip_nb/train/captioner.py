@@ -7,7 +7,7 @@ __all__ = ['STYLES', 'WEB', 'names_of', 'good_captions', 'noisy_caption', 'emoji
            'CaptionRecipe', 'as_pixels', 'caption_scores', 'emoji_scores', 'CaptionFit', 'fit_captioner',
            'make_captioner', 'grown', 'finetune_captioner']
 
-# %% ../../nbs/58_train.captioner.ipynb #df8c167b
+# %% ../../nbs/58_train.captioner.ipynb #3db40808
 import copy, random, re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +34,7 @@ from ..spec import Spec
 from ..text.tokens import EOT, PAD, SOT, encode, ids_in_use
 from .loop import Trained, TrainSpec, train
 
-# %% ../../nbs/58_train.captioner.ipynb #4ca5b066
+# %% ../../nbs/58_train.captioner.ipynb #79261811
 STYLES = ('an emoji of {}', 'a drawing of {}', 'a small picture of {}', 'a picture of {} on white', 'a simple icon of {}',
           'a flat drawing of {}', 'this emoji shows {}', 'the emoji for {}', '{} drawn on white', 'a cartoon of {}')
 _TONE = re.compile(r' ?\b(medium-light|medium-dark|light|medium|dark) skin tone')
@@ -53,7 +53,7 @@ def good_captions(
     "All that we let a captioner learn to say of an emoji in the end"
     return tuple(s.replace('{}', n) for n in names_of(e) for s in STYLES)
 
-# %% ../../nbs/58_train.captioner.ipynb #9f437a65
+# %% ../../nbs/58_train.captioner.ipynb #683e2db2
 WEB = ('{}', '{} emoji', 'emoji {}', '{} icon free download', '{} clip art', 'cute {} sticker', '{} png', 'buy {} online', *STYLES[:3])
 
 def noisy_caption(
@@ -66,7 +66,7 @@ def noisy_caption(
     if rng.random() >= noise: return rng.choice(WEB).replace('{}', e.name)
     return mistaken(e.name, others, rng, templates=WEB)[1]
 
-# %% ../../nbs/58_train.captioner.ipynb #57debf07
+# %% ../../nbs/58_train.captioner.ipynb #9d93a8fa
 def emoji_captions(
     stage:str, # `noisy` or `good`
     noise:float=.4, # of the noisy ones, 0–1
@@ -87,7 +87,7 @@ def emoji_captions(
         return list(good_captions(e)) if stage == 'good' else [noisy_caption(e, names, noise, rng) for _ in range(n)]
     return pair_data(np.stack([p.images[i] for p, i in at]), [said(p.keys[i]) for p, i in at])
 
-# %% ../../nbs/58_train.captioner.ipynb #9094d7b8
+# %% ../../nbs/58_train.captioner.ipynb #79c1a6df
 class CocaLoss(NamedTuple):
     "The loss of a captioner and its parts, scalars in nats"
     total:Tensor # what is differentiated
@@ -111,7 +111,7 @@ def coca_loss(
     w = F.cross_entropy(logits.float().flatten(0, 1), batch.text[:, 1:t].flatten(), ignore_index=0)
     return CocaLoss(contrast*c + caption*w, c, w)
 
-# %% ../../nbs/58_train.captioner.ipynb #597144b6
+# %% ../../nbs/58_train.captioner.ipynb #96280c15
 @dataclass(frozen=True, repr=False)
 class CaptionRecipe(Spec):
     "All that decides a captioner's two runs (MobileCLIP2 §3.2)"
@@ -141,7 +141,7 @@ class CaptionRecipe(Spec):
             return t.but(steps=steps, warmup=min(t.warmup, steps//4), seed=seed)
         return self.but(first=sized(self.first), second=sized(self.second), seed=seed)
 
-# %% ../../nbs/58_train.captioner.ipynb #be99796d
+# %% ../../nbs/58_train.captioner.ipynb #b010fa69
 def as_pixels(
     images:Tensor, # uint8 `(B, S, S, 3)`
     pixels:Pixels=NANO_PIXELS, # of the same side
@@ -167,7 +167,7 @@ def caption_scores(
     return dict(exact=float(np.mean([ns[0] in s for ns, s in zip(plain, said)])), named=float(np.mean([any(n in s for n in ns) for ns, s in zip(plain, said)])),
                 words=float(np.mean([len(a & b)/len(a) for a, b in words])))
 
-# %% ../../nbs/58_train.captioner.ipynb #d7f481f9
+# %% ../../nbs/58_train.captioner.ipynb #3111776e
 def emoji_scores(
     model:nn.Module, # a CoCa in eval mode
     vocab:Vocab, # the model's rows
@@ -187,7 +187,7 @@ def emoji_scores(
     right = [any(n in s for n in names_of(by_code[k.split('/')[1]])) for k, texts in zip(p.keys[::every], said) for s in texts]
     return out | {'sampled_named': float(np.mean(right))} | {f'sampled_{k}': v for k, v in diversity(said)._asdict().items()}
 
-# %% ../../nbs/58_train.captioner.ipynb #1b0dc70a
+# %% ../../nbs/58_train.captioner.ipynb #129a12ca
 class CaptionFit(NamedTuple):
     "A recipe that has been run"
     captioner:Captioner # averaged weights, in eval mode
@@ -221,7 +221,7 @@ def fit_captioner(
     if ledger and run.new: append(ledger, run_record(r.name, r, run.metrics, r.seed, sum(x.metrics['seconds'] for x in runs), 'cpu', scale))
     return CaptionFit(Captioner(run.model, vocab, NANO_PIXELS, CaptionerSpec(), NANO, ATTRIBUTION), *runs, r)
 
-# %% ../../nbs/58_train.captioner.ipynb #63723f0d
+# %% ../../nbs/58_train.captioner.ipynb #e2606a77
 def make_captioner(
     dest:str|Path, # the weights, ends in `.safetensors`
     seed:int=0, # of the run
@@ -239,7 +239,7 @@ def make_captioner(
     save_captioner(done.captioner, dest)
     return done
 
-# %% ../../nbs/58_train.captioner.ipynb #6cf6ca75
+# %% ../../nbs/58_train.captioner.ipynb #68e945bc
 def grown(
     captioner:Captioner, # is left alone
     texts:Sequence[str], # what shall be sayable
@@ -258,7 +258,7 @@ def grown(
     model.load_state_dict(state)
     return Captioner(model, vocab, captioner.pixels, captioner.spec, captioner.cfg, captioner.attribution), len(new)
 
-# %% ../../nbs/58_train.captioner.ipynb #c81cb95d
+# %% ../../nbs/58_train.captioner.ipynb #1f79c0de
 def _pairs(
     data:PairData|str|Path, # in memory, or what `read_pairs` understands
     pixels:Pixels, # of the captioner
@@ -293,7 +293,7 @@ def finetune_captioner(
     say(f'{len(data.images)} pictures, {len(texts)} captions, {new} new rows of vocabulary' + (f'; {long} captions are cut to {c.context} tokens' if long else ''))
     stream = BatchSpec(min(batch, len(data.images)), c.context, seed, CaptionRecipe().jitter, mean=c.pixels.mean, std=c.pixels.std)
     spec = TrainSpec(steps=steps, warmup=min(20, steps//4), lr=lr, decay=.05, ema=.98, same=True, channels_last=False, seed=seed)
-    run = train(c.model.requires_grad_(True), Batches(data, stream, partial(rows_of, c.vocab)), spec, out, save_every=100, resume=resume, objective=coca_loss, progress=progress)
+    run = train(c.model.requires_grad_(True), Batches(data, stream, partial(rows_of, c.vocab)), spec, out, save_every=100, resume=resume, objective=coca_loss, progress=progress, say=say)
     done = Captioner(run.model, c.vocab, c.pixels, c.spec.but(weights=str(Path(out)/'captioner.safetensors')), c.cfg, c.attribution)
     save_captioner(done, Path(out)/'captioner.safetensors')
     return done

@@ -252,7 +252,8 @@ class Price(NamedTuple):
     assumed:str='' # where the rate comes from, if it was not measured here
 
     def __str__(self)->str:
-        first = f'{self.steps:,} steps of {self.batch:,}: {self.samples:,} pairs' + (f', {self.passes:{",.0f" if self.passes >= 100 else ".3g"}} passes over the data' if self.passes else '')
+        passes = '' if not self.passes else ', under 0.01 passes' if self.passes < .01 else f', {self.passes:{",.0f" if self.passes >= 100 else ".3g"}} passes'
+        first = f'{self.steps:,} steps of {self.batch:,}: {self.samples:,} pairs{passes}' + (' over the data' if passes else '')
         data = f'{sized(self.stored)} of data, {sized(self.read)} to read' if self.stored is not None else 'data of unknown size'
         time = f'{lasting(self.hours)} at {self.rate:,.0f} images/s ({self.assumed or "measured here, in a few steps"})' if self.rate else 'no rate known, so no hours'
         return f'{first}\n{data}\n{time}'
