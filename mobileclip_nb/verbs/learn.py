@@ -105,6 +105,7 @@ def finetune(
            '\n'.join([f'{k:22} {v:.4g}' for k, v in numbers.items()] + [f'weights, {args.alpha:.0%} of the way to the new: {weights}']), args.json)
     return told_skips(done.fit.run.skips, unused(*read))
 
+# %% ../../nbs/88_verbs.learn.ipynb #620d1b7e
 def teach_captioner(
     args:argparse.Namespace, # `model`, `weights`, `data`, `out`, `steps`, `seed`, `resume`
 )->int: # exit status
