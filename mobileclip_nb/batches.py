@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STILL', 'PairData', 'decoded', 'pair_data', 'from_pairs', 'seeded', 'Jitter', 'Draws', 'draw', 'jittered',
-           'BatchSpec', 'Batch', 'Texts', 'tokenized', 'picked', 'as_input', 'stream_id', 'Batches']
+           'BatchSpec', 'Batch', 'Texts', 'tokenized', 'picked', 'normalized', 'as_input', 'stream_id', 'Batches']
 
 # %% ../nbs/52_batches.ipynb #be3eff14
 import hashlib, json, math, zlib
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .pairs import Pairs, open_image
 from .pixels import center_square
+from .quickops import looked_up
 from .spec import Spec
 from .text.tokens import tokenize
 
@@ -194,15 +195,24 @@ def picked(
     "One caption of each picture"
     return texts.first[index] + (u*texts.count[index]).long()
 
+def normalized(
+    images:Tensor, # uint8 `(B, S, S, 3)`
+    mean:Sequence[float], # of pictures of 0–1, a number a channel
+    std:Sequence[float], # likewise
+)->Tensor: # float `(B, 3, S, S)`, channels last in memory
+    "What a model takes; there are only 256 values, so each is computed once and looked up"
+    table = ((torch.arange(256)/255)[:, None] - torch.tensor(mean))/torch.tensor(std)
+    return torch.from_numpy(looked_up(images.numpy(), table.numpy())).permute(0, 3, 1, 2)
+
 def as_input(
     images:Tensor, # uint8 `(B, S, S, 3)`
     spec:BatchSpec, # its jitter, mean and std
     generator:torch.Generator, # on the CPU; not touched by `STILL`
 )->Tensor: # float `(B, 3, S, S)`, normalized
     "Jitter and normalize a batch of pictures"
-    x = images.permute(0, 3, 1, 2)/255
-    if spec.jitter != STILL: x = jittered(x, draw(spec.jitter, len(x), generator))
-    return (x-torch.tensor(spec.mean)[:, None, None])/torch.tensor(spec.std)[:, None, None]
+    if spec.jitter == STILL: return normalized(images, spec.mean, spec.std)
+    x = jittered(images.permute(0, 3, 1, 2)/255, draw(spec.jitter, len(images), generator))
+    return x.sub_(torch.tensor(spec.mean)[:, None, None]).div_(torch.tensor(spec.std)[:, None, None])
 
 # %% ../nbs/52_batches.ipynb #9d09f197
 def stream_id(

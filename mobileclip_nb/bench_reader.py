@@ -22,7 +22,7 @@ from .core import need
 from .emoji import load_emoji
 from .operations import OPS
 from .replay import jpeg_head, upper_rows, view
-from .rows import opinions, row_of
+from .rows import opinions, rows_of
 from .sampling import StreamSpec, stored
 from .shards.files import read_shard, write_shard
 from .shards.limits import Limits
@@ -130,7 +130,7 @@ _TAPES:dict[tuple[str,int],Iterator] = {} # tars that are being streamed
 def streamed(url:str, start:int, n:int)->Iterator[tuple[str,dict[str,bytes]]]: # key, extension: contents
     "Stream samples of a tar from where the last call stopped"
     def tape()->Iterator[tuple[str,dict[str,bytes]]]:
-        with open(url, 'rb') as f, tarfile.open(fileobj=f, mode='r|', bufsize=1 << 20) as t:
+        with open(url, 'rb') as f, tarfile.open(fileobj=f, mode='r|') as t:
             key, group = '', {}
             for m in t:
                 k, _, ext = m.name.partition('.')
@@ -192,7 +192,7 @@ def parts(
             crop = params['random_resized_crop']; upper_rows(m['jpg'], jpeg_head(m['jpg']), crop[0]+crop[2]); clock.note('decode')
         view(m['jpg'], source.augment, params, spec.side, 'plain', approximate=spec.approximate); clock.note('view')
         told = opinions(m, (m['txt'].decode(),), dict(syn_text=tuple(syn)))
-        for part, k in ((told.image, a), (told.text['text'], 0), (told.text['syn_text'], j)): row_of(part, k, width)
+        rows_of([(told.image, a), (told.text['text'], 0), (told.text['syn_text'], j)], width)
         clock.note('embeddings')
         tokens[m['txt'].decode()], tokens[syn[j]]; clock.note('tokens')
     ms = {k: v/n for k, v in clock.ms.items()}

@@ -18,7 +18,7 @@ from .core import near
 from .operations import RandomResizedCrop
 from .pixels import Pixels
 from .replay import size_of, view
-from .rows import opinions, row_of
+from .rows import opinions, rows_of
 from .shards.limits import Faulty, Limits
 from .shards.sample import IMAGES, _captions, _object, _synthetic, _text
 from .sources import DECODES, Source
@@ -143,10 +143,9 @@ def taken(
     if spec.rows and (told is None or told.image is None or 'text' not in told.text or k and k not in told.text): raise Faulty('missing', 'no rows of teachers for the view or its captions')
     if spec.rows and len(told.image) != views: raise Faulty('rows', f'{len(told.image)} image rows for {views} augmentations')
     image = view(blob, augment, params, spec.side, decode, spec.rescale, spec.approximate)
-    width = sum(source.widths)
-    def row(part:Any, i:int)->np.ndarray|None: return row_of(part, i, width) if spec.rows else None
-    true = captions[c], row(told and told.text['text'], c)
-    said = (synthetic[k][j], row(told and told.text[k], j)) if k else None
+    wanted = [(told.image, a), (told.text['text'], c), *([(told.text[k], j)] if k else [])] if spec.rows else []
+    seen, *rows = [*(rows_of(wanted, sum(source.widths)) if wanted else []), None, None, None]
+    true, said = (captions[c], rows[0]), (synthetic[k][j], rows[1]) if k else None
     if spec.mix is not None: true, said = said if u[4] < spec.mix else true, None
     syn = (tokens[said[0]], label_of(said[0])) if said else (None, 0)
-    return Taken(image, tokens[true[0]], label_of(true[0]), *syn, row(told and told.image, a), true[1], said and said[1])
+    return Taken(image, tokens[true[0]], label_of(true[0]), *syn, seen, true[1], said and said[1])

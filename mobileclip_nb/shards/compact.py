@@ -10,11 +10,12 @@ __all__ = ['MAGIC', 'VERSION', 'signs', 'hadamard', 'spans', 'turn', 'turn_back'
 import hashlib, math, struct, zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from statistics import NormalDist
 
 import numpy as np
 
-from ..core import near
+from ..core import compiled, near
 
 # %% ../../nbs/43_shards.compact.ipynb #71e206f4
 @lru_cache(64)
@@ -29,11 +30,22 @@ def signs(
     s.flags.writeable = False
     return s
 
+def _butterflies(x:np.ndarray)->np.ndarray: # `(R, P)` float32
+    "Sums and differences of halves, of quarters, and so on: the additions of `hadamard`, in its order"
+    x, half = x.copy(), x.shape[1]//2
+    while half:
+        for r in range(len(x)):
+            for at in range(0, x.shape[1], 2*half):
+                for i in range(at, at+half): x[r, i], x[r, i+half] = x[r, i]+x[r, i+half], x[r, i]-x[r, i+half]
+        half //= 2
+    return x
+
 def hadamard(
     x:np.ndarray, # `(..., P)` float32, P a power of two
 )->np.ndarray: # `(..., P)`
     "Multiply by the Hadamard matrix over the root of its size: its own inverse"
     *lead, p = x.shape; half = p//2
+    if code := compiled(_butterflies): return code(x.reshape(-1, p)).reshape(x.shape)*np.float32(1/math.sqrt(p))
     for _ in range(p.bit_length()-1):
         y = np.empty((*lead, half, 2), np.float32)
         np.add(x[..., :half], x[..., half:], out=y[..., 0]); np.subtract(x[..., :half], x[..., half:], out=y[..., 1])
@@ -215,41 +227,41 @@ class Packed:
         if version != VERSION: raise ValueError(f"The block has version {version}, this reader knows {VERSION}; update mobileclip_nb")
         if self.bits not in range(2, 9) or not k or not n: raise ValueError(f"The block claims {self.bits} bits, {k} teachers and {n} arrays; it is damaged. Fetch the shard again")
         self._blob = bytes(blob)
-        try: self.widths, self._at = _places(self._blob, k, n, self.bits)
+        try: self.widths, at, self._rows = _places(self._blob, k, n, self.bits)
         except (struct.error, UnicodeDecodeError, IndexError) as e: raise ValueError(f"The head of the block is damaged or cut short ({type(e).__name__}); fetch the shard again") from e
         if zlib.crc32(memoryview(self._blob)[16:], zlib.crc32(self._blob[:12])) != crc: raise ValueError("The block does not match its checksum: some of its bytes have changed. Fetch the shard again")
-        for name in self.names:
-            lengths, _ = self._views(name)
-            if not (lengths >= 0).all() or np.isinf(lengths).any(): raise ValueError(f"{name!r} has a row whose length is infinite, below 0 or no number; whoever wrote the block was broken")
+        table = np.frombuffer(self._blob, np.uint8, offset=at).reshape(-1, _stride(self.widths, self.bits))
+        self._lengths, self._codes = table[:, :2*k].view('<f2'), table[:, 2*k:]
+        if bad := np.flatnonzero(~((self._lengths >= 0) & (self._lengths < np.inf)).all(1)).tolist():
+            raise ValueError(f"{next(n for n, r in self._rows.items() if bad[0] in r)!r} has a row whose length is infinite, below 0 or no number; whoever wrote the block was broken")
 
     @property
     def names(self)->tuple[str,...]:
         "Arrays, sorted as they stand"
-        return tuple(self._at)
+        return tuple(self._rows)
 
     def rows(self, name:str)->int: # R
         "How many rows an array has"
-        if name not in self._at: raise KeyError(f"No array {name!r}.{near(name, self._at)} The block has {', '.join(self._at)}")
-        return self._at[name][1]
-
-    def _views(self, name:str)->tuple[np.ndarray,np.ndarray]: # `(R, K)` lengths and `(R, ...)` codes
-        "Where an array lies in the block, without a copy"
-        r, stride, k = self.rows(name), _stride(self.widths, self.bits), 2*len(self.widths)
-        a = np.frombuffer(self._blob, np.uint8, r*stride, self._at[name][0]).reshape(r, stride)
-        return a[:, :k].view('<f2'), a[:, k:]
+        if name not in self._rows: raise KeyError(f"No array {name!r}.{near(name, self._rows)} The block has {', '.join(self._rows)}")
+        return len(self._rows[name])
 
     def row(self, name:str, i:int)->np.ndarray: # `(D,)` float32
         "Decode one row and nothing else"
-        if not 0 <= i < self.rows(name): raise IndexError(f"{name!r} has rows 0 to {self.rows(name)-1}, not {i}")
-        lengths, codes = self._views(name)
-        return decode_rows(lengths[i:i+1], codes[i:i+1], self.widths, self.bits, self.seed)[0]
+        return self.pick([(name, i)])[0]
+
+    def pick(self, wanted:Sequence[tuple[str,int]])->np.ndarray: # `(n, D)` float32
+        "Decode some rows of any arrays at once, which costs little more than one"
+        for name, i in wanted:
+            if not 0 <= i < self.rows(name): raise IndexError(f"{name!r} has rows 0 to {self.rows(name)-1}, not {i}")
+        at = [self._rows[name][i] for name, i in wanted]
+        return decode_rows(self._lengths[at], self._codes[at], self.widths, self.bits, self.seed)
 
     def array(self, name:str)->np.ndarray: # `(R, D)` float32
         "Decode all rows of an array"
-        return decode_rows(*self._views(name), self.widths, self.bits, self.seed)
+        return self.pick([(name, i) for i in range(self.rows(name))])
 
-# %% ../../nbs/43_shards.compact.ipynb #093cf90a
-def _places(blob:bytes, k:int, n:int, bits:int)->tuple[tuple[int,...],dict[str,tuple[int,int]]]: # widths; name to its first byte and its rows
+# %% ../../nbs/43_shards.compact.ipynb #3070f5d1
+def _places(blob:bytes, k:int, n:int, bits:int)->tuple[tuple[int,...],int,dict[str,range]]: # widths; first byte of the rows; which of them are whose
     "Read the rest of the head and see whether the bytes are as many as it says"
     widths, at, rows = struct.unpack_from(f'<{k}H', blob, _HEAD.size), _HEAD.size + 2*k, {}
     for _ in range(n):
@@ -257,7 +269,6 @@ def _places(blob:bytes, k:int, n:int, bits:int)->tuple[tuple[int,...],dict[str,t
         rows[blob[at+1:end].decode()], = struct.unpack_from('<I', blob, end)
         at = end + 4
     if len(rows) < n or not all(rows) or not all(widths): raise ValueError("The block has an array without a name of its own or a teacher without width; it is damaged. Fetch the shard again")
-    stride, total, places = _stride(widths, bits), sum(rows.values()), {}
+    stride, total, ends = _stride(widths, bits), sum(rows.values()), accumulate(rows.values())
     if len(blob) - at != total*stride: raise ValueError(f"The block claims {total:,} rows of {stride:,} bytes and has {len(blob)-at:,} bytes of rows; it was cut short or damaged. Fetch the shard again")
-    for name, r in rows.items(): places[name] = (at, r); at += r*stride
-    return widths, places
+    return widths, at, {name: range(end-r, end) for (name, r), end in zip(rows.items(), ends)}
