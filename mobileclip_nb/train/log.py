@@ -67,7 +67,7 @@ class Wandb:
         folder:str|Path, # of the run; its name is the run's
         settings:dict[str,Any]|None=None, # shown beside the curves
     ):
-        self.run = need('wandb', 'train').init(project='mobileclip_nb', name=Path(folder).name, id=Path(folder).name, dir=str(folder), config=settings, resume='allow')
+        self.run = need('wandb', 'wandb').init(project='mobileclip_nb', name=Path(folder).name, id=Path(folder).name, dir=str(folder), config=settings, resume='allow')
 
     def add(self,
         step:int, # of the row
