@@ -94,7 +94,8 @@ def replay_published(
     "Perform an augmentation with torchvision, as the published trainer does (specification 2.3)"
     from torchvision.transforms import InterpolationMode, autoaugment, functional as TF
     (top, left, h, w), ops = row
-    image = TF.resized_crop(image, top, left, h, w, [side, side], InterpolationMode.BICUBIC)
+    image = TF.crop(image, top, left, h, w)
+    for size in ([h, side], [side, side]): image = TF.resize(image, size, InterpolationMode.BICUBIC) # rows first, as every Pillow before 13 did in one call
     for i, m in ops or (): image = autoaugment._apply_op(image, OPS[i], m, InterpolationMode.NEAREST, None)
     return image
 
@@ -226,7 +227,7 @@ class Report(NamedTuple):
 # %% ../nbs/85_bench_reader.ipynb #41c0993e
 def run(
     samples:int=64, # in each shard
-    rounds:int=3, # of one batch each way
+    rounds:int=8, # of one batch each way
     side:int=256, # pixels
     views:int=30, # stored augmentations a sample
     compared:int=4, # views a sample that are held against the published replay

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISES', 'SHARES', 'NAME', 'LEDGER', 'plan', 'missing', 'price', 'run_all', 'name_of', 'Curves', 'curves',
-           'samples_to', 'ratios', 'table', 'draw', 'conditions', 'compare']
+           'samples_to', 'ratios', 'table', 'draw', 'against_longer', 'conditions', 'compare']
 
 # %% ../nbs/83_efficiency.ipynb #e17d76a9
 import math, time
@@ -170,6 +170,19 @@ def draw(
             ax.set(title=f'{noise:.0%} wrong captions', xlabel='seconds of steps' if time else 'thousand samples seen')
         axes[0].set_ylabel('held-out recall@1, %'); axes[-1].legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig
+
+# %% ../nbs/83_efficiency.ipynb #04d219a6
+def against_longer(
+    runs:Sequence[Run], # of the ledger, of one size
+    noise:float=.6, # share of wrong captions
+    longer:int=4, # times the steps, of the plain run
+)->str: # a sentence
+    "Say where a longer plain run ends, and after how many samples the reinforced one stood there"
+    short, long, rich = curves(runs, 'plain', noise), curves(runs, 'plain', noise, longer=longer), curves(runs, 'reinforced', noise)
+    if short is None or long is None or rich is None: return f'plain for {longer} times the steps at {noise:.0%} noise: not run'
+    stood, fewer = [samples_to(rich.samples, r, e[-1]) for r, e in zip(rich.r1, long.r1)], ratios(long, rich)
+    return (f"At {noise:.0%} noise plain ends at {_spread(100*short.r1[:, -1], '.1f')} % after {short.samples[-1]:,} samples and at {_spread(100*long.r1[:, -1], '.1f')} % after {long.samples[-1]:,}; "
+            f"reinforced stood there after {_spread(stood, ',.0f')}, {_spread(fewer, '.1f')} times fewer (seeds: {len(fewer)}).")
 
 # %% ../nbs/83_efficiency.ipynb #33868a93
 def conditions(

@@ -174,7 +174,7 @@ VERBS:list[Verb] = [
         ('--alpha', dict(type=float, default=.5, help='how far from the old weights (0) to the new (1) the written model lies (0.5)')),
         ('--keep', dict(type=float, default=0., help='weight of agreeing with the old model while learning (0)')), ('--recipe', dict(default='finetune', help='a recipe by name')), *_RECIPE)),
     ('release', release, (('folder', dict(help='of a run, or one of its checkpoints')), ('--out', dict(required=True, help='a .safetensors file')), ('--raw', flag('the weights as trained, not their average')))),
-    ('bench reader', bench_reader, (('--samples', dict(type=int, default=64, help='in each shard (64)')), ('--rounds', dict(type=int, default=3, help='batches each way (3)')),
+    ('bench reader', bench_reader, (('--samples', dict(type=int, default=64, help='in each shard (64)')), ('--rounds', dict(type=int, default=8, help='batches each way (8)')),
         ('--side', dict(type=int, default=256, help='pixels (256)')), ('--views', dict(type=int, default=30, help='stored augmentations a sample (30)')), ('--batch', dict(type=int, default=32, help='samples a round (32)')))),
     ('bench efficiency', bench_efficiency, (('--out', dict(default='runs/efficiency', help='folder for shards and ledger (runs/efficiency)')), ('--scale', dict(default='nano', choices=['smoke', 'nano', 'full'], help='length of the runs: full takes hours')),
         ('--seeds', dict(nargs='+', type=int, default=[0, 1, 2], help='of starts, order and noise (0 1 2)')), ('--limit', flag('at most so many pictures', type=int)))),
