@@ -6,8 +6,8 @@
 __all__ = ['MAGIC', 'VERSION', 'signs', 'hadamard', 'spans', 'turn', 'turn_back', 'levels', 'nearest', 'to_bytes', 'from_bytes',
            'encode_rows', 'decode_rows', 'pack_rows', 'is_packed', 'Packed']
 
-# %% ../../nbs/43_shards.compact.ipynb #fe8e255d
-import hashlib, math, struct, zlib
+# %% ../../nbs/43_shards.compact.ipynb #10f7c42e
+import hashlib, math, struct, sys, zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -45,7 +45,7 @@ def hadamard(
 )->np.ndarray: # `(..., P)`
     "Multiply by the Hadamard matrix over the root of its size: its own inverse"
     *lead, p = x.shape; half = p//2
-    if code := compiled(_butterflies): return code(x.reshape(-1, p)).reshape(x.shape)*np.float32(1/math.sqrt(p))
+    if sys.modules.get('numba'): return compiled(_butterflies)(x.reshape(-1, p)).reshape(x.shape)*np.float32(1/math.sqrt(p)) # a reader has loaded it; for a few rows it is not worth a second
     for _ in range(p.bit_length()-1):
         y = np.empty((*lead, half, 2), np.float32)
         np.add(x[..., :half], x[..., half:], out=y[..., 0]); np.subtract(x[..., :half], x[..., half:], out=y[..., 1])
