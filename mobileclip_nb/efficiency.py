@@ -135,6 +135,11 @@ def _spread(xs:Sequence[float], form:str)->str:
     xs = [x for x in xs if math.isfinite(x)]
     return '-' if not xs else f'{np.mean(xs):{form}}' + (f' ± {np.std(xs, ddof=1):{form}}' if len(xs) > 1 else '')
 
+def _fewer(ratios:Sequence[float])->str:
+    "Ratios as text: of the seeds that got there, and how many did"
+    there = [r for r in ratios if r > 0]
+    return (_spread(there, '.1f') if there else 'never') + (f' ({len(there)} of {len(ratios)} seeds)' if 0 < len(there) < len(ratios) else '')
+
 def table(
     runs:Iterable[Run], # of the ledger, of one size
     conditions:Iterable[tuple[str,float,float]], # arm, noise, share of concepts
@@ -146,7 +151,7 @@ def table(
         c, b = curves(runs, arm, noise, concepts), curves(runs, base, noise, concepts)
         if c is None: rows.append(f'| {noise:.0%} | {concepts:.3g} | {arm} | 0 | not run | |'); continue
         both = b is not None and len(b.r1) == len(c.r1)
-        rows.append(f"| {noise:.0%} | {concepts:.3g} | {arm} | {len(c.r1)} | {_spread(100*c.r1[:, -1], '.1f')} | {_spread(ratios(b, c), '.1f') if both else '-'} |")
+        rows.append(f"| {noise:.0%} | {concepts:.3g} | {arm} | {len(c.r1)} | {_spread(100*c.r1[:, -1], '.1f')} | {_fewer(ratios(b, c)) if both else '-'} |")
     return '\n'.join(rows)
 
 # %% ../nbs/83_efficiency.ipynb #4292b4ca
