@@ -201,6 +201,7 @@ def normalized(
     std:Sequence[float], # likewise
 )->Tensor: # float `(B, 3, S, S)`, channels last in memory
     "What a model takes; there are only 256 values, so each is computed once and looked up"
+    if len(mean) != 3 or len(std) != 3: raise ValueError(f"mean={mean} and std={std} must have three numbers each, one a channel")
     table = ((torch.arange(256)/255)[:, None] - torch.tensor(mean))/torch.tensor(std)
     return torch.from_numpy(looked_up(images.numpy(), table.numpy())).permute(0, 3, 1, 2)
 

@@ -9,6 +9,7 @@ __all__ = ['PATHS', 'photo', 'made', 'written', 'Clock', 'replay_published', 'pu
 # %% ../nbs/85_bench_reader.ipynb #7b4a1d11
 import gzip, io, json, statistics, tarfile, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,12 @@ def replay_published(
     for i, m in ops or (): image = autoaugment._apply_op(image, OPS[i], m, InterpolationMode.NEAREST, None)
     return image
 
-# %% ../nbs/85_bench_reader.ipynb #f2107034
+# %% ../nbs/85_bench_reader.ipynb #a0df8236
+@cache
+def _tokenizer()->Callable[[list[str]],torch.Tensor]: # `(N, 77)`
+    "open_clip's, made once"
+    return need('open_clip', 'train').get_tokenizer('ViT-B-32')
+
 def published(
     url:str, # a shard on this machine
     side:int, # pixels
@@ -110,7 +116,7 @@ def published(
 )->dict[str,torch.Tensor]: # a batch
     "Read samples of a shard the published way (specification 1.4)"
     from torchvision.transforms import functional as TF
-    cut, rows = need('open_clip', 'train').get_tokenizer('ViT-B-32'), []
+    cut, rows = _tokenizer(), []
     for i, (key, m) in enumerate(streamed(url, start, n)):
         clock.note('archive')
         rng = rng_for(seed, key, 0)

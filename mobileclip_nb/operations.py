@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from .core import near
-from .resize import FILTERS, resized
+from .resize import FILTERS, resample
 from .spec import Spec, plain
 
 # %% ../nbs/07_operations.ipynb #92c2c53b
@@ -131,7 +131,7 @@ class Resize(Op):
         short, long = sorted(size)
         return tuple(self.size if n == short else int(self.size*long/short) for n in size)
     def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
-        return resized(image, self.after(image.size), self.interpolation)
+        return resample(image, self.after(image.size), self.interpolation)
 
 @dataclass(frozen=True, repr=False)
 class CenterCrop(Op):
@@ -197,7 +197,7 @@ class RandomResizedCrop(Op):
         return '' if _ints(value, 4) and min(value) >= 0 and min(value[2:]) > 0 else 'is not [top, left, height, width] in whole pixels'
     def after(self, size:Size)->Size: return self.size, self.size
     def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
-        return resized(_cut(image, *value, 'random_resized_crop'), self.size, self.interpolation)
+        return resample(_cut(image, *value, 'random_resized_crop'), self.size, self.interpolation)
 
 # %% ../nbs/07_operations.ipynb #24f7b533
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from .core import compiled
+from .core import jitted
 from .operations import OPS, perform
 
 # %% ../nbs/50_quickops.ipynb #7c75180e
@@ -24,10 +24,12 @@ def looked_up(
     x:np.ndarray, # uint8 `(..., 3)`
     table:np.ndarray, # `(256, 3)`, a column a channel
 )->np.ndarray: # of the shape of `x` and the type of the table
-    "Replace every value by what stands in its channel's table"
+    "Replace every value by what stands in its channel's table, or raise ValueError"
+    if x.dtype != np.uint8 or not x.ndim or x.shape[-1] != 3: raise ValueError(f"Values to look up are uint8 (..., 3); got {x.dtype} {x.shape}")
+    if table.shape != (256, 3): raise ValueError(f"A table has 256 rows and a column a channel; got {table.shape}")
     flat = np.ascontiguousarray(x).reshape(-1, 3)
     out = np.empty(flat.shape, table.dtype)
-    if look := compiled(_look_up): look(flat, table, out)
+    if look := jitted(_look_up): look(flat, table, out)
     else:
         for c in range(3): out[:, c] = table[flat[:, c], c]
     return out.reshape(x.shape)
@@ -36,20 +38,25 @@ def looked_up(
 _RAMP = Image.merge('RGB', [Image.frombytes('L', (256, 1), bytes(range(256)))]*3)
 
 @lru_cache(1024)
+def _table(name:str, m:float, mean:int)->bytes: # 768 of them
+    "What an operation does to each value, asked of Pillow"
+    done = Image.blend(Image.new('RGB', _RAMP.size, (mean,)*3), _RAMP, 1+m) if name == 'Contrast' else perform(_RAMP, name, m)
+    return done.tobytes()
+
 def table(
     name:str, # `Brightness`, `Posterize`, `Solarize` or `Contrast`
     m:float, # its magnitude, signed
     mean:int=0, # gray to which contrast is drawn, 0–255
-)->np.ndarray: # uint8 `(256, 3)`, not to be written to
-    "What an operation does to each value, asked of Pillow"
-    done = Image.blend(Image.new('RGB', _RAMP.size, (mean,)*3), _RAMP, 1+m) if name == 'Contrast' else perform(_RAMP, name, m)
-    return np.array(done)[0]
+)->np.ndarray: # uint8 `(256, 3)`
+    "What an operation does to each value, remembered"
+    return np.frombuffer(bytearray(_table(name, m, mean)), np.uint8).reshape(256, 3)
 
 def stretch(
     name:str, # `AutoContrast` or `Equalize`
     histogram:np.ndarray, # whole numbers `(3, 256)`
 )->np.ndarray: # uint8 `(256, 3)`
     "The table by which an operation spreads the values of a picture"
+    if name not in ('AutoContrast', 'Equalize'): raise ValueError(f"{name!r} spreads no values; AutoContrast and Equalize do")
     out = np.tile(np.arange(256), (3, 1))
     for row, h in zip(out, histogram):
         there = np.flatnonzero(h)
@@ -97,10 +104,10 @@ def fast(
     fill:tuple[int,...]=(0, 0, 0), # what comes from outside, 0–255
 )->np.ndarray: # uint8 `(h, w, 3)`: the pixels of `perform`
     "Perform an operation in less time (RandAugment §3)"
-    match name if compiled(_look_up) else '':
+    match name if jitted(_look_up) else '':
         case 'Identity': return x
         case 'Brightness' | 'Posterize' | 'Solarize': return looked_up(x, table(name, m))
-        case 'Contrast': return looked_up(x, table(name, m, int(float(compiled(_gray_sum)(x))/(x.shape[0]*x.shape[1]) + .5)))
-        case 'AutoContrast' | 'Equalize': return looked_up(x, stretch(name, compiled(_count)(x)))
-        case 'Sharpness' if min(x.shape[:2]) > 2: return np.asarray(Image.blend(Image.fromarray(compiled(_smooth)(np.ascontiguousarray(x))), Image.fromarray(x), 1+m))
+        case 'Contrast': return looked_up(x, table(name, m, int(float(jitted(_gray_sum)(x))/(x.shape[0]*x.shape[1]) + .5)))
+        case 'AutoContrast' | 'Equalize': return looked_up(x, stretch(name, jitted(_count)(x)))
+        case 'Sharpness' if min(x.shape[:2]) > 2: return np.asarray(Image.blend(Image.fromarray(jitted(_smooth)(np.ascontiguousarray(x))), Image.fromarray(x), 1+m))
     return np.asarray(perform(Image.fromarray(x), name, m, interpolation, fill))

@@ -17,7 +17,7 @@ from .augment import AugmentSpec, Params, apply
 from .operations import OPS
 from .pairs import MAX_PIXELS
 from .quickops import fast
-from .resize import resized
+from .resize import resample
 from .shards.limits import Faulty
 from .sources import decoded
 
@@ -139,7 +139,7 @@ def view(
         except Faulty: raise
         except ValueError as e: raise Faulty('crop' if 'outside this picture' in str(e) else 'params', str(e)) from e
     part, box = approximate and _scaled(blob, decode, crop, side) or (_cropped(blob, decode, crop), None)
-    return _rest(np.asarray(resized(part, side, augment.random_resized_crop.interpolation, box)), augment, params, side/augment.side if rescale else 1.)
+    return _rest(np.asarray(resample(part, side, augment.random_resized_crop.interpolation, box)), augment, params, side/augment.side if rescale else 1.)
 
 # %% ../nbs/51_replay.ipynb #90cdcfdd
 SLACK = .6 # side of the shrunk crop over side of the view, at least
@@ -158,4 +158,4 @@ def _scaled(
     try: x = turbo.decode_jpeg(blob, 'RGB', fastdct=True, fastupsample=True, min_height=-(-rows//factor), min_width=-(-head.width//factor), strict=rows == head.height)
     except ValueError: return None
     fy, fx = x.shape[0]/rows, x.shape[1]/head.width
-    return x, (left*fx, top*fy, (left+w)*fx, (top+h)*fy)
+    return x, (left*fx, top*fy, min((left+w)*fx, x.shape[1]), min((top+h)*fy, x.shape[0]))

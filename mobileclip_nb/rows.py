@@ -99,19 +99,22 @@ def _from_pth(blob:bytes, limits:Limits)->dict[str,Part]:
     "Open pth.gz: by its mold, or else carefully"
     raw = gunzip(blob, limits.unpacked)
     if (mold := _MOLDS.get(len(raw))) and fits(mold, raw):
-        return {k: Part(_bf16(raw, mold.places), k, n) for k, (_, n, _) in mold.places.items()}
+        pick = _bf16(raw, mold.places)
+        return {k: Part(pick, k, n) for k, (_, n, _) in mold.places.items()}
     arrays = read_pth(blob, limits)
     if len(_MOLDS) < 64 and (mold := mold_of(raw, arrays)): _MOLDS[len(raw)] = mold
     return _parts(arrays)
 
 def _parts(arrays:Mapping[str,np.ndarray])->dict[str,Part]:
-    return {k: Part(lambda wanted: _stacked([arrays[name][i] for name, i in wanted]), k, len(x)) for k, x in arrays.items()}
+    def pick(wanted:Sequence[tuple[str,int]])->np.ndarray: return _stacked([arrays[name][i] for name, i in wanted])
+    return {k: Part(pick, k, len(x)) for k, x in arrays.items()}
 
 def _from_emb(blob:bytes, limits:Limits)->dict[str,Part]:
     "Open our compact form, of which a row is read when it is asked for"
     try: p = Packed(blob)
     except ValueError as e: raise Faulty('arrays', f'emb: {e}') from e
-    return {n: Part(p.pick, n, p.rows(n)) for n in p.names}
+    pick = p.pick
+    return {n: Part(pick, n, p.rows(n)) for n in p.names}
 
 # %% ../nbs/51_rows.ipynb #044eab44
 class Opinions(NamedTuple):
@@ -140,6 +143,7 @@ def rows_of(
     width:int=0, # that rows must have; 0 takes any
 )->np.ndarray: # `(n, D)` float32, finite
     "Take rows, all at once, or raise Faulty"
+    if len({id(part.pick) for part, _ in wanted}) != 1: raise ValueError(f"{len(wanted)} rows of several samples, or none; rows are taken from one sample at a time")
     x = wanted[0][0].pick([part.place(i) for part, i in wanted])
     if width and x.shape[1] != width: raise Faulty('width', f'rows of {x.shape[1]} numbers, not {width}')
     if not np.isfinite(x).all(): raise Faulty('values', 'a row holds numbers that are not finite')

@@ -67,6 +67,7 @@ def _obey(parent:Any, born:int)->None: # as a process; the number it has for us
 
 def loyal()->None:
     "Let this process hear its parent alone, and end with it: deaf to Ctrl-C, and to a SIGTERM from anybody else"
+    if multiprocessing.parent_process() is None: raise RuntimeError("Only a process that multiprocessing started has a parent to be loyal to; call loyal() in a worker")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, 'sigtimedwait'):
         signal.signal(signal.SIGTERM, lambda number, frame: None)              # where a library's thread catches it

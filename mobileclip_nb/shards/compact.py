@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..core import compiled, near
+from ..core import jitted, near
 
 # %% ../../nbs/43_shards.compact.ipynb #71e206f4
 @lru_cache(64)
@@ -45,7 +45,8 @@ def hadamard(
 )->np.ndarray: # `(..., P)`
     "Multiply by the Hadamard matrix over the root of its size: its own inverse"
     *lead, p = x.shape; half = p//2
-    if sys.modules.get('numba'): return compiled(_butterflies)(x.reshape(-1, p)).reshape(x.shape)*np.float32(1/math.sqrt(p)) # a reader has loaded it; for a few rows it is not worth a second
+    if p < 1 or p & (p-1): raise ValueError(f"A row of {p} numbers; a Hadamard matrix here has a power of two")
+    if sys.modules.get('numba'): return jitted(_butterflies)(np.asarray(x, np.float32).reshape(-1, p)).reshape(x.shape)*np.float32(1/math.sqrt(p)) # a reader has loaded it; for a few rows it is not worth a second
     for _ in range(p.bit_length()-1):
         y = np.empty((*lead, half, 2), np.float32)
         np.add(x[..., :half], x[..., half:], out=y[..., 0]); np.subtract(x[..., :half], x[..., half:], out=y[..., 1])

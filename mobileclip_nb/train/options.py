@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'with_fields', 'recipe_of', 'announced', 'ready']
 
-# %% ../../nbs/57_train.options.ipynb #49fe31b9
-import argparse, json, re
+# %% ../../nbs/57_train.options.ipynb #2d3fdaac
+import argparse, json, math, re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ def _with(spec:Spec, path:list[str], value:Any)->Spec:
         return spec.but(**{path[0]: _with(old, path[1:], value) if isinstance(old, Spec) else value})
     if isinstance(old, Spec): raise TypeError(f"{path[0]!r} is a {type(old).__name__}; name one of its fields: {', '.join(f'{path[0]}.{k}' for k in old.to_dict())}")
     kinds = (int, float) if isinstance(old, float) else (type(old),)
+    if isinstance(old, tuple) and isinstance(value, tuple) and old and (any(isinstance(v, str) != isinstance(old[0], str) for v in value) or not isinstance(old[0], str) and len(value) != len(old)): raise TypeError(f"{path[0]}={value!r} should be like {old!r}")
+    if isinstance(value, float) and not math.isfinite(value): raise TypeError(f"{path[0]}={value!r} is no finite number")
     if old is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(old, bool)): raise TypeError(f"{path[0]}={value!r} should be like {old!r}")
     return spec.but(**{path[0]: value})
 
@@ -60,6 +62,8 @@ def recipe_of(
     from mobileclip_nb.train.recipe import recipe
     changes = args.set or []
     if args.steps is not None and args.steps < 1: raise ValueError(f'--steps {args.steps} is no run; give at least 1')
+    if min(args.seed or 0, args.workers) < 0: raise ValueError(f'--seed {args.seed} and --workers {args.workers} are whole numbers from 0')
+    if args.steps and any(c.partition('=')[0].strip() == args.scale for c in changes): raise ValueError(f'--steps and --set {args.scale}=... both say how long the run is; give one')
     r = with_fields(recipe(args.recipe), [c for c in changes if '.' not in c.partition('=')[0]])
     if args.steps: r = r.but(**{args.scale: args.steps})
     r = r.at(args.scale, args.seed)
@@ -73,8 +77,12 @@ def announced(
 )->str: # one line; two where a published run is not meant
     "Say what will be run, and plainly that it is not the published run where it is not"
     from mobileclip_nb.published import ROWS
+    from mobileclip_nb.train.recipe import recipe
     line, row = f'{r.name} at scale {scale}: {r.train.steps:,} steps of {r.stream.batch:,} pairs, {r.model}', ROWS.get(r.name)
-    if row is None or (r.train.steps, r.stream.batch) == (row.steps, row.batch): return line
+    if row is None: return line
+    if (r.train.steps, r.stream.batch) == (row.steps, row.batch):
+        changed = [k for k in recipe(r.name).at('full', r.stream.seed).diff(r) if k != 'data']
+        return line + (f"\nThis is not the published run: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} changed" if changed else '')
     return f'{line}\nThis is not the published run, which takes {row.steps:,} steps of {row.batch:,} pairs: --scale full alone asks for it'
 
 # %% ../../nbs/57_train.options.ipynb #20034e6c
