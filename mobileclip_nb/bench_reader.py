@@ -132,6 +132,7 @@ def published(
     clock.note('batch')
     return out
 
+# %% ../nbs/85_bench_reader.ipynb #bc47ccca
 _TAPES:dict[tuple[str,int],Iterator] = {} # tars that are being streamed
 
 def streamed(url:str, start:int, n:int)->Iterator[tuple[str,dict[str,bytes]]]: # key, extension: contents
