@@ -29,7 +29,7 @@ from .shards.files import read_shard, write_shard
 from .shards.limits import Limits
 from .shards.sample import Sample, StoreSpec
 from .sources import Source, source_of
-from .stream import Stream
+from .stream import CHUNK, Stream
 from .teachers import TeacherSpec, load_teacher
 from .tokencache import TokenCache
 
@@ -241,6 +241,8 @@ def run(
     batch:int=32, # samples a round; divides `samples`, and is a multiple of the reader's chunk
 )->Report:
     "Measure readers side by side on one thread"
+    if rounds < 1 or samples < 1 or batch < 1 or batch % CHUNK or samples % batch:
+        raise ValueError(f"samples={samples}, batch={batch}, rounds={rounds}: a reader takes {CHUNK} samples at once, so a batch is a multiple of {CHUNK}, samples a multiple of the batch, and there is a round at least")
     threads = torch.get_num_threads(); torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as d:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SLACK', 'Head', 'jpeg_head', 'upper_rows', 'size_of', 'view']
 
-# %% ../nbs/51_replay.ipynb #734d59fe
-import importlib, importlib.util, io
+# %% ../nbs/51_replay.ipynb #1cee7108
+import importlib, io
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -58,7 +58,8 @@ def jpeg_head(
 @lru_cache(1)
 def _simplejpeg()->Any: # the module, or None
     "The fast decoder, if it is installed"
-    return importlib.import_module('simplejpeg') if importlib.util.find_spec('simplejpeg') else None
+    try: return importlib.import_module('simplejpeg')
+    except ImportError: return None
 
 def _shortened(blob:bytes, head:Head, rows:int)->tuple[bytes,int]: # a JPEG, and the rows it says it has
     "Write a smaller height into a JPEG's head, if that is safe and saves a block"

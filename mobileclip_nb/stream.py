@@ -21,7 +21,7 @@ from .archive import Archives, Index, index_of
 from .batches import Batch, normalized
 from .core import cache_dir
 from .order import Mix, Order, Slot
-from .places import name_of
+from .places import is_local, name_of
 from .sampling import StreamSpec, Taken, taken
 from .shards.files import Skips
 from .shards.limits import Faulty
@@ -172,6 +172,16 @@ def _groups(sources:Sequence[Source], spec:StreamSpec, memory:str, skips:Skips)-
             if n: out[-1].append((number, url, n))
     return out if spec.weights else [[x for group in out for x in group]]
 
+# %% ../nbs/53_stream.ipynb #1e2f659a
+def _files(groups:Sequence[Sequence[tuple[int,str,int]]])->str: # ten hexadecimal digits
+    "Digest of where shards lie, and of their sizes and dates where they lie here"
+    said = []
+    for _, url, _ in (shard for group in groups for shard in group):
+        path = Path(url.removeprefix('file://')) if is_local(url) else None
+        stat = path.stat() if path and path.exists() else None
+        said.append([str(path.absolute()) if path else url, stat and stat.st_size, stat and stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:10]
+
 # %% ../nbs/53_stream.ipynb #d14457de
 class Shards:
     "What a stream reads: sources, their samples, their order, and what is known to be bad"
@@ -194,7 +204,7 @@ class Shards:
         if not all(self.shards): raise ValueError(f"No sample in {', '.join(s.place for s in self.sources)}")
         self.total = sum(n for group in self.shards for *_, n in group)
         self.mix, self.readers = Mix(spec.weights or (1.,), spec.seed), Readers(self.shards, self.sources, spec, self.memory, tokens)
-        self.notes = Notes(Path(self.memory)/'bad'/f'{self.id}-{self.ranks[0]}.jsonl', len(self.shards), self.skips)
+        self.notes = Notes(Path(self.memory)/'bad'/f'{self.id}-{_files(self.shards)}-{self.ranks[0]}.jsonl', len(self.shards), self.skips)
         for line in (state or {}).get('bad', ()): self.notes.add(*line)
         self.orders()
 
