@@ -51,7 +51,9 @@ def main(
         told = '. '.join([str(e.args[0] if isinstance(e, KeyError) and e.args else e).rstrip('.'), *getattr(e, '__notes__', ())])
         say(f"{who}{type(e).__name__}: {told.replace('resume=True', '--resume')}")
         return 2
-    if rank == '0': print(', '.join(f'{k} {v:.4g}' for k, v in run.metrics.items()))
+    if rank == '0':
+        print(', '.join(f'{k} {v:.4g}' for k, v in run.metrics.items()))
+        if args.out: say(f'weights with their record: mobileclip release {args.out} --out model.safetensors')
     return 0
 
 # %% ../../nbs/59_train.__main__.ipynb #fb7d447c
