@@ -125,7 +125,7 @@ def live(
         "A client that shows streams at once"
         def process_message(self, msg:dict, cell:Any, cell_index:int)->Any:
             "Show a piece of a stream, then keep it"
-            if msg['msg_type'] == 'stream': print(msg['content']['text'], end='', file=sys.stderr, flush=True)
+            if msg['msg_type'] == 'stream': sys.stderr.write(msg['content']['text']); sys.stderr.flush()
             return super().process_message(msg, cell, cell_index)
     Client(nb, timeout=3600, kernel_name='python3', resources=dict(metadata=dict(path=str(folder)))).execute()
 

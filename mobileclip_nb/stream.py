@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .archive import Archives, Index, index_of
+from .archive import Archives, Index, index_of, stamp
 from .batches import Batch, normalized
 from .core import cache_dir
 from .order import Mix, Order, Slot
-from .places import is_local, name_of
+from .places import is_local, name_of, shown
 from .sampling import StreamSpec, Taken, taken
 from .shards.files import Skips
 from .shards.limits import Faulty
@@ -175,11 +175,7 @@ def _groups(sources:Sequence[Source], spec:StreamSpec, memory:str, skips:Skips)-
 # %% ../nbs/53_stream.ipynb #1e2f659a
 def _files(groups:Sequence[Sequence[tuple[int,str,int]]])->str: # ten hexadecimal digits
     "Digest of where shards lie, and of their sizes and dates where they lie here"
-    said = []
-    for _, url, _ in (shard for group in groups for shard in group):
-        path = Path(url.removeprefix('file://')) if is_local(url) else None
-        stat = path.stat() if path and path.exists() else None
-        said.append([str(path.absolute()) if path else url, stat and stat.st_size, stat and stat.st_mtime_ns])
+    said = [stamp(url, Path(shown(url)) if is_local(url) else None) for group in groups for _, url, _ in group]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:10]
 
 # %% ../nbs/53_stream.ipynb #d14457de

@@ -7,7 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB = ROOT/'nbs', 'mobileclip_nb'
 WALL = dict(cell=40, function=40, module=300, cells=70, prose=1., checked=.9, hidden=4, size=1_000_000)
-TALKERS = {'cli', 'train.__main__', 'open_clip_tools'}       # command-line modules may print
 DIRECTIVE = re.compile(r'^#\|\s*(\w+)', re.M)
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def taste(nb):
             if isinstance(n, ast.Assert): out.append('assert')
             if isinstance(n, ast.ExceptHandler) and n.type is None: out.append('bare except')
             if isinstance(n, ast.Call) and ast.unparse(n.func) == 'sys.exit': out.append('sys.exit')
-            if isinstance(n, ast.Call) and ast.unparse(n.func) == 'print' and nb.module not in TALKERS: out.append('print')
+            if isinstance(n, ast.Call) and ast.unparse(n.func) == 'print': out.append('print')
             if isinstance(n, ast.Call) and ast.unparse(n.func) == 'torch.load' and 'weights_only=True' not in ast.unparse(n): out.append('torch.load that would unpickle')
             if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 if n.args.vararg and n.args.kwarg: out.append(f'{n.name} passes *args, **kwargs through')

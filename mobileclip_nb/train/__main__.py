@@ -8,6 +8,7 @@ __all__ = ['words', 'main']
 # %% ../../nbs/59_train.__main__.ipynb #a5697247
 import argparse, os, sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from .options import OPTIONS, announced, ready, recipe_of
 from .torchrun import own_device, trained
@@ -38,7 +39,7 @@ def main(
     "Train what the command line asks for"
     args, rank, world = words().parse_args(argv), os.environ.get('RANK', '0'), os.environ.get('WORLD_SIZE', '1')
     who = f'rank {rank} of {world}: ' if world != '1' else ''
-    def say(text:str)->None: print(text, file=sys.stderr, flush=True)
+    def say(text:str, to:TextIO|None=None)->None: (to or sys.stderr).write(f'{text}\n'); (to or sys.stderr).flush()
     try:
         if args.resume and not args.out: raise ValueError("--resume goes on with the run in a folder, and none is given; add --out FOLDER")
         r = recipe_of(args)
@@ -52,7 +53,7 @@ def main(
         say(f"{who}{type(e).__name__}: {told.replace('resume=True', '--resume')}")
         return 2
     if rank == '0':
-        print(', '.join(f'{k} {v:.4g}' for k, v in run.metrics.items()))
+        say(', '.join(f'{k} {v:.4g}' for k, v in run.metrics.items()), sys.stdout)
         if args.out: say(f'weights with their record: mobileclip release {args.out} --out model.safetensors')
     return 0
 
