@@ -295,17 +295,20 @@ def _file_settings(
 )->tuple[dict[str,Any],Vocab,Pixels]: # configuration, vocabulary and preprocessing
     "What to build for a file: from the file itself where it is ours, else from the model's name"
     if about.get('kind', 'captioner') != 'captioner' or not about and spec.model == 'coca_nano':
-        raise ValueError(f"{path.name!r} is not a captioner of our own kind, written by save_captioner")
+        raise ValueError(f"{path.name!r} is not a captioner of our own kind, "
+                         "written by save_captioner")
     if not about:
         cfg = config_of(spec.model, len(state.get('text.positional_embedding', ())) or None)
-        return cfg, Vocab(), Pixels(cfg['vision_cfg']['image_size'], 'bicubic', OPENAI_MEAN, OPENAI_STD)
+        side = cfg['vision_cfg']['image_size']
+        return cfg, Vocab(), Pixels(side, 'bicubic', OPENAI_MEAN, OPENAI_STD)
     if (model := about.get('model', 'coca_nano')) != spec.model:
-        raise ValueError(f"{path.name!r} holds {model}, but {spec.model!r} was asked for; load_captioner({model!r}, ...) reads it")
+        raise ValueError(f"{path.name!r} holds {model}, but {spec.model!r} was asked for; "
+                         f"load_captioner({model!r}, ...) reads it")
     return about['cfg'], Vocab(tuple(about['ids'])), Pixels.from_dict(about['pixels'])
 
 def load_captioner(
     spec:CaptionerSpec|str='coca_nano', # or the name of a model
-    weights:str|Path|None=None, # with a name: a tag, a path or `hf-hub:ORG/REPO[/FILE]`; None takes the default
+    weights:str|Path|None=None, # with a name: tag, path or `hf-hub:ORG/REPO[/FILE]`; None: default
     device:str|None='cpu', # where to; None takes the best there is
 )->Captioner: # in eval mode, float32
     "Load a captioner; every tensor is accounted for, or one error lists all that are not"

@@ -68,10 +68,10 @@ def hub_names(
 )->list[str]: # file names, the likeliest first
     "Names under which a hub repository may keep its weights"
     name = repo.partition('/')[2]
-    own = [re.sub(r'_(lt|14)$', r'\1', name.lower().removesuffix('-openclip').replace('-', '_'))]
-    if name.startswith('mobileclip2_coca_'): own = [name, 'mobileclip2_coca']
-    files = [f'{n}.pt' for n in own]
-    return ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin', *files, 'model.safetensors']
+    apple = re.sub(r'_(lt|14)$', r'\1', name.lower().removesuffix('-openclip').replace('-', '_'))
+    own = [name, 'mobileclip2_coca'] if name.startswith('mobileclip2_coca_') else [apple]
+    shared = ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin'] # what open_clip tries
+    return [*shared, *(f'{n}.pt' for n in own), 'model.safetensors']
 
 def _download(repo:str, names:list[str])->Path: # of the first name that the repository has
     "Ask the hub for one name after the other; FileNotFoundError if it has none of them"
@@ -79,7 +79,7 @@ def _download(repo:str, names:list[str])->Path: # of the first name that the rep
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     for f in names:
         try: return Path(huggingface_hub.hf_hub_download(repo, f))
-        except LocalEntryNotFoundError: raise               # offline; it is also an EntryNotFoundError
+        except LocalEntryNotFoundError: raise # offline; it is also an EntryNotFoundError
         except EntryNotFoundError: continue
     raise FileNotFoundError('the repository has none of them')
 
@@ -90,7 +90,8 @@ def fetch_hub(
     from huggingface_hub import try_to_load_from_cache
     parts = place.removeprefix('hf-hub:').strip('/').split('/')
     if len(parts) < 2:
-        raise ValueError(f"{place!r} names no repository; write 'hf-hub:ORG/REPO' or 'hf-hub:ORG/REPO/FILE'")
+        raise ValueError(f"{place!r} names no repository; "
+                         "write 'hf-hub:ORG/REPO' or 'hf-hub:ORG/REPO/FILE'")
     repo, file = '/'.join(parts[:2]), '/'.join(parts[2:])
     names = [file] if file else hub_names(repo)
     try:
@@ -99,10 +100,11 @@ def fetch_hub(
         return Path(found) if found else _download(repo, names)
     except (OSError, ValueError) as e:
         said = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
-        other = f"leave out the file name to try {', '.join(hub_names(repo))}" if file else f"name its file, 'hf-hub:{repo}/FILE'"
-        raise OSError(f"Cannot get weights from the hub repository {repo!r}: tried {', '.join(names)} ({said}). "
-                      f"Check name and connection, {other}, or download the file by other means and pass its path") from e
-
+        other = f"name its file, 'hf-hub:{repo}/FILE'"
+        if file: other = f"leave out the file name to try {', '.join(hub_names(repo))}"
+        raise OSError(f"Cannot get weights from the hub repository {repo!r}: "
+                      f"tried {', '.join(names)} ({said}). Check name and connection, {other}, "
+                      "or download the file by other means and pass its path") from e
 
 # %% ../nbs/34_checkpoint.ipynb #479b1461
 def locate(
