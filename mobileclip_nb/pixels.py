@@ -55,7 +55,7 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073) # of CLIP's training images, p
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711) # likewise
 
 @dataclass(frozen=True, repr=False)
-class Pixels(Spec):
+class Pixels(Spec, id_name='Pixels'):
     "How a model wants its pictures; call it on an image (settings: MobileCLIP, released code)"
     side:int=256 # pixels
     resize:str='bilinear' # or `bicubic`

@@ -192,7 +192,7 @@ def look(
 
 # %% ../../nbs/46_shards.build.ipynb #4b9a1648
 @dataclass(frozen=True, repr=False)
-class BuildSpec(Spec):
+class BuildSpec(Spec, id_name='BuildSpec'):
     "What to build from a source"
     per_shard:int=1000 # samples
     limit:int|None=None # at most so many; of emoji spread evenly, else the first

@@ -41,7 +41,7 @@ from ..zoo import Record, build, image_spec, kept_ids, record
 
 # %% ../../nbs/56_train.recipe.ipynb #6dd1e3a0
 @dataclass(frozen=True, repr=False)
-class Recipe(Spec):
+class Recipe(Spec, id_name='Recipe'):
     "All that decides a run"
     name:str='' # lower case
     model:str='mobileclip_nano' # of `list_models()`
