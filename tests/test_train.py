@@ -353,7 +353,7 @@ def test_runs_repeat_to_the_bit(tmp_path, threads):
     done = subprocess.run([sys.executable, '-c', code], env=os.environ | how, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
     got = json.loads(done.stdout)
-    assert got['threads'] == threads and got['tensors'] > 300
+    assert got['threads'] == min(threads, os.cpu_count()) and got['tensors'] > 300
     assert got['unbroken'] == got['resumed'] == got['tensors'], got
 
 def test_threads_of_a_run(tmp_path):
