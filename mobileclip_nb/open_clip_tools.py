@@ -177,8 +177,9 @@ def run_tool(
     try: there = util.find_spec(tool)
     except ModuleNotFoundError: there = None
     if there is None:
+        package = tool.split('.')[0]
         raise ModuleNotFoundError(f"No console command and no module named {tool!r}; "
-                                  f"install the package that brings it (pip install {tool.split('.')[0]})")
+                                  f"install the package that brings it (pip install {package})")
     return run_module(tool, run_name='__main__', alter_sys=True)
 
 def main(

@@ -53,7 +53,8 @@ def seen_judge(
     skin_tones:bool=True, # among variants with skin tones too
 )->Judge: # call it with a model in eval mode
     "The judge for teachers: retrieval in either hand among all concepts, every one of which they learned from"
-    return Judge({f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}, equal_texts=True)
+    splits = {f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}
+    return Judge(splits, equal_texts=True)
 
 # %% ../nbs/84_recipes.ipynb #6bf0c51e
 class Fit(NamedTuple):

@@ -221,7 +221,8 @@ def windows(
     "Open the bar and the log of a run"
     first = here().rank == 0
     if state.step and first: say(f'goes on from step {state.step} of {spec.steps}' if state.step < spec.steps else f'all {spec.steps} steps are made already')
-    if first and (told := warn_of_parts(state.model, spec.accumulate, pairs//here().world)): say(told)
+    warning = warn_of_parts(state.model, spec.accumulate, pairs//here().world)
+    if first and warning: say(warning)
     bar = tqdm(total=spec.steps*pairs, initial=state.step*pairs, unit=' images', mininterval=.5 if sys.stderr.isatty() else 10, disable=not (progress and first))
     return bar, Log(out if first and state.step < spec.steps else None, Pace(pairs, spec.steps), state.history, state.judged, spec.to_dict(), watch)
 

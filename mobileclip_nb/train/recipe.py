@@ -197,7 +197,9 @@ def source(
     each = [_shards(r, p.place, n//world, rec, (rank, world), workers, say) if d is None else Slice(b, rank, world) if world > 1 else b
             for p, d, n in zip(found, held, counts) for b in [d and as_batches(r, d, n, rec)]]
     whole_ = each[0] if len(each) == 1 else Mixture(each, [p.place for p in found])
-    return Ranged(whole_, r.psnr, r.train.steps, r.stream.seed, rec.pixels.mean, rec.pixels.std, ranks) if r.psnr else whole_
+    if not r.psnr: return whole_
+    mean, std = rec.pixels.mean, rec.pixels.std
+    return Ranged(whole_, r.psnr, r.train.steps, r.stream.seed, mean, std, ranks)
 
 def _taught(r:Recipe, place:str)->None:
     "Refuse pictures with captions alone where the recipe learns from teachers' rows"
