@@ -52,6 +52,8 @@ OPTIONS:tuple[tuple[str,dict[str,Any]],...] = (
     ('--freeze', dict(help='image, text, or probe: what does not learn')),
     ('--set', dict(action='append', metavar='FIELD=VALUE', help='any field of the recipe, such as train.lr=3e-4 or train.parallel=fsdp; may be repeated')),
     ('--resume', dict(action='store_true', help='go on where the folder\'s run stopped, if there is one')),
+    ('--threads', dict(type=int, help='that an operation computes on, a process (torch\'s choice); '
+                                      'on as many a run repeats to the bit')),
     ('--workers', dict(type=int, default=0, help='processes that read shards ahead, a rank (0)')),
 )
 
