@@ -22,7 +22,7 @@ from ..core import near, need
 from ..emoji import attribution, load_emoji
 from ..noise import NoiseSpec
 from ..pairs import SUFFIXES, open_image, read_pairs
-from ..places import exists, join_url, list_shards, name_of, names_in, read_bytes, reading, remove, shown, write_bytes, writing
+from ..places import exists, is_local, join_url, list_shards, name_of, names_in, read_bytes, reading, remove, shown, write_bytes, writing
 from .files import MANIFEST, PUBLISHED, Entry, Skips, read_shard, write_manifests, write_shard
 from .limits import Faulty, Limits, read_json
 from .sample import Sample
@@ -83,12 +83,13 @@ def foreign_in(
     names = [n for n in names_in(out) if not n.startswith('.') or n == '.done']
     return ', '.join(names[:3]) + ', ...'*(len(names) > 3)
 
-def _begun(place:str)->dict[str,Any]:
-    "Read what job a folder is of"
+def _begun(place:str, job:dict[str,Any])->dict[str,Any]:
+    "Read what job a folder is of; a source that was moved, or not written down by an older version, is the same source"
     try: had = json.loads(read_bytes(place))
     except ValueError: had = None
     if not isinstance(had, dict): raise ValueError(f"{shown(place)!r} does not say what job was begun here, so its folder is not taken; choose an empty folder")
-    return had
+    known = 'place' in had and (not is_local(had['place']) or exists(had['place']))
+    return had if known or 'place' not in job else had | dict(place=job['place'])
 
 def fingerprint(
     rows:Iterable[Any], # JSON
@@ -109,7 +110,7 @@ class ShardJob:
     ):
         self.verb, self.out, self.lines, self.names, self.kept = verb, str(out), [], [], 0
         job, place = json.loads(_text(dict(verb=verb) | said)), join_url(out, 'job.json')
-        had = _begun(place) if exists(place) else None
+        had = _begun(place, job) if exists(place) else None
         if had is None and (foreign := foreign_in(out)):
             raise ValueError(f"{name_of(out)} holds {foreign}, which is not of this job; choose an empty folder")
         if had is not None and (other := [f'{k} was {had.get(k)!r}, now {job.get(k)!r}' for k in sorted({*had, *job}) if had.get(k) != job.get(k)]):
@@ -349,7 +350,8 @@ def build(
 )->Report:
     "Write plain shards of images with captions; image bytes stay as they are, and finished shards are kept"
     spec = BuildSpec.of(**changes); source = source_of(src, spec)
-    job, keys, rows = ShardJob('build', out, source=source.mark, **spec.to_dict()), set(), 0
+    place = dict(place=str(Path(src).resolve())) if str(src) != 'emoji' and Path(src).exists() else {}
+    job, keys, rows = ShardJob('build', out, source=source.mark, **place, **spec.to_dict()), set(), 0
     if done := finished(job): return done
     items = iter(tqdm(source.items, 'build', source.total, unit=' images', disable=not progress, leave=False))
     def good()->Iterator[Sample]:
