@@ -135,7 +135,7 @@ def claim_for_demo(
         except (ValueError, OSError): had = 'something else'
     there = [name for name in (DEMO, *DEMO_FILES) if (out/name).exists()]
     if there and had != now:
-        what = f"the demo at scale {had['scale']}" if isinstance(had, dict) and had.get('made_by') == now['made_by'] else 'not known to be of a demo'
+        what = f"the demo at scale {had.get('scale')}" if isinstance(had, dict) and had.get('made_by') == now['made_by'] else 'not known to be of a demo'
         raise ValueError(f"{str(out)!r} holds {', '.join(there)} ({what}), which the demo at scale {scale} would replace; choose another --out, or remove them")
     with whole(note) as tmp: tmp.write_text(json.dumps(now), encoding='utf-8')
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..augment import DATACOMPDR, AugmentSpec, apply, describe, unpack
@@ -209,7 +209,7 @@ def _shows(path:Path)->dict[str,str]|None: # shard and key; None if the file was
     "Read which sample a picture shows"
     try:
         with Image.open(path) as image: note = json.loads(image.info.get(_NOTE, 'null'))
-    except (UnidentifiedImageError, OSError, ValueError): return None
+    except (OSError, ValueError, Image.DecompressionBombError): return None
     return note if isinstance(note, dict) and note.keys() == {'shard', 'key'} else None
 
 def save_still(
