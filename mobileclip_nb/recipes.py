@@ -46,14 +46,14 @@ def emoji_judge(
     splits:Sequence[str]=('train', 'heldout', 'shift'), # which to judge
 )->Judge: # call it with a model in eval mode
     "The judge for emoji: retrieval both ways on each split"
-    return Judge({s: load_emoji(s, side=side) for s in splits})
+    return Judge({s: load_emoji(s, side=side) for s in splits}, equal_texts=True)
 
 def seen_judge(
     side:int=64, # pixels
     skin_tones:bool=True, # among variants with skin tones too
 )->Judge: # call it with a model in eval mode
     "The judge for teachers: retrieval in either hand among all concepts, every one of which they learned from"
-    return Judge({f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS})
+    return Judge({f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}, equal_texts=True)
 
 # %% ../nbs/84_recipes.ipynb #6bf0c51e
 class Fit(NamedTuple):

@@ -10,6 +10,7 @@ import argparse, os, sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from ..core import set_threads
 from .options import OPTIONS, announced, ready, recipe_of
 from .torchrun import own_device, trained
 
@@ -42,6 +43,7 @@ def main(
     def say(text:str, to:TextIO|None=None)->None: (to or sys.stderr).write(f'{text}\n'); (to or sys.stderr).flush()
     try:
         if args.resume and not args.out: raise ValueError("--resume goes on with the run in a folder, and none is given; add --out FOLDER")
+        set_threads(args.threads)
         r = recipe_of(args)
         if rank == '0': say(announced(r, args.scale)); ready(args.out, args.resume, r, args.data)
         settings = dict(save_every=args.save_every, resume=args.resume, keep=args.keep, milestones=args.milestones, watch=args.watch, ledger=args.ledger)

@@ -22,7 +22,7 @@ from ..core import near
 from ..gather import Ranks, here
 from ..ledger import append, record
 from ..optim import clamp_scale, lr_at, set_lr
-from .accumulate import accumulated
+from .accumulate import accumulated, warn_of_parts
 from .log import Log, Pace
 from .objective import objective as plain, online
 from .parallel import anybody, average_rest, clip_whole, from_first, mean_over
@@ -243,6 +243,7 @@ def windows(
     "Open the bar and the log of a run"
     first = here().rank == 0
     if state.step and first: say(f'goes on from step {state.step} of {spec.steps}' if state.step < spec.steps else f'all {spec.steps} steps are made already')
+    if first and (told := warn_of_parts(state.model, spec.accumulate, pairs//here().world)): say(told)
     bar = tqdm(total=spec.steps*pairs, initial=state.step*pairs, unit=' images', mininterval=.5 if sys.stderr.isatty() else 10, disable=not (progress and first))
     return bar, Log(out if first and state.step < spec.steps else None, Pace(pairs, spec.steps), state.history, state.judged, spec.to_dict(), watch)
 

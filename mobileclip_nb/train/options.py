@@ -54,6 +54,7 @@ OPTIONS:tuple[tuple[str,dict[str,Any]],...] = (
     ('--set', dict(action='append', metavar='FIELD=VALUE', help='any field of the recipe, such as train.lr=3e-4 or train.parallel=fsdp; may be repeated')),
     ('--resume', dict(action='store_true', help='go on where the folder\'s run stopped, if there is one')),
     ('--held-out', dict(type=float, metavar='SHARE', help='of the pictures of a folder or table, kept out of training to measure recall on (a tenth, at most 1,000; none of fewer than 64); 0 trains on all')),
+    ('--threads', dict(type=int, help='that one operation computes on, a process; a run repeats to the bit on as many (torch\'s choice)')),
     ('--workers', dict(type=int, help='processes that read shards ahead, a rank; batches do not depend on it (by default what the cores leave, at most 8; none in short runs)')),
 )
 

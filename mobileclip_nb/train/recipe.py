@@ -158,7 +158,7 @@ def source(
     each = [_shards(r, l.place, n//world, rec, (rank, world), workers, say) if l.data is None else Slice(b, rank, world) if world > 1 else b
             for l, n in zip(loaded, counts) for b in [l.data and as_batches(r, l.data, n, rec)]]
     whole_ = each[0] if len(each) == 1 else Mixture(each, [l.place for l in loaded])
-    return Ranged(whole_, r.psnr, r.train.steps, r.stream.seed, rec.pixels.mean, rec.pixels.std) if r.psnr else whole_
+    return Ranged(whole_, r.psnr, r.train.steps, r.stream.seed, rec.pixels.mean, rec.pixels.std, ranks) if r.psnr else whole_
 
 def _shared_out(r:Recipe, loaded:Sequence[Loaded], world:int, say:Callable[[str],None])->list[int]: # pairs a step of each place, over all ranks
     "Divide the batch among the places, and say where a place has too few pictures"

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..core import set_threads
 from ..train.options import OPTIONS, announced, ready, recipe_of
 from .talk import Verb, answer, flag, say
 
@@ -56,6 +57,7 @@ def train(
     from mobileclip_nb.ledger import LEDGER
     from mobileclip_nb.recipes import emoji_judge, fit, release
     from mobileclip_nb.train.recipe import captions_of, learner, source
+    set_threads(args.threads)
     r = recipe_of(args)
     say(announced(r, args.scale))
     if args.price and args.data is None: p = priced(args, r); answer(p._asdict(), str(p), args.json); return 0
@@ -87,6 +89,7 @@ def finetune(
     args:argparse.Namespace, # `model`, `weights`, `data`, `out`, `alpha`, `keep`, `device`, `rate`, and those of `OPTIONS`
 )->int: # exit status
     "Teach a trained model, or a captioner, new data without losing the old"
+    set_threads(args.threads)
     if is_captioner(args.model): return teach_captioner(args)
     import torch
     from mobileclip_nb.checkpoint import save_weights
