@@ -313,6 +313,7 @@ def train(
     say:Callable[[str],None]=lambda text: None, # told from which step a run goes on, and of a new best
     *,
     best:str|None=None, # a metric of `judge`, higher is better; its best checkpoint stays as `best.pt`
+    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told the step's row of the log and its judgement
     first_save:float=60., # seconds until a first checkpoint is written, whatever `save_every`
     clock:Callable[[],float]=time.monotonic, # for `first_save` alone
 )->Trained:
@@ -328,6 +329,7 @@ def train(
         if out and state.step not in (begun, state.saved): save_state(state, out/'state.pt', spec, batches.id, keep, milestones)
     def ask()->None:
         log.judged(judged(state, judge, save))
+        if report and state.history and not ranks.rank: report(state.history[-1], state.judged[-1])
         if best: mark_best(state, best, out, save, say)
     if best and out and not ranks.rank and (told := restore_best(out, state.judged, best)): say(told)
     late = first_save_due(state, first_save, clock)

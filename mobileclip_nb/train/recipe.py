@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PROMPTS', 'NOTE', 'LONGEST', 'Recipe', 'record_of', 'of_row', 'recipe', 'learner', 'as_batches', 'source',
            'captions_of', 'opened', 'Held', 'Price', 'sized', 'lasting', 'price', 'held_by', 'published_data', 'Note',
-           'read_note', 'differences', 'same_run', 'write_note', 'Opening', 'RunData', 'as_run', 'open_run']
+           'read_note', 'as_note', 'differences', 'same_run', 'write_note', 'Opening', 'RunData', 'as_run', 'open_run']
 
 # %% ../../nbs/56_train.recipe.ipynb #3bba79d2
 import json
@@ -294,7 +294,13 @@ def read_note(
     "Read what a run's folder says of itself"
     at = Path(out)/NOTE
     if not at.is_file(): raise FileNotFoundError(f"No {NOTE} in {Path(out).name!r}; a folder that `mobileclip train` or `fit` wrote has one")
-    d = json.loads(at.read_text(encoding='utf-8'))
+    return as_note(at.read_text(encoding='utf-8'))
+
+def as_note(
+    text:str, # JSON
+)->Note:
+    "The note that a text holds; an earlier version's says nothing of a held-out part"
+    d = json.loads(text)
     shares = d.get('held_out')
     return Note(Recipe.from_dict(d['recipe']), Record.from_dict(d['record']), d['data'], d['start'], None if shares is None else tuple(shares))
 
