@@ -80,11 +80,10 @@ def opening_of(
     **more:Any, # further fields of `Opening`
 )->Any: # an `Opening`
     "Read how the data of a run shall be opened"
-    from mobileclip_nb.train.recipe import NOTE, Opening, read_note
-    from mobileclip_nb.train.state import checkpoints
+    from mobileclip_nb.train.recipe import Opening, note_to_resume
     templates = any(c.partition('=')[0].strip() == 'stream.templates' for c in args.set or ())
-    goes_on = out and args.resume and checkpoints(out) and (Path(out)/NOTE).is_file()
-    return Opening(own=True, templates=templates, held_out=args.held_out, note=read_note(out) if goes_on else None, workers=args.workers, **more)
+    note = note_to_resume(out) if out and args.resume else None
+    return Opening(own=True, templates=templates, held_out=args.held_out, note=note, workers=args.workers, **more)
 
 def save_interval(
     steps:int, # of the whole run

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PROMPTS', 'NOTE', 'LONGEST', 'Recipe', 'record_of', 'of_row', 'recipe', 'learner', 'as_batches', 'source',
            'captions_of', 'opened', 'Held', 'Price', 'sized', 'lasting', 'price', 'held_by', 'published_data', 'Note',
-           'read_note', 'as_note', 'differences', 'same_run', 'write_note', 'Opening', 'RunData', 'as_run', 'open_run']
+           'read_note', 'as_note', 'note_to_resume', 'differences', 'same_run', 'write_note', 'Opening', 'RunData',
+           'as_run', 'open_run']
 
 # %% ../../nbs/56_train.recipe.ipynb #3bba79d2
 import json
@@ -36,7 +37,7 @@ from ..text.tokens import ids_in_use
 from .data import (
     EMOJI, Loaded, count_cut, describe_split, describe_texts, divide_batch, has_shards, held_of, is_own, load_data, load_parts, need_two, old_batch, reader_count)
 from .objective import LossSpec, with_bias
-from .state import TrainSpec
+from .state import TrainSpec, checkpoints
 from ..zoo import Record, build, image_spec, kept_ids, record
 
 # %% ../../nbs/56_train.recipe.ipynb #6dd1e3a0
@@ -303,6 +304,12 @@ def as_note(
     d = json.loads(text)
     shares = d.get('held_out')
     return Note(Recipe.from_dict(d['recipe']), Record.from_dict(d['record']), d['data'], d['start'], None if shares is None else tuple(shares))
+
+def note_to_resume(
+    out:str|Path, # a folder
+)->Note|None: # None where no checkpoint can go on
+    "The note of a run that can go on"
+    return read_note(out) if checkpoints(out) and (Path(out)/NOTE).is_file() else None
 
 # %% ../../nbs/56_train.recipe.ipynb #be43370c
 def differences(

@@ -25,8 +25,8 @@ from ..gather import Ranks, here
 from .loop import Trained, train
 from .options import BEST_BY, judge_interval, report_to
 from .parallel import from_first
-from .recipe import NOTE, Note, Opening, Price, Recipe, as_note, captions_of, held_by, learner, open_run, price, write_note
-from .state import TrainSpec, checkpoints, vacant
+from .recipe import NOTE, Note, Opening, Price, Recipe, as_note, captions_of, held_by, learner, note_to_resume, open_run, price, write_note
+from .state import TrainSpec, vacant
 
 # %% ../../nbs/57_train.torchrun.ipynb #4256bf1f
 def own_device(
@@ -117,6 +117,6 @@ def trained(
 def _note(out:str|Path|None, resume:bool, ranks:Ranks)->Note|None: # the same on every rank
     "Read the note of the run that goes on; the first rank reads, for others may not have its disk"
     said = b''
-    if out and resume and not ranks.rank and checkpoints(out) and (Path(out)/NOTE).is_file(): said = (Path(out)/NOTE).read_bytes()
+    if out and resume and not ranks.rank and note_to_resume(out): said = (Path(out)/NOTE).read_bytes()
     if ranks.world > 1: said = from_first(said, ranks, 'cuda' if dist.get_backend() == 'nccl' else 'cpu')
     return as_note(said.decode()) if said else None
