@@ -109,7 +109,7 @@ def describe_split(
                 '`mobileclip eval MODEL --on FOLDER` measures recall on other pictures')
     if held is None:
         more = f'; {4*LEAST} or more have one by default, and --held-out 0.2 keeps out a fifth' if asked is None else ''
-        return f'no held-out part of {place}: all {len(data.images)} pictures train{more}'
+        return f'no held-out part of {place}: all pictures train, {len(data.images)} in number{more}'
     known = {c for captions in data.captions for c in captions}
     both = sum(any(c in known for c in captions) for captions in held.captions)
     also = f'; {both} of them have a caption that also occurs in training' if both else ''

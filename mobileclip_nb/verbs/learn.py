@@ -59,11 +59,11 @@ def beside_bar(
 
 def best_of(
     run:Any, # a `Trained`
-)->dict[str,Any]: # `step` and `recall`; empty if no held-out part was judged
+)->dict[str,Any]: # `step`, `recall` and its `chance`; empty if no held-out part was judged
     "The best checkpoint of a run, by the recall of its held-out part"
     from mobileclip_nb.train.state import find_best
     row = find_best(run.judged, BEST_BY)
-    return dict(step=int(row['step']), recall=row[BEST_BY]) if row else {}
+    return dict(step=int(row['step']), recall=row[BEST_BY], chance=row['heldout_chance_i2t_r1']) if row else {}
 
 # %% ../../nbs/88_verbs.learn.ipynb #bd2c55ad
 def train(
@@ -92,7 +92,7 @@ def train(
                device=device, place=place, start=model, say=beside_bar, held_out=run.shares, **mark)
     weights, numbers, best = release(out, out/WEIGHTS), done.run.metrics, best_of(done.run) if run.held else {}
     lines = [f'{k:22} {v:.4g}' for k, v in numbers.items()]
-    if best: lines.append(f"best held-out recall: step {best['step']}, {best['recall']:.1%}; mobileclip release {out/'best.pt'} --out BEST.safetensors")
+    if best: lines.append(f"best held-out recall: step {best['step']}, {best['recall']:.1%} (chance {best['chance']:.1%}); mobileclip release {out/'best.pt'} --out BEST.safetensors")
     answer(dict(weights=str(weights), recipe=r.name, id=r.id, metrics=numbers, best=best), '\n'.join([*lines, f'weights: {weights}']), args.json)
     return told_skips(done.run.skips, unused(found))
 
