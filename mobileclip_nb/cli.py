@@ -78,7 +78,7 @@ def embed(
 
 # %% ../nbs/89_cli.ipynb #8937b72d
 def folder_splits(
-    weights:str, # as the user named the model; a file of weights may say which pictures its run has seen
+    weights:str, # as the user named the model; a file may say which pictures its run has seen
     place:str, # a folder or table of pictures with captions
     pixels:Any, # of the model: side and way of resizing
 )->dict[str,Any]: # name to `PairData`
@@ -89,7 +89,7 @@ def folder_splits(
     shares = run.get('held_out') or []
     if len(shares) == 1 and run.get('data') == name:
         try: part, = load_parts(place, pixels, shares[0], say=say)
-        except ValueError: part = None                              # too few pictures for two parts: another folder of this name
+        except ValueError: part = None # too few pictures for two parts: another folder of this name
         if part: return {f'{name}, held out': part.held, f'{name}, trained on': part.data}
     return {name: load_data(place, pixels.side, say=say, resize=pixels.resize)}
 
@@ -102,8 +102,10 @@ def unknown_line(
     from mobileclip_nb.text.tokens import clean
     words, unknown = {w for t in texts for w in clean(t).split()}, unknown_words(model, texts)
     if 2*len(unknown) <= len(words): return ''
-    return (f"{model.record.name} does not know {len(unknown):,} of the {len(words):,} words of these captions ({', '.join(unknown[:5])}, ...): "
-            "it was trained on other words, and recall near chance is to be expected")
+    some = ', '.join(unknown[:5])
+    return (f"{model.record.name} does not know {len(unknown):,} of the {len(words):,} words of "
+            f"these captions ({some}, ...): it was trained on other words, and recall near chance is "
+            "to be expected")
 
 # %% ../nbs/89_cli.ipynb #406114f5
 def evaluate(
@@ -117,7 +119,8 @@ def evaluate(
     side = model.record.pixels.side
     if args.on == 'emoji': splits = {s: (p.images, [(c,) for c in p.captions]) for s in ('train', 'heldout', 'shift') for p in [load_emoji(s, side=side)]}
     else: splits = folder_splits(args.model, args.on, model.record.pixels)
-    if told := unknown_line(model, [c for _, captions, *_ in splits.values() for cs in captions for c in cs]): say(told)
+    texts = [c for _, captions, *_ in splits.values() for cs in captions for c in cs]
+    if told := unknown_line(model, texts): say(told)
     found, equal = {}, args.equal_texts or args.on == 'emoji'
     for name, (images, captions, *_) in splits.items():
         first = [c[0] for c in captions]

@@ -8,7 +8,8 @@ from mobileclip_nb.cli import main
 from mobileclip_nb.emoji import write_folder
 from mobileclip_nb.recipes import fit
 from mobileclip_nb.text.tokens import encode
-from mobileclip_nb.train.options import BEST_BY, run_of
+from mobileclip_nb.train.heldout import BEST_BY
+from mobileclip_nb.train.options import run_of
 from mobileclip_nb.train.recipe import NOTE, learner, load_data, read_note, recipe, source
 from mobileclip_nb.train.state import load_run
 

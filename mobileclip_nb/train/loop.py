@@ -313,7 +313,7 @@ def train(
     say:Callable[[str],None]=lambda text: None, # told from which step a run goes on, and of a new best
     *,
     best:str|None=None, # a metric of `judge`, higher is better; its best checkpoint stays as `best.pt`
-    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told the step's row of the log and its judgement
+    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told of each judgement
     first_save:float=60., # seconds until a first checkpoint is written, whatever `save_every`
     clock:Callable[[],float]=time.monotonic, # for `first_save` alone
 )->Trained:
