@@ -35,7 +35,7 @@ def test_the_best_checkpoint_stays(tmp_path):
     run = train(small(), data(), SPEC, tmp_path, Scores(), 1, save_every=1, keep=1, progress=False, best='r1', say=told.append)
     assert sorted(p.name for p in tmp_path.glob('*.pt')) == ['best.pt', 'state.pt']
     held = read_state(tmp_path/'best.pt')
-    assert held['step'] == 5 and held['judged'][-1] == dict(step=5, r1=.4, loss=1.)
+    assert held['step'] == 5 and (held['judged'][-1]['step'], held['judged'][-1]['r1']) == (5, .4)
     assert told == [f'best so far: r1 {r:g} after step {s}, kept as best.pt' for s, r in ((1, .1), (2, .3), (5, .4))]
     assert load_run(tmp_path)['step'] == 8 and run.new == 8             # a run goes on from its newest checkpoint, not from its best
 
