@@ -158,7 +158,7 @@ def judge(
     p = load_emoji('heldout', side=STUDENT.pixels.side)
     images, names = p.images[:limit], p.captions[:limit]
     def ask(model:nn.Module)->dict[str,float]:
-        r = retrieval(model, images, names)
+        r = retrieval(model, images, names, equal_texts=True)
         return dict(heldout_r1=(r.i2t_r1+r.t2i_r1)/2, heldout_i2t_r1=r.i2t_r1, heldout_t2i_r1=r.t2i_r1, heldout_chance_r1=r.chance_i2t_r1)
     return ask
 

@@ -24,7 +24,7 @@ from ..core import near
 from ..gather import Ranks, here
 from ..ledger import append, record
 from ..optim import clamp_scale, lr_at, set_lr
-from .accumulate import accumulated
+from .accumulate import accumulated, warn_of_parts
 from .log import Log, Pace
 from .objective import objective as plain, online
 from .parallel import anybody, average_rest, clip_whole, from_first, mean_over
@@ -262,6 +262,7 @@ def windows(
     "Open the bar and the log of a run"
     first = here().rank == 0
     if state.step and first: say(f'goes on from step {state.step} of {spec.steps}' if state.step < spec.steps else f'all {spec.steps} steps are made already')
+    if first and (told := warn_of_parts(state.model, spec.accumulate, pairs//here().world)): say(told)
     bar = tqdm(total=spec.steps*pairs, initial=state.step*pairs, unit=' images', mininterval=.5 if sys.stderr.isatty() else 10, disable=not (progress and first))
     return bar, Log(out if first and state.step < spec.steps else None, Pace(pairs, spec.steps), state.history, state.judged, spec.to_dict(), watch)
 
@@ -367,6 +368,7 @@ class Evaluator:
     best:str|None # a metric whose best checkpoint is kept
     fresh:Callable[[],Recomputed|None] # of `Refresher`
     say:Callable[[str],None] # told of a new best
+    report:Callable[[dict[str,float],dict[str,float]],None]|None=None # told the step's row and its judgement
 
     def evaluate(self, saver:Saver, log:Log|None=None)->None:
         "Judge the run at this step"
@@ -376,6 +378,7 @@ class Evaluator:
             raise
         row = judged(self.state, self.judge, saver.save, fresh)
         if log: log.judged(row)
+        if self.report and self.state.history and not here().rank: self.report(self.state.history[-1], row)
         if self.best: mark_best(self.state, self.best, saver.out, saver.save, self.say)
 
 # %% ../../nbs/56_train.loop.ipynb #eff6cf2e
@@ -446,6 +449,7 @@ def train(
     *,
     best:str|None=None, # a metric of `judge`, higher is better; its best checkpoint stays as `best.pt`
     statistics:bool|None=None, # compute statistics again to judge; None: where the run is short
+    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told the step's row of the log and its judgement
     first_save:float=60., # seconds until a first checkpoint is written, whatever `save_every`
     clock:Callable[[],float]=time.monotonic, # for `first_save` alone
 )->Trained:
@@ -455,7 +459,7 @@ def train(
     state = begin(model, possible(spec, batches.batch, objective), batches.id, out, resume)
     saver = Saver(state, spec, batches.id, out, save_every, keep, milestones)
     fresh = Refresher(state, batches, spec, statistics)
-    evaluator = Evaluator(state, judge, judge_every, best, fresh, say)
+    evaluator = Evaluator(state, judge, judge_every, best, fresh, say, report)
     if best and out and first and (told := restore_best(out, state.judged, best)): say(told)
     make_steps(state, batches, objective, saver, evaluator, first_save_due(state, first_save, clock), progress, watch)
     if judge and state.step == saver.begun: evaluator.evaluate(saver) # nothing was left to do but to judge
