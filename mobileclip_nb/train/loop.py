@@ -345,10 +345,9 @@ class Refresher:
         state:State,
         batches:Batches, # what the run learns from; of this rank
         spec:TrainSpec,
-        wanted:bool|None=None, # None: where running statistics lag behind the weights of such a run
+        wanted:bool, # with False running statistics are used
     ):
-        self.state, self.batches, self.spec, self.step, self.held = state, batches, spec, None, None
-        self.wanted = is_lagging(state.model, spec, spec.steps) if wanted is None else wanted
+        self.state, self.batches, self.spec, self.wanted, self.step, self.held = state, batches, spec, wanted, None, None
 
     def __call__(self)->Recomputed|None: # None: running statistics are used; the same on every rank
         "Compute the statistics of this step"
@@ -448,7 +447,7 @@ def train(
     say:Callable[[str],None]=lambda text: None, # told from which step a run goes on, and of a new best
     *,
     best:str|None=None, # a metric of `judge`, higher is better; its best checkpoint stays as `best.pt`
-    statistics:bool|None=None, # compute statistics again to judge; None: where the run is short
+    statistics:bool|None=None, # compute those of normalization again to judge; None: in a short run of the default objective
     report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told the step's row of the log and its judgement
     first_save:float=60., # seconds until a first checkpoint is written, whatever `save_every`
     clock:Callable[[],float]=time.monotonic, # for `first_save` alone
@@ -458,6 +457,7 @@ def train(
     if best and not judge: raise ValueError(f"best={best!r} names a metric, and there is no judge to measure it. Give one, or leave best out")
     state = begin(model, possible(spec, batches.batch, objective), batches.id, out, resume)
     saver = Saver(state, spec, batches.id, out, save_every, keep, milestones)
+    if statistics is None: statistics = objective is plain and is_lagging(state.model, spec, spec.steps)
     fresh = Refresher(state, batches, spec, statistics)
     evaluator = Evaluator(state, judge, judge_every, best, fresh, say, report)
     if best and out and first and (told := restore_best(out, state.judged, best)): say(told)

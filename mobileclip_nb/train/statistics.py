@@ -54,7 +54,6 @@ class Run(Protocol):
     "The part of a run's spec that is read here"
     precision:str # of the towers
     accumulate:int # parts of a batch
-    ema:float # memory of averaged weights, 0–1
     frozen_norm:bool # statistics stay as they are
     sync_norm:bool # statistics over all ranks
 

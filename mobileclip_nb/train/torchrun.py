@@ -70,7 +70,7 @@ def measured(
             times.append(time.perf_counter())
             yield batch
     short = spec.but(steps=steps+1, warmup=0, hold=0)
-    train(model if device is None else model.to(device), SimpleNamespace(batch=found.batch, id=found.id, since=since), short, progress=False)
+    train(model if device is None else model.to(device), SimpleNamespace(batch=found.batch, id=found.id, since=since), short, progress=False, statistics=False)
     times.append(time.perf_counter())
     return found.batch*here().world/median(b-a for a, b in zip(times[1:], times[2:]))
 

@@ -90,7 +90,7 @@ def train(
     mark = dict(best=BEST_BY, report=report_to(beside_bar)) if run.held else {}
     done = fit(r, found, out, judge, judge_interval(r.train.steps) if run.held else 0, args.resume, LEDGER, args.scale,
                device=device, place=place, start=model, say=beside_bar, held_out=run.shares, **mark)
-    weights, numbers, best = release(out, out/WEIGHTS), done.run.metrics, best_of(done.run) if run.held else {}
+    weights, numbers, best = release(out, out/WEIGHTS, say=say), done.run.metrics, best_of(done.run) if run.held else {}
     lines = [f'{k:22} {v:.4g}' for k, v in numbers.items()]
     if best: lines.append(f"best held-out recall: step {best['step']}, {best['recall']:.1%}; mobileclip release {out/'best.pt'} --out BEST.safetensors")
     answer(dict(weights=str(weights), recipe=r.name, id=r.id, metrics=numbers, best=best), '\n'.join([*lines, f'weights: {weights}']), args.json)
@@ -155,13 +155,15 @@ def release(
     args:argparse.Namespace, # `folder`, `out`, `raw`
 )->int: # exit status
     "Make weights with their record of a run's folder or checkpoint"
-    from mobileclip_nb.recipes import from_run, release as write
+    import torch
+    from mobileclip_nb.checkpoint import save_weights
+    from mobileclip_nb.recipes import from_run
     if not str(args.out).endswith('.safetensors'): raise ValueError(f'--out {args.out}: released weights end in .safetensors')
     which = 'raw' if args.raw else 'ema'
-    run = from_run(args.folder, which)[1]
-    keep_file(args.out, run | dict(alpha=None))
-    path = write(args.folder, args.out, which)
-    answer(dict(weights=str(path), run=run), f"{path}: {run['weights']} weights of step {run['step']} of {run['steps']}, recipe {run['recipe']} ({run['recipe_id']})", args.json)
+    keep_file(args.out, from_run(args.folder, which, False)[1] | dict(alpha=None))
+    model, run = from_run(args.folder, which, say=say)
+    path = save_weights(model, args.out, dtype=torch.float16, run=run)
+    answer(dict(weights=str(path), run=run), f"{path}: {run['weights']} weights of step {run['step']} of {run['steps']}, recipe {run['recipe']} ({run['recipe_id']}), statistics {run['statistics']}", args.json)
     return 0
 
 # %% ../../nbs/88_verbs.learn.ipynb #6427b739
