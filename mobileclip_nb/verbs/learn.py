@@ -118,7 +118,6 @@ def finetune(
     from mobileclip_nb.ledger import LEDGER
     from mobileclip_nb.recipes import from_run
     if not 0 <= args.alpha <= 1: raise ValueError(f'--alpha {args.alpha} is not between 0, the old, and 1, the new')
-    set_threads(args.threads)
     r, out, read, device = recipe_of(args), Path(args.out), [], pick_device(args.device or 'cpu')
     how = opening_of(args, out)
     ready(out, args.resume, r, args.data, how, start_name(args.model))
