@@ -74,7 +74,7 @@ def measured(
             yield batch
     short = spec.but(steps=steps+1, warmup=0, hold=0)
     timed = SimpleNamespace(batch=found.batch, id=found.id, since=since)
-    train(model, timed, short, progress=False)
+    train(model, timed, short, progress=False, statistics=False)
     times.append(time.perf_counter())
     return found.batch*here().world/median(b-a for a, b in zip(times[1:], times[2:]))
 

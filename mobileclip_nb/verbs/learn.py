@@ -97,7 +97,7 @@ def train(
         mark = dict(best=BEST_BY, report=report_to(beside_bar))
     mark |= dict(start=model, place=place, held_out=run.shares, device=device, say=beside_bar)
     done = fit(r, found, out, judge, every, args.resume, LEDGER, args.scale, **mark)
-    weights, numbers = release(out, out/WEIGHTS), done.run.metrics
+    weights, numbers = release(out, out/WEIGHTS, say=say), done.run.metrics
     best = best_of(done.run) if run.held else {}
     lines = [f'{k:22} {v:.4g}' for k, v in numbers.items()]
     if best:
@@ -173,13 +173,15 @@ def release(
     args:argparse.Namespace, # `folder`, `out`, `raw`
 )->int: # exit status
     "Make weights with their record of a run's folder or checkpoint"
-    from mobileclip_nb.recipes import from_run, release as write
+    import torch
+    from mobileclip_nb.checkpoint import save_weights
+    from mobileclip_nb.recipes import from_run
     if not str(args.out).endswith('.safetensors'): raise ValueError(f'--out {args.out}: released weights end in .safetensors')
     which = 'raw' if args.raw else 'ema'
-    run = from_run(args.folder, which)[1]
-    keep_file(args.out, run | dict(alpha=None))
-    path = write(args.folder, args.out, which)
-    answer(dict(weights=str(path), run=run), f"{path}: {run['weights']} weights of step {run['step']} of {run['steps']}, recipe {run['recipe']} ({run['recipe_id']})", args.json)
+    keep_file(args.out, from_run(args.folder, which, False)[1] | dict(alpha=None))
+    model, run = from_run(args.folder, which, say=say)
+    path = save_weights(model, args.out, dtype=torch.float16, run=run)
+    answer(dict(weights=str(path), run=run), f"{path}: {run['weights']} weights of step {run['step']} of {run['steps']}, recipe {run['recipe']} ({run['recipe_id']}), statistics {run['statistics']}", args.json)
     return 0
 
 # %% ../../nbs/88_verbs.learn.ipynb #6427b739
