@@ -104,8 +104,8 @@ def unknown_line(
     if 2*len(unknown) <= len(words): return ''
     some = ', '.join(unknown[:5])
     return (f"{model.record.name} does not know {len(unknown):,} of the {len(words):,} words of "
-            f"these captions ({some}, ...): it was trained on other words, and recall near chance is "
-            "to be expected")
+            f"these captions ({some}, ...): it was trained on other words, and recall near chance "
+            "is to be expected")
 
 # %% ../nbs/89_cli.ipynb #406114f5
 def evaluate(

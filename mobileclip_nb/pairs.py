@@ -263,8 +263,8 @@ def hold_out(
     apart = {i for i in images if position(pairs, i) < share}
     left = len(images) - len(apart)
     if len(apart) < 2 or left < 2:
-        raise ValueError(f"A held-out share of {share:g} keeps {len(apart)} of {len(images)} pictures of "
-                         f"{report.source} out of training and leaves {left}; each part needs two. "
+        raise ValueError(f"A held-out share of {share:g} keeps {len(apart)} of {len(images)} pictures "
+                         f"of {report.source} out of training and leaves {left}; each part needs two. "
                          "Use another share, or 0 to train on all")
     kept = [p for p in pairs if p.image not in apart]
     held = [p for p in pairs if p.image in apart]

@@ -168,7 +168,7 @@ def ready(
     if was is None or WEIGHTS not in there: return
     if not saved:
         raise FileExistsError(f"{str(out)!r} holds weights of {was.recipe.name} on {was.data}, and "
-                              "no checkpoint to go on from. Choose another folder, or move them away")
+                              "no checkpoint to go on from. Choose another folder, or move it away")
     run = dict(recipe=was.recipe.name, recipe_id=was.recipe.id, start=was.start)
     keep_file(out/WEIGHTS, run | dict(data=Path(was.data).name))
 

@@ -433,8 +433,8 @@ def open_run(
     "Open the data of a run; say what is cut, wrapped and kept out of training"
     place, note, world = str(data or r.data), how.note, how.ranks[1]
     if how.held_out and note is None and not is_own(place):
-        raise ValueError(f"A held-out share of {how.held_out:g}: {place} names no folder or table of "
-                         "pictures. Emoji have held-out concepts of their own, shards train whole; "
+        raise ValueError(f"A held-out share of {how.held_out:g}: {place} names no folder or table "
+                         "of pictures. Emoji have held-out concepts of their own, shards train whole; "
                          "leave --held-out out")
     for p in parts(place): _taught(r, p.place)
     r, base = as_run(r, place, how), how.record or record_of(r)
