@@ -76,7 +76,7 @@ def test_one_list_of_options():
     from mobileclip_nb.cli import parser
     from mobileclip_nb.train.__main__ import words
     from mobileclip_nb.train.options import OPTIONS
-    names = [flag.lstrip('-') for flag, _ in OPTIONS]
+    names = [flag.lstrip('-').replace('-', '_') for flag, _ in OPTIONS]
     assert {'scale', 'steps', 'seed', 'set', 'resume'} <= set(names)
     console, module = parser().parse_args(['train']), words().parse_args(['nano-emoji'])
     assert {n: getattr(console, n) for n in names} == {n: getattr(module, n) for n in names} and module.scale == 'nano'
