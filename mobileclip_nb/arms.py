@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'ARMS', 'MILD', 'student', 'Arm', 'EfficiencySpec', 'Sets', 'read_sets', 'prepare', 'right_captions',
-           'seen', 'batches', 'judge', 'loss_for', 'run', 'one_rank', 'ranked']
+           'seen', 'batches', 'judge', 'loss_for', 'run', 'mean_cosine', 'run_early', 'one_rank', 'ranked']
 
 # %% ../nbs/82_arms.ipynb #f8aebc2c
 import json, os, socket, subprocess, sys, tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .augment import AugmentSpec
 from .core import near, seed_all, whole
 from .emoji import load_emoji
 from .eval.retrieval import retrieval
+from .eval.zeroshot import image_rows
 from .gather import here
 from .mixture import Slice
 from .noise import NoiseSpec, noised
@@ -30,8 +31,9 @@ from .reinforce.recipe import recipe as reinforcement
 from .shards.build import build
 from .spec import Spec
 from .teachers import load_ensemble
-from .train.loop import TrainSpec, train
+from .train.loop import TrainSpec, advance, judged, refreshed, train
 from .train.objective import LossSpec
+from .train.state import begin
 from .train.torchrun import group
 from .views import ViewBatches, Views, ViewSpec, load_views
 from .zoo import Record, build as build_model, record
@@ -156,7 +158,7 @@ def judge(
     p = load_emoji('heldout', side=STUDENT.pixels.side)
     images, names = p.images[:limit], p.captions[:limit]
     def ask(model:nn.Module)->dict[str,float]:
-        r = retrieval(model, images, names)
+        r = retrieval(model, images, names, equal_texts=True)
         return dict(heldout_r1=(r.i2t_r1+r.t2i_r1)/2, heldout_i2t_r1=r.i2t_r1, heldout_t2i_r1=r.t2i_r1, heldout_chance_r1=r.chance_i2t_r1)
     return ask
 
@@ -176,9 +178,44 @@ def run(
     "Train one student, judging it as it learns"
     source, ask, ranks = batches(sets, spec), ask or judge(), here()
     t = spec.train.but(seed=spec.seed, loss=loss_for(spec.arm, source.data))
-    done = train(student(spec.seed), source if ranks.world == 1 else Slice(source, *ranks), t, judge=ask, judge_every=spec.every, progress=progress)
+    done = train(student(spec.seed), source if ranks.world == 1 else Slice(source, *ranks), t, judge=ask, judge_every=spec.every, progress=progress, statistics=False)
     curve = {f"heldout_r1_at_{r['step']*source.batch}": r['heldout_r1'] for r in done.judged}
     return done.metrics | curve | dict(samples=float(t.steps*source.batch))
+
+# %% ../nbs/82_arms.ipynb #17ea8c60
+def mean_cosine(
+    model:nn.Module, # in eval mode
+    images:Any, # uint8 `(N, S, S, 3)`, at least two
+)->float: # -1–1
+    "Mean cosine between different pictures: the square of the sum of unit rows holds them all twice"
+    rows = image_rows(model, images).double()
+    n = len(rows)
+    return ((rows.sum(0).square().sum()-n)/(n*(n-1))).item()
+
+def run_early(
+    spec:EfficiencySpec,
+    sets:Sets,
+    points:Sequence[int], # steps to judge at, ascending; the run stops after the last
+    limit:int|None=None, # held-out concepts; None takes all
+)->dict[str,float]: # metrics: the curve with running and with recomputed statistics
+    "Train one student for the first steps of its schedule, judging it with both kinds of statistics"
+    source, recall, pictures = batches(sets, spec), judge(limit), load_emoji('heldout', side=STUDENT.pixels.side).images[:limit]
+    t, found = spec.train.but(seed=spec.seed, loss=loss_for(spec.arm, source.data)), {}
+    def ask(model:nn.Module)->dict[str,float]:
+        return dict(heldout_r1=recall(model)['heldout_r1'], cosine=mean_cosine(model, pictures))
+    state = begin(student(spec.seed), t, source.id)
+    with torch.random.fork_rng():
+        for batch in source.since(0):
+            advance(state, batch, t)
+            if state.step in points:
+                fresh = refreshed(state.model, source, t, state.step)
+                for how, model in (('', None), ('_recomputed', fresh)):
+                    row = judged(state, ask, fresh=model)
+                    found |= {f'{k}{how}_at_{state.step*source.batch}': row[k] for k in ('heldout_r1', 'cosine')}
+            if state.step == points[-1]: break
+    seconds = sum(row['seconds'] for row in state.history)
+    samples = float(state.step*source.batch)
+    return found | dict(seconds=seconds, samples=samples, statistics_batches=float(fresh.batches))
 
 # %% ../nbs/82_arms.ipynb #46532736
 def one_rank(

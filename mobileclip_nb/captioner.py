@@ -177,7 +177,7 @@ def beamed(
 
 # %% ../nbs/41_captioner.ipynb #c8bb9235
 @dataclass(frozen=True, repr=False)
-class CaptionerSpec(Spec):
+class CaptionerSpec(Spec, id_name='CaptionerSpec'):
     "A captioner as a value"
     key:str='syn_text' # of its captions in a shard
     model:str='coca_nano' # of `list_captioners()`

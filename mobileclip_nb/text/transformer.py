@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..blocks.attention import TransformerBlock
@@ -61,7 +62,7 @@ class KeptRows(nn.Module):
     )->Tensor: # `(B, T, width)`
         tokens = tokens.to(self.ids.dtype)
         row = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids)-1)
-        return self.weight[torch.where(self.ids[row] == tokens, row, len(self.ids))]
+        return F.embedding(torch.where(self.ids[row] == tokens, row, len(self.ids)), self.weight)
 
 # %% ../../nbs/23_text.transformer.ipynb #07a907ca
 @torch.no_grad()
