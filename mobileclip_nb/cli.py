@@ -198,6 +198,7 @@ def claim_for_demo(
         raise ValueError(f"{str(out)!r} holds {', '.join(there)} ({what}), which the demo at scale {scale} would replace; choose another --out, or remove them")
     with whole(note) as tmp: tmp.write_text(json.dumps(now), encoding='utf-8')
 
+# %% ../nbs/89_cli.ipynb #4b7e10d2
 def live(
     nb:Any, # a notebook; is changed: its outputs are filled
     folder:Path, # to run in
