@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_NAMES', 'is_local', 'shown', 'name_of', 'join_url', 'exists', 'reading', 'read_bytes', 'writing', 'write_bytes',
-           'remove', 'names_in', 'expand', 'list_shards']
+           'remove', 'names_in', 'remove_partial', 'expand', 'list_shards']
 
 # %% ../nbs/09_places.ipynb #3b74c1cf
 import os, posixpath, re, tempfile
@@ -141,6 +141,17 @@ def names_in(
         if not fs.isdir(path): return []
         fs.invalidate_cache(path)
         return sorted({posixpath.basename(p.rstrip('/')) for p in fs.ls(path, detail=False)} - {''})
+
+# %% ../nbs/09_places.ipynb #b0e6f3d9
+def remove_partial(
+    folder:str|Path, # looked through with all its subfolders; a store far away has no temporary files
+)->int: # how many
+    "Delete the temporary files that `whole` leaves behind when its process is killed"
+    if not is_local(folder): return 0
+    name = re.compile(r'\.\w{8}\.part(\.\w+)?')
+    found = [p for p in Path(_path(folder)).rglob('.*.part*') if name.fullmatch(p.name)]
+    for p in found: p.unlink(missing_ok=True)
+    return len(found)
 
 # %% ../nbs/09_places.ipynb #4e4dee6c
 _BRACE = re.compile(r'\{([^{}]*)\}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'FAILED', 'FATAL', 'named', 'fingerprint', 'Job', 'as_json', 'marker', 'why', 'finished', 'set_aside',
-           'Survey', 'survey', 'apart', 'writable', 'sweep', 'alone']
+           'Survey', 'survey', 'apart', 'writable', 'alone']
 
 # %% ../../nbs/47_reinforce.folder.ipynb #d5bdaef7
 import errno, hashlib, json, os, re
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from ..places import is_local, join_url, list_shards, names_in, read_bytes, remove, shown, write_bytes
+from ..places import is_local, join_url, list_shards, names_in, read_bytes, remove, remove_partial, shown, write_bytes
 from ..workers import Event
 
 # %% ../../nbs/47_reinforce.folder.ipynb #c4d99003
@@ -138,13 +138,6 @@ def writable(folder:str)->None:
     try: path.mkdir(parents=True, exist_ok=True); (path/'.lock').touch()
     except OSError as e: raise type(e)(e.errno, f"cannot write to {shown(folder)!r} ({e.strerror}); choose another folder or mend its permissions") from None
 
-def sweep(folder:str)->int: # how many
-    "Delete temporary files that `whole` had no time to delete"
-    if not is_local(folder): return 0
-    found = [p for p in Path(folder.removeprefix('file://')).rglob('.*.part*') if re.fullmatch(r'\.\w{8}\.part(\.\w+)?', p.name)]
-    for p in found: p.unlink(missing_ok=True)
-    return len(found)
-
 @contextmanager
 def alone(out:str)->Iterator[None]:
     "Hold a folder for one run, and sweep what dead runs left half written"
@@ -154,5 +147,5 @@ def alone(out:str)->Iterator[None]:
     with open(Path(out.removeprefix('file://'), '.lock'), 'w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise ValueError(f"Another run is writing to {shown(out)!r}. Wait until it ends, or choose another folder") from None
-        sweep(out)
+        remove_partial(out)
         yield

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from ..ledger import packages
-from ..places import exists, is_local, join_url, read_bytes, shown, write_bytes
-from .folder import FAILED, FATAL, Job, alone, apart, as_json, finished, named, set_aside, survey, sweep, writable
+from ..places import exists, is_local, join_url, read_bytes, remove_partial, shown, write_bytes
+from .folder import FAILED, FATAL, Job, alone, apart, as_json, finished, named, set_aside, survey, writable
 from .recipe import Dropped, Models, ReinforceSpec, add, chunks, differences, load_models
 from ..shards.build import foreign_in
 from ..shards.files import Entry, Manifest, ShardWriter, Skips, read_manifest, read_shard, write_manifests
@@ -246,7 +246,7 @@ def conduct(
                     if e.kind == 'wrote': bar.update(e.value)
                     bar.set_postfix_str(f'{report.done+len(report.failed)} of {len(todo)} shards', refresh=False)
         except (KeyboardInterrupt, OSError) as e:
-            sweep(out)
+            remove_partial(out)
             if isinstance(e, OSError) and e.errno not in FATAL: raise
             raise _stopped(e, out, report, len(todo)) from None
         _manifests(out, spec)

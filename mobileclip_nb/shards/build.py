@@ -22,7 +22,7 @@ from ..core import near, need
 from ..emoji import attribution, load_emoji
 from ..noise import NoiseSpec
 from ..pairs import SUFFIXES, open_image, read_pairs
-from ..places import exists, is_local, join_url, list_shards, name_of, names_in, read_bytes, reading, remove, shown, write_bytes, writing
+from ..places import exists, is_local, join_url, list_shards, name_of, names_in, read_bytes, reading, remove_partial, shown, write_bytes, writing
 from .files import MANIFEST, PUBLISHED, Entry, Skips, read_shard, write_manifests, write_shard
 from .limits import Faulty, Limits, read_json
 from .sample import Sample
@@ -115,8 +115,7 @@ class ShardJob:
             raise ValueError(f"{name_of(out)} holds {foreign}, which is not of this job; choose an empty folder")
         if had is not None and (other := [f'{k} was {had.get(k)!r}, now {job.get(k)!r}' for k in sorted({*had, *job}) if had.get(k) != job.get(k)]):
             raise ValueError(f"{name_of(out)} was begun as another job: {'; '.join(other)}. Ask for the same to go on, or choose another folder")
-        for n in names_in(out):
-            if re.fullmatch(r'\..*\.part(\.\w+)?', n): remove(join_url(out, n)) # of a run that was killed
+        remove_partial(out)
         if had is None: write_bytes(place, _text(job))
 
     def leave(self, reason:str, name:str, detail:str='')->None:
