@@ -7,7 +7,7 @@ __all__ = ['HOMES', 'TeacherSpec', 'Squashed', 'pixels_of', 'check_gelu', 'Teach
            'join', 'split', 'joint', 'class_rows', 'accuracy', 'compare', 'Reading', 'sweep', 'best']
 
 # %% ../nbs/42_teachers.ipynb #ba559872
-import math
+import math, pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,6 +166,9 @@ def _guest(spec:TeacherSpec, device:str)->tuple[nn.Module,Pixels,Callable]: # mo
         return net, pixels_of(net.visual.preprocess_cfg), open_clip.get_tokenizer(name)
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(f"The teacher {spec.name} needs the package {e.name!r}: pip install {e.name}", name=e.name) from e
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"The weights of {spec.name} hold code besides tensors, which is never run; "
+                         "ask their maker for a .safetensors file") from e
     except (RuntimeError, OSError) as e:                # of open_clip, torch or the hub
         raise OSError(f"open_clip could not load {spec.name} ({type(e).__name__}: {str(e)[:300]}). Check name and connection, or download the weights and give their path") from e
 

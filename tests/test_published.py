@@ -5,7 +5,6 @@ random weights that stand in a local cache of the hub under the published reposi
 """
 import io
 import json
-import pickle
 import re
 import tarfile
 from copy import deepcopy
@@ -429,6 +428,6 @@ def test_no_published_pickle_is_run(hub, tmp_path):
         torch.save(dict(weight=Trap(tmp_path/'ran')), path)
     with pytest.raises(ValueError, match='holds code'):
         load_captioner(captioner)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match='hold code'):
         load_teacher(teacher)
     assert not (tmp_path/'ran').exists()
