@@ -35,7 +35,7 @@ def rng_for(
 KINDS = dict(to_rgb=ToRGB, uint8=Uint8, resize=Resize, center_crop=CenterCrop, random_crop=RandomCrop, random_resized_crop=RandomResizedCrop,
              random_horizontal_flip=RandomHorizontalFlip, rand_augment=RandAugment, to_tensor=ToTensor, random_erase=RandomErase, normalize=Normalize)
 
-class Pipeline(Spec):
+class Pipeline(Spec, id_name='Pipeline'):
     "What any fixed order of operations can do: be read, be written, be made at another side"
     @classmethod
     def from_config(cls, config:dict[str,Any])->Self:
@@ -70,7 +70,7 @@ class Pipeline(Spec):
 
 # %% ../nbs/40_augment.ipynb #9d647704
 @dataclass(frozen=True, repr=False)
-class AugmentSpec(Pipeline):
+class AugmentSpec(Pipeline, id_name='AugmentSpec'):
     "The augmentations of a recipe; the fields stand in the order in which they are performed (MobileCLIP §3)"
     to_rgb:ToRGB|None=ToRGB()
     uint8:Uint8|None=None
@@ -185,7 +185,7 @@ def describe(
 
 # %% ../nbs/40_augment.ipynb #999a0317
 @dataclass(frozen=True, repr=False)
-class RangeAugment(Spec):
+class RangeAugment(Spec, id_name='RangeAugment'):
     "Brightness, contrast and noise of a chosen strength, for the student only (RangeAugment §3)"
     psnr:tuple[float,...]=(40., 20.) # target at the first step and at the last, decibels
     ops:tuple[str,...]=('brightness', 'contrast', 'noise') # which may act

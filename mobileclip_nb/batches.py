@@ -90,7 +90,7 @@ def seeded(
 
 # %% ../nbs/52_batches.ipynb #318cc010
 @dataclass(frozen=True, repr=False)
-class Jitter(Spec):
+class Jitter(Spec, id_name='Jitter'):
     "How far a picture may be moved from itself"
     zoom:tuple[float,float]=(.75, 1.1) # side of the window over side of the picture
     stretch:float=1.1 # largest ratio of the window's sides
@@ -137,7 +137,7 @@ def jittered(
 
 # %% ../nbs/52_batches.ipynb #8810b7c6
 @dataclass(frozen=True, repr=False)
-class BatchSpec(Spec):
+class BatchSpec(Spec, id_name='BatchSpec'):
     "What tells one stream of batches from another over the same data"
     batch:int=256 # pairs a step
     context:int=77 # tokens a caption, padding included

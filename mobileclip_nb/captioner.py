@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NANO', 'NANO_PIXELS', 'ATTRIBUTION', 'MOBILECLIP2', 'build_coca', 'heads', 'keys_values', 'reading', 'writable',
            'Writer', 'sampled', 'beamed', 'CaptionerSpec', 'Captioner', 'save_captioner', 'list_captioners', 'places',
-           'config_of', 'load_captioner']
+           'config_of', 'weights_place', 'load_captioner']
 
 # %% ../nbs/41_captioner.ipynb #375bd2ad
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn, Tensor
 
 from .captions import Sampling, Vocab, allowed, chosen, clean_caption, draws, text_of
-from .checkpoint import ABOUT, complaint, is_place, locate, read_state
+from .checkpoint import ABOUT, clean_tag, complaint, is_place, locate, read_state
 from .core import near, pick_device, whole
 from .pixels import OPENAI_MEAN, OPENAI_STD, Pixels
 from .spec import Spec
@@ -177,7 +177,7 @@ def beamed(
 
 # %% ../nbs/41_captioner.ipynb #c8bb9235
 @dataclass(frozen=True, repr=False)
-class CaptionerSpec(Spec):
+class CaptionerSpec(Spec, id_name='CaptionerSpec'):
     "A captioner as a value"
     key:str='syn_text' # of its captions in a shard
     model:str='coca_nano' # of `list_captioners()`
@@ -258,7 +258,7 @@ def places(
     "Where a captioner's weights are"
     if model not in list_captioners(): raise KeyError(f"No captioner {model!r}.{near(model, list_captioners())} There are {', '.join(list_captioners()[:4])}, ...; list_captioners() has them all")
     if model == 'coca_nano': return dict(emoji='package:weights/coca_nano.emoji.safetensors')
-    if model in MOBILECLIP2: return dict(apple=f'hf-hub:apple/{model}/mobileclip2_coca.pt')
+    if model in MOBILECLIP2: return dict(apple=f'hf-hub:apple/{model}')
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
     return {t: f"hf-hub:{get_pretrained_cfg(model, t)['hf_hub'].strip('/')}" for t in list_pretrained_tags_by_model(model)}
 
@@ -276,26 +276,52 @@ def config_of(
     return cfg | {k: dict(cfg[k], context_length=tokens) for k in ('text_cfg', 'multimodal_cfg')}
 
 # %% ../nbs/41_captioner.ipynb #709e54a4
+def weights_place(
+    spec:CaptionerSpec,
+)->str: # a path, `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
+    "Where the weights of a captioner are; a tag in any spelling that open_clip takes"
+    known, weights = places(spec.model), spec.weights
+    if place := known.get(clean_tag(weights)): return place
+    if is_place(weights) or Path(weights).exists(): return weights
+    raise KeyError(f"No weights {weights!r} for {spec.model}.{near(weights, known)} "
+                   f"Tags: {', '.join(known)}; or pass a path or 'hf-hub:ORG/REPO'")
+
+# %% ../nbs/41_captioner.ipynb #9ab15c70
+def _file_settings(
+    spec:CaptionerSpec,
+    path:Path, # of the weights, for errors
+    state:dict[str,Tensor], # the file's tensors
+    about:dict[str,Any], # what a file of ours says about itself; empty for any other
+)->tuple[dict[str,Any],Vocab,Pixels]: # configuration, vocabulary and preprocessing
+    "What to build for a file: from the file itself where it is ours, else from the model's name"
+    if about.get('kind', 'captioner') != 'captioner' or not about and spec.model == 'coca_nano':
+        raise ValueError(f"{path.name!r} is not a captioner of our own kind, "
+                         "written by save_captioner")
+    if not about:
+        cfg = config_of(spec.model, len(state.get('text.positional_embedding', ())) or None)
+        side = cfg['vision_cfg']['image_size']
+        return cfg, Vocab(), Pixels(side, 'bicubic', OPENAI_MEAN, OPENAI_STD)
+    if (model := about.get('model', 'coca_nano')) != spec.model:
+        raise ValueError(f"{path.name!r} holds {model}, but {spec.model!r} was asked for; "
+                         f"load_captioner({model!r}, ...) reads it")
+    return about['cfg'], Vocab(tuple(about['ids'])), Pixels.from_dict(about['pixels'])
+
 def load_captioner(
     spec:CaptionerSpec|str='coca_nano', # or the name of a model
-    weights:str|Path|None=None, # with a name: a tag, a path or `hf-hub:ORG/REPO[/FILE]`; None takes the default
+    weights:str|Path|None=None, # with a name: tag, path or `hf-hub:ORG/REPO[/FILE]`; None: default
     device:str|None='cpu', # where to; None takes the best there is
 )->Captioner: # in eval mode, float32
     "Load a captioner; every tensor is accounted for, or one error lists all that are not"
-    if isinstance(spec, str): spec = CaptionerSpec(model=spec, weights=str(weights or list(places(spec).values())[-1]))
-    known = places(spec.model)
-    if spec.weights not in known and not (is_place(spec.weights) or Path(spec.weights).exists()):
-        raise KeyError(f"No weights {spec.weights!r} for {spec.model}.{near(spec.weights, known)} Tags: {', '.join(known)}; or pass a path or 'hf-hub:ORG/REPO'")
-    path = locate(known.get(spec.weights, spec.weights))
+    if isinstance(spec, str):
+        spec = CaptionerSpec(model=spec, weights=str(weights or list(places(spec).values())[-1]))
+    path = locate(weights_place(spec))
     state, meta = read_state(path)
     about = json.loads(meta[ABOUT]) if ABOUT in meta else {}
-    if about.get('kind', 'captioner') != 'captioner' or not about and spec.model == 'coca_nano': raise ValueError(f"{path.name!r} is not a captioner of our own kind, written by save_captioner")
-    if about and (m := about.get('model', 'coca_nano')) != spec.model: raise ValueError(f"{path.name!r} holds {m}, but {spec.model!r} was asked for; load_captioner({m!r}, ...) reads it")
-    if about: cfg, vocab, pixels = about['cfg'], Vocab(tuple(about['ids'])), Pixels.from_dict(about['pixels'])
-    else:
-        cfg, vocab = config_of(spec.model, len(state.get('text.positional_embedding', ())) or None), Vocab()
-        pixels = Pixels(cfg['vision_cfg']['image_size'], 'bicubic', OPENAI_MEAN, OPENAI_STD)
+    cfg, vocab, pixels = _file_settings(spec, path, state, about)
     model = build_coca(cfg, vocab)
-    if said := complaint(state, model.state_dict()): raise ValueError(f"{path.name!r} does not fill {spec.model}" + (' (whose configuration is inferred)' if spec.model in MOBILECLIP2 else '') + f":\n{said}")
+    if faults := complaint(state, model.state_dict()):
+        inferred = ' (whose configuration is inferred)' if spec.model in MOBILECLIP2 else ''
+        raise ValueError(f"{path.name!r} does not fill {spec.model}{inferred}:\n{faults}")
     model.load_state_dict(state)
-    return Captioner(model.float().eval().requires_grad_(False).to(pick_device(device)), vocab, pixels, spec, cfg, about.get('attribution', ''))
+    model = model.float().eval().requires_grad_(False).to(pick_device(device))
+    return Captioner(model, vocab, pixels, spec, cfg, about.get('attribution', ''))

@@ -22,7 +22,7 @@ from .text.tokens import EOT, PAD, SOT, VOCAB, decode, ids_in_use, tokenize
 
 # %% ../nbs/40_captions.ipynb #40f25edf
 @dataclass(frozen=True, repr=False)
-class Vocab(Spec):
+class Vocab(Spec, id_name='Vocab'):
     "Which of CLIP's tokens a captioner has rows for; without a list it has them all"
     ids:tuple[int,...]=() # CLIP ids in the order of their rows, without padding, start and end; empty keeps CLIP's own numbers
 
@@ -86,7 +86,7 @@ def text_of(
 METHODS = ('top_p', 'top_k', 'beam')
 
 @dataclass(frozen=True, repr=False)
-class Sampling(Spec):
+class Sampling(Spec, id_name='Sampling'):
     "How captions are drawn (settings: MobileCLIP2, released generation code)"
     method:str='top_p' # or `top_k`, `beam`
     top_p:float=.9 # share of the probability that may be drawn from, 0–1

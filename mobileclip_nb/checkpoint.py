@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'WRAPPERS', 'ABOUT', 'read_state', 'hub_names', 'fetch_hub', 'locate', 'complaint', 'load_weights',
-           'stored_record', 'tensors_of', 'save_weights', 'is_place', 'create_model', 'preprocess']
+           'stored_record', 'tensors_of', 'save_weights', 'is_place', 'clean_tag', 'create_model', 'preprocess']
 
 # %% ../nbs/34_checkpoint.ipynb #c328afe8
 import json, re, warnings
@@ -67,29 +67,44 @@ def hub_names(
     repo:str, # `ORG/REPO`
 )->list[str]: # file names, the likeliest first
     "Names under which a hub repository may keep its weights"
-    org, _, name = repo.partition('/')
+    name = repo.partition('/')[2]
     apple = re.sub(r'_(lt|14)$', r'\1', name.lower().removesuffix('-openclip').replace('-', '_'))
-    return ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin', f'{apple}.pt', 'model.safetensors']
+    own = [name, 'mobileclip2_coca'] if name.startswith('mobileclip2_coca_') else [apple]
+    shared = ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin'] # what open_clip tries
+    return [*shared, *(f'{n}.pt' for n in own), 'model.safetensors']
+
+def _download(repo:str, names:list[str])->Path: # of the first name that the repository has
+    "Ask the hub for one name after the other; FileNotFoundError if it has none of them"
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    for f in names:
+        try: return Path(huggingface_hub.hf_hub_download(repo, f))
+        except LocalEntryNotFoundError: raise # offline; it is also an EntryNotFoundError
+        except EntryNotFoundError: continue
+    raise FileNotFoundError('the repository has none of them')
 
 def fetch_hub(
     place:str, # `hf-hub:ORG/REPO` or `hf-hub:ORG/REPO/FILE`
 )->Path: # of the file in the hub's cache
     "Fetch weights from the hub, or find them in its cache"
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
     parts = place.removeprefix('hf-hub:').strip('/').split('/')
-    if len(parts) < 2: raise ValueError(f"{place!r} names no repository; write 'hf-hub:ORG/REPO' or 'hf-hub:ORG/REPO/FILE'")
-    repo, said = '/'.join(parts[:2]), []
-    names = ['/'.join(parts[2:])] if parts[2:] else hub_names(repo)
+    if len(parts) < 2:
+        raise ValueError(f"{place!r} names no repository; "
+                         "write 'hf-hub:ORG/REPO' or 'hf-hub:ORG/REPO/FILE'")
+    repo, file = '/'.join(parts[:2]), '/'.join(parts[2:])
+    names = [file] if file else hub_names(repo)
     try:
-        if there := next((p for p in (huggingface_hub.try_to_load_from_cache(repo, f) for f in names) if isinstance(p, str)), None): return Path(there)
-        for f in names:
-            try: return Path(huggingface_hub.hf_hub_download(repo, f))
-            except LocalEntryNotFoundError: raise                       # offline; it is also an EntryNotFoundError
-            except EntryNotFoundError: said.append(f'no {f}')
-    except (OSError, ValueError) as e: said.append(f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}')
-    raise OSError(f"Cannot get weights from the hub repository {repo!r} ({'; '.join(said)}). Check name and connection, "
-                  "or download the file by other means and pass its path")
+        cached = (try_to_load_from_cache(repo, f) for f in names)
+        found = next((p for p in cached if isinstance(p, str)), None)
+        return Path(found) if found else _download(repo, names)
+    except (OSError, ValueError) as e:
+        said = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
+        other = f"name its file, 'hf-hub:{repo}/FILE'"
+        if file: other = f"leave out the file name to try {', '.join(hub_names(repo))}"
+        raise OSError(f"Cannot get weights from the hub repository {repo!r}: "
+                      f"tried {', '.join(names)} ({said}). Check name and connection, {other}, "
+                      "or download the file by other means and pass its path") from e
 
 # %% ../nbs/34_checkpoint.ipynb #479b1461
 def locate(
@@ -226,6 +241,12 @@ def is_place(
     "Tell a place of weights from a name"
     return str(name).startswith(('hf-hub:', 'package:')) or Path(str(name)).suffix.lower() in SUFFIXES
 
+def clean_tag(
+    tag:str|Path, # of weights, in any spelling; a place goes through as well and matches no tag
+)->str: # lower case, with underscores
+    "Spell a tag of weights as open_clip's tables do"
+    return str(tag).lower().replace('-', '_')
+
 def _told(place:str|Path)->tuple[Record,str|Path]: # a record, and the place of the weights
     "Ask a place which model it holds"
     if str(place).startswith('hf-hub:'):
@@ -240,8 +261,9 @@ def _told(place:str|Path)->tuple[Record,str|Path]: # a record, and the place of 
 def _wanted(name:str|Path, weights:str|Path|None)->tuple[Record,str|Path|None]: # a record, and the place of the weights
     "Resolve name and weights"
     if weights is None and is_place(name): return _told(name)
-    r = record(str(name), weights)
-    if weights is None or str(weights) in r.weights: return r, r.weights.get(str(weights))
+    tag = None if weights is None else clean_tag(weights)
+    r = record(str(name), tag)
+    if tag is None or tag in r.weights: return r, r.weights.get(tag)
     if is_place(weights) or Path(weights).exists(): return r, weights
     raise KeyError(f"No weights {weights!r} for {r.name}.{near(weights, r.weights)} Tags: {', '.join(r.weights)}; or pass a path or 'hf-hub:ORG/REPO'")
 

@@ -27,7 +27,7 @@ from .spec import Spec
 
 # %% ../nbs/59_classify.ipynb #3e34f557
 @dataclass(frozen=True, repr=False)
-class ClassifySpec(Spec):
+class ClassifySpec(Spec, id_name='ClassifySpec'):
     "How an MCi classifier is trained (MobileCLIP Table 10)"
     model:str='mci0' # a row of `MCI`
     side:int=256 # pixels

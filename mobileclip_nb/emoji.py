@@ -173,6 +173,7 @@ def _draw_all(
 )->np.ndarray: # as `draw_all`, read-only
     "Draw or read one hand; kept in memory for the next call"
     names = hashlib.sha256('\n'.join(f'{e.code} {drawing(e.char, hand).stem}' for e in concepts()).encode()).hexdigest()
+    need('resvg_py', extra='emoji')
     art, pen = version(_ART[hand][1]), version('resvg-py')
     stamp = dict(format=_FORMAT, hand=hand, art=art, pen=pen, side=side, concepts=names)
     def make()->np.ndarray: # every concept

@@ -22,9 +22,10 @@ from .gather import here
 from .pixels import Pixels
 from .recipes import Fit, fit, from_run, heldout_judge
 from .text.tokens import ids_in_use
+from .train.heldout import BEST_BY, judge_interval, report_to
 from .train.objective import encode, loss_of, taught
-from .train.options import BEST_BY, judge_interval, report_to
-from .train.recipe import NOTE, PROMPTS, Opening, Recipe, captions_of, note_to_resume, open_run, recipe
+from .train.recipe import (
+    NOTE, PROMPTS, Opening, Recipe, captions_of, note_to_resume, open_run, recipe)
 from .train.state import TrainSpec
 from .zoo import build, record
 
@@ -123,6 +124,7 @@ class Tuned(NamedTuple):
         "The model at a share of the new, 0–1"
         return interpolate(self.start, self.model, alpha)
 
+# %% ../nbs/86_finetune.ipynb #e98119da
 def finetune(
     model:CLIP|str|Path, # as `started` takes it
     data:str|Path, # a place, or several as `A:3,B:1`
@@ -130,7 +132,7 @@ def finetune(
     r:Recipe|None=None, # at its size; None takes `finetune` at scale `nano`
     weights:str|None=None, # a tag or a file, with a name of the zoo
     keep:float=0., # weight of the agreement with the model's earlier self
-    judge:Callable[[CLIP],dict[str,float]]|None=None, # asked at the end; None judges the held-out part, if there is one
+    judge:Callable[[CLIP],dict[str,float]]|None=None, # asked at the end; None: of the held-out part
     resume:bool=False, # go on where the folder's run stopped
     ledger:str|Path|None=None, # where the run is written down
     scale:str='nano', # the size, for the ledger
@@ -145,13 +147,16 @@ def finetune(
     begun = started(model, weights)
     r = (recipe('finetune').at('nano') if r is None else r).but(model=begun.record.name)
     note = note_to_resume(out) if out and resume else None
-    run = open_run(r, data, how._replace(note=note, record=begun.record, workers=workers, say=say, progress=progress))
-    found, r = run.source, run.recipe
+    how = how._replace(note=note, record=begun.record, workers=workers, say=say, progress=progress)
+    run = open_run(r, data, how)
+    found, r, more, every = run.source, run.recipe, dict(held_out=run.shares), 0
     begun, new = wider(begun, [c for cs in captions_of(found) for c in cs] if begun.record.text.rows else [])
     if new: say(f'{new} new rows of vocabulary')
     if before: before(begun, found, r)
-    objective, more = Keeping(begun, keep) if keep else None, {}
-    every = judge_interval(r.train.steps) if run.held and not judge else 0
-    if run.held and not judge: judge, more = heldout_judge(run.held), dict(best=BEST_BY, report=report_to(say))
-    done = fit(r, found, out, judge, every, resume, ledger, scale, progress, device, str(data), copy.deepcopy(begun), start_name(model), objective, say, run.shares, **more)
+    if run.held and judge is None:
+        judge, every = heldout_judge(run.held), judge_interval(r.train.steps)
+        more |= dict(best=BEST_BY, report=report_to(say))
+    more |= dict(place=str(data), start=copy.deepcopy(begun), started=start_name(model))
+    more |= dict(objective=Keeping(begun, keep) if keep else None, say=say)
+    done = fit(r, found, out, judge, every, resume, ledger, scale, progress, device, **more)
     return Tuned(begun, thaw(done.model.cpu()), done, new)

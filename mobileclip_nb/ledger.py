@@ -35,7 +35,8 @@ def _git(
 
 def code_version()->str: # `git:<commit>`, with `-dirty` if something is not committed, or `v<version>`
     "Name the code that runs"
-    if _git('ls-files', '--error-unmatch', 'core.py') and (commit := _git('rev-parse', '--short=10', 'HEAD')):
+    tracked = _git('ls-files', '--error-unmatch', '__init__.py')
+    if tracked and (commit := _git('rev-parse', '--short=10', 'HEAD')):
         return f"git:{commit}{'-dirty' if _git('status', '--porcelain', '--untracked-files=no') else ''}"
     try: return f"v{version('mobileclip_nb')}"
     except PackageNotFoundError: return 'unknown'
@@ -105,7 +106,7 @@ def record(
     return Run(run, whole, spec_id, int(seed), code_version(), packages(), host(), str(device), begun, round(float(seconds), 3), scale, _measured(metrics))
 
 @dataclass(frozen=True, repr=False)
-class Anonymous(Spec):
+class Anonymous(Spec, id_name='Anonymous'):
     "Gives a plain dictionary the id a spec would have"
     fields:str='' # JSON, keys sorted
 

@@ -33,7 +33,7 @@ def mistaken(
 
 # %% ../nbs/03_noise.ipynb #8fe584cc
 @dataclass(frozen=True, repr=False)
-class NoiseSpec(Spec):
+class NoiseSpec(Spec, id_name='NoiseSpec'):
     "How captions are spoiled"
     share:float=.6 # of captions that are spoiled, 0–1
     kinds:tuple[str,...]=('wrong',) # of `KINDS`, drawn evenly; one named twice is drawn twice as often

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'OURS', 'IGNORED', 'Tower', 'Visual', 'Text', 'clothe', 'preprocess_cfg', 'check_version', 'announce',
-           'create_ours', 'register_open_clip', 'run_tool']
+           'create_ours', 'register_open_clip', 'run_tool', 'main']
 
 # %% ../nbs/36_open_clip_tools.ipynb #85931e02
 import functools, hashlib, json, sys
+from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
 from runpy import run_module
@@ -175,9 +176,25 @@ def run_tool(
     if found := list(metadata.entry_points(group='console_scripts', name=tool)): return found[0].load()()
     try: there = util.find_spec(tool)
     except ModuleNotFoundError: there = None
-    if there is None: raise ModuleNotFoundError(f"No console command and no module named {tool!r}; install the package that brings it (pip install {tool.split('.')[0]})")
+    if there is None:
+        package = tool.split('.')[0]
+        raise ModuleNotFoundError(f"No console command and no module named {tool!r}; "
+                                  f"install the package that brings it (pip install {package})")
     return run_module(tool, run_name='__main__', alter_sys=True)
 
-if __name__ == '__main__' and '__file__' in globals():
-    if len(sys.argv) < 2: raise SystemExit('usage: python -m mobileclip_nb.open_clip_tools TOOL [ARGUMENT ...]')
-    run_tool(sys.argv[1], sys.argv[2:])
+def main(
+    argv:Sequence[str]|None=None, # the tool and its arguments; None takes the process's
+)->int: # exit status: that of the tool, or 2 where it could not be run
+    "Run a tool from a shell; one that is missing, or lacks a package, is one line"
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        sys.stderr.write('usage: python -m mobileclip_nb.open_clip_tools TOOL [ARGUMENT ...]\n')
+        return 2
+    try: done = run_tool(words[0], words[1:])
+    except ModuleNotFoundError as e:
+        lacks = f'; {words[0]} needs it: pip install {e.name}' if e.name else ''
+        sys.stderr.write(f'{words[0]}: {e}{lacks}\n')
+        return 2
+    return done if isinstance(done, int) else 0
+
+if __name__ == '__main__' and __package__: raise SystemExit(main())

@@ -71,7 +71,7 @@ def _written(
 
 # %% ../nbs/07_operations.ipynb #6076b45f
 @dataclass(frozen=True, repr=False)
-class Op(Spec):
+class Op(Spec, id_name='Op'):
     "One operation of the pipeline; this one does nothing and stores nothing"
     stored:ClassVar[bool] = False # whether its parameter is kept
     said:ClassVar[tuple[str,...]] = () # arguments written even where they are the default
@@ -102,12 +102,12 @@ class Op(Spec):
     def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image: return image
 
 # %% ../nbs/07_operations.ipynb #094abe47
-class ToRGB(Op): "The caller's part: the picture is RGB before it comes here"
-class Uint8(Op): "Only for tensors; a PIL picture has eight bits already"
-class ToTensor(Op): "The caller's part: numbers of 0–1"
+class ToRGB(Op, id_name='ToRGB'): "The caller's part: the picture is RGB before it comes here"
+class Uint8(Op, id_name='Uint8'): "Only for tensors; a PIL picture has eight bits already"
+class ToTensor(Op, id_name='ToTensor'): "The caller's part: numbers of 0–1"
 
 @dataclass(frozen=True, repr=False)
-class Normalize(Op):
+class Normalize(Op, id_name='Normalize'):
     "The caller's part, since each teacher and each student has its own"
     mean:tuple[float,...]=(0., 0., 0.) # per channel, 0–1
     std:tuple[float,...]=(1., 1., 1.) # per channel
@@ -115,7 +115,7 @@ class Normalize(Op):
 
 # %% ../nbs/07_operations.ipynb #cdf9d6a5
 @dataclass(frozen=True, repr=False)
-class Resize(Op):
+class Resize(Op, id_name='Resize'):
     "Resize the shortest side, or both"
     size:int|tuple[int,...]=256 # the shortest side, or height and width, pixels
     interpolation:str='bilinear' # a key of `FILTERS`
@@ -134,7 +134,7 @@ class Resize(Op):
         return resample(image, self.after(image.size), self.interpolation)
 
 @dataclass(frozen=True, repr=False)
-class CenterCrop(Op):
+class CenterCrop(Op, id_name='CenterCrop'):
     "Keep the middle"
     size:int=224 # pixels
     said:ClassVar[tuple[str,...]] = ('size',)
@@ -157,7 +157,7 @@ def _cut(
     return image.crop((left, top, left+width, top+height))
 
 @dataclass(frozen=True, repr=False)
-class RandomCrop(Op):
+class RandomCrop(Op, id_name='RandomCrop'):
     "A square of fixed size, anywhere"
     size:int=224 # pixels
     stored:ClassVar[bool] = True
@@ -174,7 +174,7 @@ class RandomCrop(Op):
 
 # %% ../nbs/07_operations.ipynb #7940e080
 @dataclass(frozen=True, repr=False)
-class RandomResizedCrop(Op):
+class RandomResizedCrop(Op, id_name='RandomResizedCrop'):
     "A rectangle of random area and shape, resized to a square"
     size:int=224 # pixels
     scale:tuple[float,...]=(.08, 1.) # share of the picture's area
@@ -201,7 +201,7 @@ class RandomResizedCrop(Op):
 
 # %% ../nbs/07_operations.ipynb #24f7b533
 @dataclass(frozen=True, repr=False)
-class RandomHorizontalFlip(Op):
+class RandomHorizontalFlip(Op, id_name='RandomHorizontalFlip'):
     "Left for right, sometimes"
     p:float=.5 # share of pictures turned
     stored:ClassVar[bool] = True
@@ -213,7 +213,7 @@ class RandomHorizontalFlip(Op):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if value else image
 
 @dataclass(frozen=True, repr=False)
-class RandomErase(Op):
+class RandomErase(Op, id_name='RandomErase'):
     "A black rectangle, sometimes"
     p:float=.5 # share of pictures that lose something
     scale:tuple[float,...]=(.02, .33) # share of the area
@@ -291,7 +291,7 @@ def perform(
 
 # %% ../nbs/07_operations.ipynb #e29a9795
 @dataclass(frozen=True, repr=False)
-class RandAugment(Op):
+class RandAugment(Op, id_name='RandAugment'):
     "A few operations out of fourteen, all at one level (RandAugment §3)"
     p:float=1. # share of pictures touched
     num_ops:int=2 # operations a picture, drawn with replacement

@@ -17,7 +17,7 @@ from .spec import Spec
 
 # %% ../nbs/53_optim.ipynb #1c0f4430
 @dataclass(frozen=True, repr=False)
-class OptimSpec(Spec):
+class OptimSpec(Spec, id_name='OptimSpec'):
     "How far, how fast and against what pull (MobileCLIP Table 12 and its published scripts)"
     steps:int=200 # updates in the whole run
     lr:float=1e-3 # highest learning rate

@@ -236,7 +236,7 @@ SHARE, LEAST, MOST = .1, 16, 1000 # of a folder's pictures; pictures on average;
 def default_share(
     images:int, # usable pictures of a folder
 )->float: # 0 to .25
-    "Share of a folder's pictures to keep out of training where the user asks for none; it never grows with the folder"
+    "Share of a folder's pictures kept out of training by default; it never grows with the folder"
     if images < 4*LEAST: return 0.
     return min(max(SHARE, LEAST/images), MOST/images)
 
@@ -246,22 +246,27 @@ def position(
 )->float: # 0 to below 1, evenly spread over names
     "Where the hash of a picture's path below its folder lies"
     name = Path(os.path.relpath(image, pairs.folder)).as_posix()
-    return int.from_bytes(hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()[:8], 'big')/2**64
+    digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
+    return int.from_bytes(digest[:7], 'big')/2**56
 
 def hold_out(
     pairs:Pairs,
     share:float, # of the pictures, 0 to below 1
 )->tuple[Pairs,Pairs]: # to train on, with the report; and the held-out part
     "Keep a share of the pictures, with all their captions, out of training"
+    report, folder = pairs.report, pairs.folder
     if not 0 <= share < 1:
-        raise ValueError(f"A held-out share of {share:g} is not in 0 to 1 (excluded); 0.1 keeps a tenth of the pictures out of training, 0 none")
-    if not share: return pairs, Pairs([], Report(pairs.report.source), pairs.folder)
-    apart = {p.image for p in pairs if position(pairs, p.image) < share}
-    left = len({p.image for p in pairs}) - len(apart)
+        raise ValueError(f"A held-out share of {share:g} is not in 0 to 1 (excluded); "
+                         "0.1 keeps a tenth of the pictures out of training, 0 none")
+    if not share: return pairs, Pairs([], Report(report.source), folder)
+    images = {p.image for p in pairs}
+    apart = {i for i in images if position(pairs, i) < share}
+    left = len(images) - len(apart)
     if len(apart) < 2 or left < 2:
-        raise ValueError(f"A held-out share of {share:g} keeps {len(apart)} of the {len(apart)+left} pictures of {pairs.report.source} out of training "
-                         f"and leaves {left}; either part needs two. Use another share, or 0 to train on all")
+        raise ValueError(f"A held-out share of {share:g} keeps {len(apart)} of {len(images)} pictures "
+                         f"of {report.source} out of training and leaves {left}; each part needs two. "
+                         "Use another share, or 0 to train on all")
     kept = [p for p in pairs if p.image not in apart]
     held = [p for p in pairs if p.image in apart]
-    report = Report(pairs.report.source, len(held), len(apart))
-    return Pairs(kept, pairs.report, pairs.folder), Pairs(held, report, pairs.folder)
+    about = Report(report.source, len(held), len(apart))
+    return Pairs(kept, report, folder), Pairs(held, about, folder)

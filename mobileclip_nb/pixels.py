@@ -55,7 +55,7 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073) # of CLIP's training images, p
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711) # likewise
 
 @dataclass(frozen=True, repr=False)
-class Pixels(Spec):
+class Pixels(Spec, id_name='Pixels'):
     "How a model wants its pictures; call it on an image (settings: MobileCLIP, released code)"
     side:int=256 # pixels
     resize:str='bilinear' # or `bicubic`
@@ -69,16 +69,28 @@ class Pixels(Spec):
             if len(getattr(self, name)) != 3: raise ValueError(f"{name}={getattr(self, name)!r} must have three numbers, one a channel")
         if min(self.std) <= 0: raise ValueError(f"std={self.std!r} must be above 0 in each channel")
 
+    def square(self,
+        image:Image.Image|np.ndarray, # any PIL image, or `(H, W, 3)` uint8
+    )->np.ndarray: # `(side, side, 3)` uint8
+        "Resize and crop one image"
+        return np.array(center_square(rgb(image), self.side, self.resize))
+
+    def normalize(self,
+        squares:np.ndarray, # `(B, side, side, 3)` uint8
+    )->Tensor: # `(B, 3, side, side)` float32
+        "Turn bytes into what the model reads: 0-1, less the mean, over the standard deviation"
+        x = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return x.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+
     def __call__(self,
         image:Image.Image|np.ndarray, # any PIL image, or `(H, W, 3)` uint8
     )->Tensor: # `(3, side, side)` float32
         "Turn one image into what the model reads"
-        square = np.array(center_square(rgb(image), self.side, self.resize))
-        x = torch.from_numpy(square).permute(2, 0, 1).contiguous().float().div_(255)
-        return x.sub_(torch.tensor(self.mean)[:,None,None]).div_(torch.tensor(self.std)[:,None,None])
+        return self.normalize(self.square(image)[None])[0]
 
     def batch(self,
-        images:Iterable[Image.Image|np.ndarray], # at least one
+        images:Iterable[Image.Image|np.ndarray], # any number
     )->Tensor: # `(B, 3, side, side)` float32
         "Turn images of any sizes into one batch"
-        return torch.stack([self(im) for im in images]) if (images := list(images)) else torch.empty(0, 3, self.side, self.side)
+        squares = [self.square(image) for image in images]
+        return self.normalize(np.array(squares, np.uint8).reshape(-1, self.side, self.side, 3))

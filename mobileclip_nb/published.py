@@ -15,7 +15,7 @@ from .zoo import CAUSAL, CLIP224, Record
 
 # %% ../nbs/55_published.ipynb #b9cdb921
 @dataclass(frozen=True, repr=False)
-class Row(Spec):
+class Row(Spec, id_name='Row'):
     "One published training run"
     name:str='' # MODEL.DATA
     model:str='' # of `list_models()` or `OTHERS`

@@ -30,7 +30,7 @@ PLAIN = AugmentSpec(random_resized_crop=RandomResizedCrop(224, scale=(.9, 1.), i
 
 # %% ../nbs/52_sampling.ipynb #1ae03728
 @dataclass(frozen=True, repr=False)
-class StreamSpec(Spec):
+class StreamSpec(Spec, id_name='StreamSpec'):
     "What tells one stream of batches from another over the same shards (MobileCLIP §3, Table 12)"
     batch:int=256 # pairs a step, of this rank
     context:int=77 # tokens a caption, padding included

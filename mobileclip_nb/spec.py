@@ -8,7 +8,7 @@ __all__ = ['plain', 'Spec']
 # %% ../nbs/01_spec.ipynb #cc8c3368
 import dataclasses, hashlib, json, types, typing
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from .core import near
 
@@ -27,6 +27,13 @@ def plain(
 @dataclass(frozen=True, repr=False)
 class Spec:
     "A frozen configuration: subclass it as a frozen dataclass whose fields all have defaults"
+
+    id_name:ClassVar[str] = 'Spec' # hashed for the class; by default the class's name
+
+    def __init_subclass__(cls, id_name:str='', **kwargs:Any)->None:
+        "Fix the name that is hashed, as in `class Camera(Spec, id_name='Camera')`"
+        super().__init_subclass__(**kwargs)
+        cls.id_name = id_name or cls.__name__
 
     @classmethod
     def of(cls, **changes:Any)->Self:
@@ -48,7 +55,7 @@ class Spec:
     @property
     def id(self)->str:
         "Ten hexadecimal digits of the hash of what differs from the default, so a new field leaves old ids alone"
-        said = json.dumps([type(self).__name__, _even(plain(self.diff()))], sort_keys=True)
+        said = json.dumps([self.id_name, _even(plain(self.diff()))], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:10]
 
     def to_dict(self)->dict[str,Any]:

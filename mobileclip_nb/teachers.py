@@ -30,7 +30,7 @@ from .zoo import record
 HOMES = ('hf-hub:', 'local-dir:') # places that hold a model together with its weights
 
 @dataclass(frozen=True, repr=False)
-class TeacherSpec(Spec):
+class TeacherSpec(Spec, id_name='TeacherSpec'):
     "Which model teaches, with which weights, and how sharply it is read (MobileCLIP §3; MobileCLIP2 Table 3)"
     model:str='teacher_nano_a' # a name of the zoo, `open_clip:NAME`, `hf-hub:ORG/REPO` or `local-dir:PATH`
     weights:str='emoji' # a tag or a path; nothing for places that bring theirs
@@ -52,7 +52,7 @@ class TeacherSpec(Spec):
 
 # %% ../nbs/42_teachers.ipynb #c380f5af
 @dataclass(frozen=True, repr=False)
-class Squashed(Pixels):
+class Squashed(Pixels, id_name='Squashed'):
     "Preprocessing that resizes both sides instead of cropping, as SigLIP's"
     def __call__(self,
         image:Any, # any PIL image, or `(H, W, 3)` uint8

@@ -167,7 +167,7 @@ def _joined(out:Sequence[_Gathered], source:Source, dtype:torch.dtype)->Views:
 
 # %% ../nbs/53_views.ipynb #42482811
 @dataclass(frozen=True, repr=False)
-class ViewSpec(BatchSpec):
+class ViewSpec(BatchSpec, id_name='ViewSpec'):
     "What tells one stream of batches from another over the same views"
     jitter:Jitter=STILL # on top of the stored augmentation, which no teacher saw
     synthetic:bool=True # whether a batch carries a synthetic caption beside the true one

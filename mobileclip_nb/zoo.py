@@ -27,7 +27,7 @@ from .text.transformer import TextSpec
 
 # %% ../nbs/32_zoo.ipynb #c5157120
 @dataclass(frozen=True, repr=False)
-class Record(Spec):
+class Record(Spec, id_name='Record'):
     "All that belongs to a model and is not a weight"
     name:str='' # lower case, as in `list_models`
     image:str|MCiSpec|ViTSpec='mci0' # a row of `MCI` or `VIT`, or a spec of one's own

@@ -1,6 +1,7 @@
 "Two processes against one: the same loss, the same gradients, the same curve. Only real processes can show it."
-import math, os, socket, time
+import hashlib, math, os, socket, time
 from dataclasses import dataclass
+from itertools import islice
 
 import pytest, torch
 import torch.distributed as dist
@@ -8,13 +9,16 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mobileclip_nb.batches import Batch
+from mobileclip_nb.batches import STILL, Batch, Batches, BatchSpec, pair_data
 from mobileclip_nb.blocks.fold import season
 from mobileclip_nb.clip import CLIP
 from mobileclip_nb.frozen import freeze
 from mobileclip_nb.gather import gather, here, rows_of
 from mobileclip_nb.image.mci import MCI, MCi
+from mobileclip_nb.mixture import Mixture, Slice
 from mobileclip_nb.optim import OptimSpec, clamp_scale, lr_at, optimizer, set_lr
+from mobileclip_nb.ranged import Ranged
+from mobileclip_nb.stream import Stream
 from mobileclip_nb.syncnorm import SyncNorm2d, synced
 from mobileclip_nb.text.repmixer import TextRepMixer
 from mobileclip_nb.text.tokens import tokenize
@@ -219,3 +223,57 @@ def _hang(rank, world, port): time.sleep(60) if rank else None
 def test_limits_bite():
     "A process that never ends does not keep the tests"
     with pytest.raises(AssertionError, match='still running'): pair(_hang, limit=12)
+
+# RangeAugment's noise over ranks. A rank is a pair of numbers here, so no process is needed.
+def ramps(n=16, batch=8, step=7):
+    "Batches of small pictures that are all different"
+    x = (torch.arange(n*8*8*3).view(n, 8, 8, 3)*step % 251).byte()
+    return Batches(pair_data(x, [f'thing {i}' for i in range(n)]), BatchSpec(batch=batch, context=8, jitter=STILL))
+
+def noisy(source, ranks=(0, 1), step=3):
+    "Pictures of a step, with noise"
+    return next(Ranged(source, (40., 20.), 10, ranks=ranks).since(step)).image
+
+class Joined:
+    "What one rank would read that read the batches of all ranks, one after the other"
+    def __init__(self, sources): self.sources, self.batch, self.id = sources, sum(s.batch for s in sources), 'joined'
+    def since(self, step=0):
+        for each in zip(*(s.since(step) for s in self.sources)):
+            yield Batch(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*each)))
+
+def ranked_sources(kind, folder, world=2):
+    "The source of each rank"
+    if kind == 'slice': return [Slice(ramps(), r, world) for r in range(world)]
+    if kind == 'mixture': return [Mixture([Slice(ramps(), r, world), Slice(ramps(batch=4, step=11), r, world)]) for r in range(world)]
+    from test_stream import SPEC, shards
+    place = shards(folder/'s', (5, 9, 2))
+    return [Stream(place, SPEC, (r, world), memory=folder/'m') for r in range(world)]
+
+@pytest.mark.parametrize('kind', ['slice', 'mixture', 'stream'])
+def test_ranks_draw_noise_of_their_own(tmp_path, kind):
+    "Each picture of each rank has the noise that one rank would draw for it, and not where ranks do not know of each other"
+    sources = ranked_sources(kind, tmp_path)
+    want = noisy(Joined(sources))
+    assert torch.equal(torch.cat([noisy(s, (r, 2)) for r, s in enumerate(sources)]), want)
+    assert not torch.equal(torch.cat([noisy(s) for s in sources]), want)
+
+def test_ranks_draw_the_noise_of_the_whole_batch():
+    "Two halves of a batch that one rank reads whole, through the recipe's own source"
+    assert torch.equal(torch.cat([noisy(Slice(ramps(), r, 2), (r, 2)) for r in range(2)]), noisy(ramps()))
+    assert not torch.equal(noisy(ramps(), (0, 2)), noisy(ramps(), (1, 2)))             # the same pictures on both ranks
+
+def test_source_tells_noise_of_the_ranks(tmp_path):
+    "A recipe with `psnr` reads the same pictures with the same noise on two ranks as on one"
+    from PIL import Image
+    from mobileclip_nb.train.recipe import recipe, source
+    for i in range(16): Image.new('RGB', (64, 64), (16*i, 255-16*i, 40)).save(tmp_path/f'{i}.png')
+    (tmp_path/'captions.csv').write_text('image,caption\n' + ''.join(f'{i}.png,color {i}\n' for i in range(16)), encoding='utf-8')
+    r = recipe('nano-emoji').at('smoke')
+    r = r.but(psnr=(40., 20.), stream=r.stream.but(batch=8))
+    def images(ranks): return torch.stack([b.image for b in islice(source(r, tmp_path, ranks, progress=False).since(), 3)])
+    assert torch.equal(torch.cat([images((0, 2)), images((1, 2))], 1), images((0, 1)))
+
+def test_noise_of_one_rank_is_pinned():
+    "The bits that a single process drew before ranks were told apart"
+    def digest(step): return hashlib.sha256((noisy(ramps(), step=step)*255).round().byte().contiguous().numpy().tobytes()).hexdigest()[:16]
+    assert [digest(3), digest(4)] == ['8c0502890bdd8607', '018486a6ccec60e7']

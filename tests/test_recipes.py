@@ -26,16 +26,19 @@ def told(*words, cwd): return subprocess.run([*RUN, *words], cwd=cwd, env=ENV, c
 
 def rows(rng, k, widths): return np.concatenate([(v := rng.standard_normal((k, w)).astype('f'))/np.linalg.norm(v, axis=1, keepdims=True) for w in widths], 1)
 
-@pytest.fixture(scope='module')
-def shards(tmp_path_factory):
+def write_published(at):
     "Sixteen samples as the papers publish them: two teachers of 768, two augmentations, two lists of synthetic captions, no manifest"
-    at, rng, keys = tmp_path_factory.mktemp('shards'), np.random.default_rng(0), ('syn_text', 'syn_text_dfn_mscoco38k')
+    rng, keys = np.random.default_rng(0), ('syn_text', 'syn_text_dfn_mscoco38k')
     def sample(i):
         f = io.BytesIO(); Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(f, 'JPEG')
         aug = tuple([[2, 3, 50, 40], [[9, -0.26999998092651367], [3, -30.45317268371582]]] for _ in range(2))
         return Sample(f'{i:04}', f.getvalue(), 'jpg', (f'picture {i}',), {k: (f'one {i}', f'a {i}') for k in keys}, aug, rows(rng, 2, (768, 768)), dict(text=rows(rng, 1, (768, 768))) | {k: rows(rng, 2, (768, 768)) for k in keys})
+    at.mkdir(parents=True, exist_ok=True)
     for n in range(2): write_shard(at/f'{n:08}.tar', [sample(8*n+i) for i in range(8)], StoreSpec('bf16' if n else 'float32'))
     return at
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory): return write_published(tmp_path_factory.mktemp('shards'))
 
 @pytest.mark.parametrize('name', ROWS)
 def test_published_recipe(name, shards):

@@ -325,3 +325,62 @@ def test_torchrun(tmp_path):
     done = subprocess.run(line, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0 and 'ranks 2' in done.stdout and load_run(tmp_path/'run')['step'] == 2, done.stderr[-2000:]
     assert load_run(tmp_path/'run')['world'] == 2 and len((tmp_path/'run/log.jsonl').read_text().splitlines()) == 2
+
+# Threads. Tests run on one; a process of its own has the number that it is given.
+def unbroken_and_resumed(out):
+    "Two unbroken runs and one that is stopped at its half and resumed: in how many tensors they agree"
+    threads, spec = torch.get_num_threads(), SPEC.but(steps=6)
+    text = TextSpec(width=64, heads=2, layers=1, conv_blocks=1, kernel=5, context=16, rows=40, layer_scale=.1)
+    image = MCI['mci_nano'].but(depths=(1, 1, 1, 1), dims=(8, 8, 16, 32))
+    def model():
+        torch.manual_seed(0)
+        net = CLIP(MCi(image, 16), TextRepMixer(text, 16))
+        nn.init.constant_(net.logit_scale, 2.6)
+        return net
+    def go(folder, resume=False): return train(model(), data(32, 96, 48, 16), spec, f'{out}/{folder}', save_every=3, resume=resume, progress=False)
+    for folder in ('a', 'b', 'c'): go(folder)
+    for name in ('state.pt', 'log.jsonl'): (Path(out)/'c'/name).unlink()               # the checkpoint of step 3 is left
+    go('c', resume=True)
+    def flat(x): return [x] if torch.is_tensor(x) else [t for v in (x.values() if isinstance(x, dict) else x) for t in flat(v)] if isinstance(x, (dict, list, tuple)) else []
+    a, b, c = (flat([load_run(f'{out}/{k}')[part] for part in ('model', 'ema', 'opt')]) for k in 'abc')
+    print(json.dumps(dict(threads=threads, tensors=len(a), unbroken=sum(map(torch.equal, a, b)), resumed=sum(map(torch.equal, a, c)))))
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_runs_repeat_to_the_bit(tmp_path, threads):
+    "Two unbroken runs on as many threads, and one that was resumed, agree in every tensor: weights, their average and Adam's memory"
+    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_train import unbroken_and_resumed\nunbroken_and_resumed({str(tmp_path)!r})'
+    how = dict(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='PASSIVE')                # as `mobileclip train` has it
+    done = subprocess.run([sys.executable, '-c', code], env=os.environ | how, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = json.loads(done.stdout)
+    assert got['threads'] == min(threads, os.cpu_count()) and got['tensors'] > 300
+    assert got['unbroken'] == got['resumed'] == got['tensors'], got
+
+def test_threads_of_a_run(tmp_path):
+    "`--threads` decides on how many threads the loop computes, in both programs; readers compute on one"
+    from test_stream import SPEC as STREAM, shards
+    from mobileclip_nb.stream import Stream
+    from mobileclip_nb.cli import main as console
+    from mobileclip_nb.train.__main__ import main as module
+    before, there = torch.get_num_threads(), str(tmp_path/'nothing')
+    try:
+        for program, words in ((module, ['nano-emoji', '--data', there]), (console, ['train', there])):
+            torch.set_num_threads(1)
+            assert program([*words, '--threads', '2', '--device', 'cpu']) == 2 and torch.get_num_threads() == 2      # the data are not there
+            assert program([*words, '--threads', '0', '--device', 'cpu']) == 2 and torch.get_num_threads() == 2
+        stream = Stream(shards(tmp_path/'s', (24,)), STREAM.but(batch=4, context=8, rows=False), workers=1, memory=tmp_path/'m', tokens=threads_of)
+        assert set(next(stream.since()).text.flatten().tolist()) == {1}
+    finally: torch.set_num_threads(before)
+
+def threads_of(texts, context): return torch.full((len(texts), context), torch.get_num_threads())
+
+def test_parts_with_live_statistics_are_told():
+    "A run that accumulates says at its start what its normalization does, once; without parts, or with statistics held, nothing"
+    def told(**changes):
+        said = []
+        train(small(), data(), SPEC.but(steps=1, warmup=1, **changes), progress=False, say=said.append)
+        return said
+    live, = told(accumulate=2)
+    assert live.startswith('accumulate=2: ') and 'each part of about 4 pairs and not from all 8' in live
+    assert '54_train.accumulate' in live and 'train.frozen_norm=true' in live and '\n' not in live
+    assert told() == told(accumulate=2, frozen_norm=True) == []

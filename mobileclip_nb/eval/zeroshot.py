@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from tqdm import tqdm
 
 from ..text.tokens import tokenize
 
@@ -44,11 +45,15 @@ def image_rows(
     model:nn.Module, # in eval mode, with `encode_image`
     images:Tensor|np.ndarray, # uint8 `(N, S, S, 3)` or preprocessed floats `(N, 3, S, S)`
     batch:int=256, # images at a time
+    progress:bool=False, # draw a bar on standard error, if that is a terminal and it takes more than two seconds
 )->Tensor: # `(N, D)` unit rows, float32, on the CPU
     "Embed pictures for judging"
-    device = judging(model)
+    device, rows = judging(model), []
     if not len(images): raise ValueError("No picture to judge")
-    rows = [model.encode_image(floats(images[i:i+batch], model).to(device), normalize=True) for i in range(0, len(images), batch)]
+    with tqdm(total=len(images), unit=' images', disable=None if progress else True, delay=2, leave=False) as bar:
+        for i in range(0, len(images), batch):
+            rows.append(model.encode_image(floats(images[i:i+batch], model).to(device), normalize=True))
+            bar.update(len(rows[-1]))
     return torch.cat(rows).float().cpu()
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..spec import Spec
 
 # %% ../../nbs/20_image.mci.ipynb #dbc76d78
 @dataclass(frozen=True, repr=False)
-class MCiSpec(Spec):
+class MCiSpec(Spec, id_name='MCiSpec'):
     "What tells one MCi encoder from another (MobileCLIP §4.2 and Table 9; MobileCLIP2)"
     depths:tuple[int,...]=(2, 6, 10, 2) # blocks a stage
     dims:tuple[int,...]=(64, 128, 256, 512) # channels a stage

@@ -16,7 +16,7 @@ from ..spec import Spec
 
 # %% ../../nbs/21_image.vit.ipynb #569f3759
 @dataclass(frozen=True, repr=False)
-class ViTSpec(Spec):
+class ViTSpec(Spec, id_name='ViTSpec'):
     "What tells one ViT tower from another (ViT, 2010.11929, §3.1; MobileCLIP §5)"
     dim:int=768 # width of a token
     depth:int=12 # blocks

@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from ..ledger import packages
-from ..places import exists, is_local, join_url, list_shards, read_bytes, shown, write_bytes
+from ..places import exists, is_local, join_url, read_bytes, shown, write_bytes
 from .folder import FAILED, FATAL, Job, alone, apart, as_json, finished, named, set_aside, survey, sweep, writable
 from .recipe import Dropped, Models, ReinforceSpec, add, chunks, differences, load_models
+from ..shards.build import foreign_in
 from ..shards.files import Entry, Manifest, ShardWriter, Skips, read_manifest, read_shard, write_manifests
 from ..workers import Ahead, Event, peak_mb, processes
 
@@ -125,13 +126,11 @@ def agreed(
     "Write the recipe into a new folder; refuse a folder of another recipe, naming what differs"
     place, now = join_url(out, RECIPE), dict(format=1, id=spec.id, recipe=spec.to_dict(), packages=packages())
     if not exists(place):
-        try: found = list_shards(out)
-        except FileNotFoundError: found = []
-        if found: raise ValueError(f"The folder {shown(out)!r} holds {len(found)} shards and no {RECIPE}: nobody can say how they were made. Choose another folder")
+        if found := foreign_in(out): raise ValueError(f"The folder {shown(out)!r} holds {found} and no {RECIPE}: nobody can say how they were made. Choose an empty folder")
         write_bytes(place, as_json(now))
         return []
     try: old = json.loads(read_bytes(place)); there = ReinforceSpec.from_dict(old['recipe']).to_dict()
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{shown(place)!r} cannot be read by this version ({e}). Choose another folder") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{shown(place)!r} cannot be read by this version ({e}). Choose another folder") from e
     if lines := differences(there | dict(name=''), spec.to_dict() | dict(name='')):
         raise ValueError(f"The folder {shown(out)!r} was made by another recipe: {'; '.join(lines[:9])}. Choose another folder for this recipe, or run the old one to go on there")
     return [f'packages differ from those this folder was begun with ({line}); last bits of rows may differ' for line in differences(old.get('packages', {}), now['packages'])]

@@ -29,7 +29,7 @@ from ..workers import Ahead
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #9f6ef3ca
 @dataclass(frozen=True, repr=False)
-class ReinforceSpec(Spec):
+class ReinforceSpec(Spec, id_name='ReinforceSpec'):
     "All that decides what reinforcement adds to a sample (MobileCLIP §3.1, MobileCLIP2 §3)"
     name:str='' # lower case
     augment:AugmentSpec=DATACOMPDR # the generator's pictures have the side it names

@@ -40,7 +40,7 @@ class Faulty(ValueError):
 
 # %% ../../nbs/42_shards.limits.ipynb #294ac19a
 @dataclass(frozen=True, repr=False)
-class Limits(Spec):
+class Limits(Spec, id_name='Limits'):
     "How much a stranger's file may ask of us"
     member:int=64<<20 # bytes of one tar member
     sample:int=128<<20 # bytes of all members of one sample

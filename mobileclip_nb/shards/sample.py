@@ -237,7 +237,7 @@ def from_members(
 
 # %% ../../nbs/44_shards.sample.ipynb #77b3ee08
 @dataclass(frozen=True, repr=False)
-class StoreSpec(Spec):
+class StoreSpec(Spec, id_name='StoreSpec'):
     "How embeddings are stored"
     form:str='bf16' # `bf16` (pth.gz), `float32` (npz) or `compact` (emb)
     bits:int=8 # a number in the compact form, 2-8

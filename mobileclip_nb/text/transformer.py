@@ -19,7 +19,7 @@ from .tokens import VOCAB
 
 # %% ../../nbs/23_text.transformer.ipynb #f922a042
 @dataclass(frozen=True, repr=False)
-class TextSpec(Spec):
+class TextSpec(Spec, id_name='TextSpec'):
     "What tells one text tower from another (MobileCLIP, text encoder; CLIP §2.4)"
     width:int=512 # of a token
     heads:int=8 # divides `width`

@@ -23,7 +23,8 @@ def words()->argparse.ArgumentParser:
     p.add_argument('--data', help='shards, a folder of pictures with captions, or several as A:3,B:1; otherwise the recipe\'s own')
     p.add_argument('--out', help='folder of the run; without one nothing is saved')
     for flag, how in OPTIONS: p.add_argument(flag, **how)
-    p.add_argument('--save-every', type=int, metavar='STEPS', help='between checkpoints (200, in runs of 10,000 steps and more 2,000); 0: at the end and at a signal alone')
+    p.add_argument('--save-every', type=int, metavar='STEPS', help=(
+        'between checkpoints (200; 2,000 from 10,000 steps on); 0: at the end and at a signal'))
     p.add_argument('--keep', type=int, default=3, metavar='N', help='checkpoints that stay (default: 3)')
     p.add_argument('--milestones', type=int, default=0, metavar='STEPS', help='checkpoints at multiples of it are never removed')
     p.add_argument('--watch', nargs='*', metavar='SINK', help='tensorboard, wandb; nothing: log.jsonl alone (default: TensorBoard where it is installed)')
@@ -46,10 +47,15 @@ def main(
         if args.resume and not args.out: raise ValueError("--resume goes on with the run in a folder, and none is given; add --out FOLDER")
         set_threads(args.threads)
         r = recipe_of(args)
-        how, every = opening_of(args), save_interval(r.train.steps) if args.save_every is None else args.save_every
-        if rank == '0': say(announced(r, args.scale)); ready(args.out, args.resume, r, args.data, how)
-        settings = dict(save_every=every, resume=args.resume, keep=args.keep, milestones=args.milestones, watch=args.watch, ledger=args.ledger)
-        run = trained(r, args.data, args.out, own_device(args.device), args.workers, say, args.patience, not args.quiet, settings, how, heldout_judge, timed=True)
+        how, every = opening_of(args), args.save_every
+        if rank == '0':
+            say(announced(r, args.scale))
+            ready(args.out, args.resume, r, args.data, how)
+        given = {k: getattr(args, k) for k in ('resume', 'keep', 'milestones', 'watch', 'ledger')}
+        given['save_every'] = save_interval(r.train.steps) if every is None else every
+        where = (args.data, args.out, own_device(args.device))
+        run = trained(r, *where, args.workers, say, args.patience, not args.quiet, given, how,
+                      heldout_judge, timed=True)
     except KeyboardInterrupt as e: say(who + (str(e) or 'interrupted').replace('resume=True', '--resume')); return 2
     except (ValueError, TypeError, KeyError, OSError, EOFError, ImportError, FloatingPointError) as e:
         if args.debug: raise

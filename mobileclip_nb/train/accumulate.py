@@ -125,8 +125,9 @@ def warn_of_parts(
     "Say that statistics come from each part, if they do"
     live = count_live_norms(model) if parts > 1 else 0
     if not live: return ''
-    return (f"accumulate={parts}: {live} batch normalizations take their statistics from each part of about "
-            f"{pairs//parts} pairs and not from all {pairs}, so the gradient is not that of one pass "
-            "(nbs/54_train.accumulate.ipynb measures how far off it is); train.frozen_norm=true makes the two "
-            "equal, for weights that are trained already; fewer and larger parts bring them nearer; "
+    return (f"accumulate={parts}: {live} batch normalizations take their statistics from each part "
+            f"of about {pairs//parts} pairs and not from all {pairs}, so the gradient is not that of "
+            "one pass (nbs/54_train.accumulate.ipynb measures how far off it is); "
+            "train.frozen_norm=true makes the two equal, for weights that are trained already; "
+            "fewer and larger parts bring them nearer; "
             "train.sync_norm does not help, since it joins ranks and not parts")

@@ -113,7 +113,7 @@ def coca_loss(
 
 # %% ../../nbs/58_train.captioner.ipynb #96280c15
 @dataclass(frozen=True, repr=False)
-class CaptionRecipe(Spec):
+class CaptionRecipe(Spec, id_name='CaptionRecipe'):
     "All that decides a captioner's two runs (MobileCLIP2 §3.2)"
     name:str='coca-nano-emoji' # in the ledger
     batch:int=128 # pairs a step

@@ -27,7 +27,7 @@ from ..text.tokens import decode
 
 # %% ../../nbs/53_train.objective.ipynb #44d029d8
 @dataclass(frozen=True, repr=False)
-class LossSpec(Spec):
+class LossSpec(Spec, id_name='LossSpec'):
     "What is minimized (MobileCLIP §3 and Table 12; MobileCLIP2 Table 3)"
     clip:float=1. # weight of the contrastive term, the paper's 1-λ
     distill:float=0. # weight of distillation, the paper's λ

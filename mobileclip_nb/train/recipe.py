@@ -35,14 +35,15 @@ from ..spec import Spec, plain
 from ..stream import Stream, StreamSpec
 from ..text.tokens import ids_in_use
 from .data import (
-    EMOJI, Loaded, count_cut, describe_split, describe_texts, divide_batch, has_shards, held_of, is_own, load_data, load_parts, need_two, old_batch, reader_count)
+    EMOJI, Loaded, count_cut, describe_split, describe_texts, divide_batch, has_shards, held_of,
+    is_own, load_data, load_parts, need_two, old_batch, reader_count)
 from .objective import LossSpec, with_bias
 from .state import TrainSpec, checkpoints
 from ..zoo import Record, build, image_spec, kept_ids, record
 
 # %% ../../nbs/56_train.recipe.ipynb #6dd1e3a0
 @dataclass(frozen=True, repr=False)
-class Recipe(Spec):
+class Recipe(Spec, id_name='Recipe'):
     "All that decides a run"
     name:str='' # lower case
     model:str='mobileclip_nano' # of `list_models()`
@@ -138,40 +139,6 @@ def as_batches(
     rec = rec or record_of(r)
     return Batches(data, r.stream.but(batch=pairs or min(r.stream.batch, len(data.images)), context=rec.context_length, mean=rec.pixels.mean, std=rec.pixels.std))
 
-# %% ../../nbs/56_train.recipe.ipynb #c5bf8880
-def source(
-    r:Recipe, # at its size
-    data:str|Path|None=None, # a place, or several as `A:3,B:1`; None takes the recipe's
-    ranks:tuple[int,int]=(0, 1), # this rank, and how many there are
-    workers:int|None=0, # processes that read shards ahead; None chooses, see `reader_count`
-    say:Callable[[str],None]=lambda text: None, # told what was found and left out
-    progress:bool=True, # draw progress bars while decoding
-    rec:Record|None=None, # of the model; None looks the recipe's up
-    loaded:Sequence[Loaded]|None=None, # of `load_parts`; None reads the places
-)->Any: # with `batch` (of this rank), `id` and `since`
-    "Open what a recipe shall learn from"
-    rec, place, (rank, world) = rec or record_of(r), str(data or r.data), ranks
-    if r.stream.batch % world: raise ValueError(f"batch={r.stream.batch} does not divide among {world} ranks; use --set stream.batch={max(r.stream.batch//world, 1)*world}")
-    for p in parts(place): _taught(r, p.place)
-    if loaded is None: loaded = load_parts(place, rec.pixels, 0., r.skin_tones, say, progress)
-    counts = _shared_out(r, loaded, world, say)
-    workers = reader_count(workers, r.train.steps, sum(l.data is None for l in loaded))
-    each = [_shards(r, l.place, n//world, rec, (rank, world), workers, say) if l.data is None else Slice(b, rank, world) if world > 1 else b
-            for l, n in zip(loaded, counts) for b in [l.data and as_batches(r, l.data, n, rec)]]
-    whole_ = each[0] if len(each) == 1 else Mixture(each, [l.place for l in loaded])
-    return Ranged(whole_, r.psnr, r.train.steps, r.stream.seed, rec.pixels.mean, rec.pixels.std, ranks) if r.psnr else whole_
-
-def _shared_out(r:Recipe, loaded:Sequence[Loaded], world:int, say:Callable[[str],None])->list[int]: # pairs a step of each place, over all ranks
-    "Divide the batch among the places, and say where a place has too few pictures"
-    weights, sizes = [l.weight for l in loaded], [l.data and len(l.data.images) for l in loaded]
-    counts = divide_batch(r.stream.batch, weights, sizes, world)
-    total, there = sum(counts), ', '.join(f'{n} pictures in {l.place}' for l, n in zip(loaded, sizes) if n is not None)
-    need_two(total, f' of {r.stream.batch} asked for ({there})' if there else '')
-    if total < r.stream.batch: say(f'{total} pairs a step instead of {r.stream.batch}: there are {there}')
-    for l, n, k, due in zip(loaded, sizes, counts, shares(total, weights)):
-        if k == n and k < due: say(f'{l.place} has {n} pictures and gives {k} pairs to each step instead of {due}; the other places give the rest')
-    return counts
-
 # %% ../../nbs/56_train.recipe.ipynb #9b5e81d5
 def _taught(r:Recipe, place:str)->None:
     "Refuse pictures with captions alone where the recipe learns from teachers' rows"
@@ -190,6 +157,58 @@ def _shards(r:Recipe, place:str, pairs:int, rec:Record, ranks:tuple[int,int], wo
         raise ValueError(f"{place}: its teachers' rows are {known.widths} wide and the recipe expects {asked.widths}. Use --set 'train.loss.widths={list(known.widths)}' and train.loss.scales to match, or another recipe")
     spec = r.reader.but(batch=pairs, context=rec.context_length, seed=r.stream.seed, side=rec.pixels.side, mean=rec.pixels.mean, std=rec.pixels.std)
     return Stream(known, spec, ranks, workers)
+
+# %% ../../nbs/56_train.recipe.ipynb #e36b441e
+def _sizes(loaded:Sequence[Loaded])->list[int|None]:
+    "Pictures of each place; None for shards"
+    return [None if l.data is None else len(l.data.images) for l in loaded]
+
+def _shared_out(r:Recipe, loaded:Sequence[Loaded], world:int, say:Callable[[str],None])->list[int]:
+    "Divide the batch among the places, and say where a place has too few pictures"
+    weights, sizes = [l.weight for l in loaded], _sizes(loaded)
+    counts = divide_batch(r.stream.batch, weights, sizes, world)
+    there = ', '.join(f'{n} pictures in {l.place}' for l, n in zip(loaded, sizes) if n is not None)
+    total = sum(counts)
+    need_two(total, f' of {r.stream.batch} asked for ({there})' if there else '')
+    if total < r.stream.batch:
+        say(f'{total} pairs a step instead of {r.stream.batch}: there are {there}')
+    for l, n, k, due in zip(loaded, sizes, counts, shares(total, weights)):
+        if k != n or k >= due: continue
+        say(f'{l.place} has {n} pictures and gives {k} pairs to each step instead of {due}; '
+            'the other places give the rest')
+    return counts
+
+# %% ../../nbs/56_train.recipe.ipynb #c5bf8880
+def source(
+    r:Recipe, # at its size
+    data:str|Path|None=None, # a place, or several as `A:3,B:1`; None takes the recipe's
+    ranks:tuple[int,int]=(0, 1), # this rank, and how many there are
+    workers:int|None=0, # processes that read shards ahead; None chooses, see `reader_count`
+    say:Callable[[str],None]=lambda text: None, # told what was found and left out
+    progress:bool=True, # draw progress bars while decoding
+    rec:Record|None=None, # of the model; None looks the recipe's up
+    loaded:Sequence[Loaded]|None=None, # of `load_parts`; None reads the places
+)->Any: # with `batch` (of this rank), `id` and `since`
+    "Open what a recipe shall learn from"
+    rec, place, (rank, world) = rec or record_of(r), str(data or r.data), ranks
+    if r.stream.batch % world:
+        fits = max(r.stream.batch//world, 1)*world
+        raise ValueError(f"batch={r.stream.batch} does not divide among {world} ranks; "
+                         f"use --set stream.batch={fits}")
+    for p in parts(place): _taught(r, p.place)
+    if loaded is None: loaded = load_parts(place, rec.pixels, 0., r.skin_tones, say, progress)
+    counts, each = _shared_out(r, loaded, world, say), []
+    workers = reader_count(workers, r.train.steps, sum(l.data is None for l in loaded))
+    for l, n in zip(loaded, counts):
+        if l.data is None:
+            each.append(_shards(r, l.place, n//world, rec, ranks, workers, say))
+        else:
+            batches = as_batches(r, l.data, n, rec)
+            each.append(Slice(batches, rank, world) if world > 1 else batches)
+    found = each[0] if len(each) == 1 else Mixture(each, [l.place for l in loaded])
+    if not r.psnr: return found
+    pixels = rec.pixels
+    return Ranged(found, r.psnr, r.train.steps, r.stream.seed, pixels.mean, pixels.std, ranks)
 
 # %% ../../nbs/56_train.recipe.ipynb #48130868
 def captions_of(
@@ -287,7 +306,7 @@ class Note(NamedTuple):
     record:Record # of the model, with the rows its vocabulary needs
     data:str # the place or places it learned from
     start:str='' # the weights it began with; empty for random ones
-    held_out:tuple[float,...]|None=None # share of each place's pictures kept out; None in runs begun before there was one
+    held_out:tuple[float,...]|None=None # share of each place's pictures kept out; None: not known
 
 def read_note(
     out:str|Path, # a run's folder
@@ -302,8 +321,9 @@ def as_note(
 )->Note:
     "The note that a text holds; an earlier version's says nothing of a held-out part"
     d = json.loads(text)
-    shares = d.get('held_out')
-    return Note(Recipe.from_dict(d['recipe']), Record.from_dict(d['record']), d['data'], d['start'], None if shares is None else tuple(shares))
+    shares = None if d.get('held_out') is None else tuple(d['held_out'])
+    r, rec = Recipe.from_dict(d['recipe']), Record.from_dict(d['record'])
+    return Note(r, rec, d['data'], d['start'], shares)
 
 def note_to_resume(
     out:str|Path, # a folder
@@ -347,9 +367,9 @@ LONGEST = 77 # tokens, of CLIP's context
 
 class Opening(NamedTuple):
     "How the data of a run are opened"
-    own:bool=False # pictures of one's own are treated as such: captions as they are, in a context that holds them
+    own:bool=False # captions of one's own are taken as they are, in a context that holds them
     templates:bool=False # the recipe's templates were asked for and stay
-    held_out:float|None=0. # share of one's own pictures kept out of training, 0 to below 1; None goes by their number
+    held_out:float|None=0. # share of one's own pictures kept out, 0 to below 1; None chooses
     note:Note|None=None # of the run that goes on
     record:Record|None=None # of a trained model; None takes the recipe's
     ranks:tuple[int,int]=(0, 1) # this rank, and how many there are
@@ -368,7 +388,7 @@ class RunData(NamedTuple):
     record:Record # of the model
     source:Any # of `source`
     held:PairData|None # kept out of training
-    shares:tuple[float,...]|None # of each place's pictures that are kept out; None in runs begun before there was such a part
+    shares:tuple[float,...]|None # of each place's pictures kept out; None: none was known
 
 def as_run(
     r:Recipe, # at its size
@@ -379,6 +399,31 @@ def as_run(
     if how.templates or not how.own or how.is_old or not is_own(data): return r
     return r.but(stream=r.stream.but(templates=('{}',)))
 
+# %% ../../nbs/56_train.recipe.ipynb #ee275857
+def _fitted(r:Recipe, place:str, base:Record, loaded:Sequence[Loaded], how:Opening)->Record:
+    "The model's record, its context fitted to the captions where the model is drawn anew"
+    if how.record or not base.text.rows: return base
+    context = base.context_length
+    if how.note: context = how.note.record.context_length
+    elif how.own and is_own(place):
+        longest = count_cut(_texts(loaded), r.stream.templates, context).longest
+        context = max(context, min(longest, LONGEST))
+    if context == base.context_length: return base
+    return base.but(text=base.text.but(context=context), sources=())
+
+def _texts(loaded:Sequence[Loaded])->list[str]:
+    "Captions in memory to train on"
+    return [c for l in loaded if l.data for captions in l.data.captions for c in captions]
+
+def _described(r:Recipe, base:Record, rec:Record, loaded:Sequence[Loaded], how:Opening)->list[str]:
+    "Lines that say what is wrapped, cut and kept out"
+    texts, templates, context, out = _texts(loaded), r.stream.templates, rec.context_length, []
+    if texts:
+        found = count_cut(texts, templates, context)
+        out.append(describe_texts(found, templates, context, base.context_length))
+    if how.is_old: return [*out, 'a run of an earlier version: all its data train, as it was begun']
+    return [*out, *filter(None, (describe_split(l, how.held_out) for l in loaded))]
+
 # %% ../../nbs/56_train.recipe.ipynb #88c2929a
 def open_run(
     r:Recipe, # at its size
@@ -388,35 +433,20 @@ def open_run(
     "Open the data of a run; say what is cut, wrapped and kept out of training"
     place, note, world = str(data or r.data), how.note, how.ranks[1]
     if how.held_out and note is None and not is_own(place):
-        raise ValueError(f"A held-out share of {how.held_out:g}: {place} names no folder or table of pictures to keep any of out of training. "
-                         "Emoji have held-out concepts of their own, and shards train whole; leave --held-out out")
+        raise ValueError(f"A held-out share of {how.held_out:g}: {place} names no folder or table "
+                         "of pictures. Emoji have held-out concepts of their own, shards train whole; "
+                         "leave --held-out out")
     for p in parts(place): _taught(r, p.place)
     r, base = as_run(r, place, how), how.record or record_of(r)
     share = how.held_out if note is None else note.held_out or 0.
     loaded = load_parts(place, base.pixels, share, r.skin_tones, how.say, how.progress)
     rec = _fitted(r, place, base, loaded, how)
     for line in _described(r, base, rec, loaded, how) if how.own else (): how.say(line)
-    if how.is_old: r = r.but(stream=r.stream.but(batch=old_batch(r.stream.batch, [l.weight for l in loaded], [l.data and len(l.data.images) for l in loaded], world)))
+    if how.is_old:
+        batch = old_batch(r.stream.batch, [l.weight for l in loaded], _sizes(loaded), world)
+        r = r.but(stream=r.stream.but(batch=batch))
     found = source(r, place, how.ranks, how.workers, how.say, how.progress, rec, loaded)
     context = {} if rec.context_length == base.context_length else dict(context=rec.context_length)
     r = r.but(stream=r.stream.but(batch=found.batch*world, **context))
-    return RunData(r, rec, found, held_of(loaded), tuple(l.share for l in loaded) if note is None else note.held_out)
-
-def _fitted(r:Recipe, place:str, base:Record, loaded:Sequence[Loaded], how:Opening)->Record: # of the model
-    "A context that holds the captions, where the model is drawn anew with a vocabulary made to measure"
-    if how.record or not base.text.rows: return base
-    context = base.context_length
-    if how.note: context = how.note.record.context_length
-    elif how.own and is_own(place): context = max(context, min(count_cut(_texts(loaded), r.stream.templates, context).longest, LONGEST))
-    return base if context == base.context_length else base.but(text=base.text.but(context=context), sources=())
-
-def _texts(loaded:Sequence[Loaded])->list[str]:
-    "Captions in memory to train on"
-    return [c for l in loaded if l.data for captions in l.data.captions for c in captions]
-
-def _described(r:Recipe, base:Record, rec:Record, loaded:Sequence[Loaded], how:Opening)->list[str]: # lines
-    "Say what is wrapped, cut and kept out"
-    texts, out = _texts(loaded), []
-    if texts: out.append(describe_texts(count_cut(texts, r.stream.templates, rec.context_length), r.stream.templates, rec.context_length, base.context_length))
-    if how.is_old: return [*out, 'this run was begun without a held-out part and goes on with all its data, as it was begun']
-    return [*out, *filter(None, (describe_split(l, how.held_out) for l in loaded))]
+    kept_out = tuple(l.share for l in loaded) if note is None else note.held_out
+    return RunData(r, rec, found, held_of(loaded), kept_out)

@@ -26,7 +26,7 @@ from .parallel import by_kind, fill, fill_optimizer, from_first, is_share, joine
 
 # %% ../../nbs/55_train.state.ipynb #1b9ff12f
 @dataclass(frozen=True, repr=False)
-class TrainSpec(OptimSpec):
+class TrainSpec(OptimSpec, id_name='TrainSpec'):
     "All that decides the numbers of a run, but for model and data (MobileCLIP Table 12)"
     seed:int=0 # of what is random inside a step, as stochastic depth
     precision:str='float32' # of the towers: `float32` or `bfloat16`; the loss is always float32

@@ -22,10 +22,12 @@ from ..batches import Batch, PairData
 from ..clip import CLIP
 from ..core import pick_device
 from ..gather import Ranks, here
+from .heldout import BEST_BY, judge_interval, report_to
 from .loop import Trained, train
-from .options import BEST_BY, judge_interval, report_to
 from .parallel import from_first
-from .recipe import NOTE, Note, Opening, Price, Recipe, as_note, captions_of, held_by, learner, note_to_resume, open_run, price, write_note
+from .recipe import (
+    NOTE, Note, Opening, Price, Recipe, as_note, captions_of, held_by, learner, note_to_resume,
+    open_run, price, write_note)
 from .state import TrainSpec, vacant
 
 # %% ../../nbs/57_train.torchrun.ipynb #4256bf1f
@@ -65,12 +67,14 @@ def measured(
 )->float: # images a second, of all ranks together
     "Time a few steps of a run before it starts; with several ranks every one must call it"
     times, model = [], copy.deepcopy(model)
+    if device is not None: model = model.to(device)
     def since(step:int=0)->Iterator[Batch]:
         for batch in found.since(step):
             times.append(time.perf_counter())
             yield batch
     short = spec.but(steps=steps+1, warmup=0, hold=0)
-    train(model if device is None else model.to(device), SimpleNamespace(batch=found.batch, id=found.id, since=since), short, progress=False, statistics=False)
+    timed = SimpleNamespace(batch=found.batch, id=found.id, since=since)
+    train(model, timed, short, progress=False, statistics=False)
     times.append(time.perf_counter())
     return found.batch*here().world/median(b-a for a, b in zip(times[1:], times[2:]))
 
@@ -91,32 +95,46 @@ def trained(
     out:str|Path|None=None, # the run's folder; without one nothing is saved
     device:str='cpu', # of this process
     workers:int|None=0, # processes that read shards ahead, a rank; None chooses
-    say:Callable[[str],None]=lambda text: None, # told what was found and left out, the price, and from which step a run goes on
+    say:Callable[[str],None]=lambda text: None, # told what was found, the price, where it goes on
     minutes:float=30, # that a rank waits for the others
     progress:bool=True, # draw a progress bar
     settings:dict[str,Any]|None=None, # for `train`: `save_every`, `resume`, `keep`, `ledger`, ...
     how:Opening=Opening(), # of the data; note, ranks, workers, say and progress are filled in here
-    judge:Callable[[PairData],Callable[[CLIP],dict[str,float]]]|None=None, # makes the evaluation of the held-out part
+    judge:Callable[[PairData],Callable[[CLIP],dict[str,float]]]|None=None, # of the held-out part
     timed:bool=False, # time a few steps and say the price before a run begins
 )->Trained:
     "Train what a recipe says, alone or as one of many (MobileCLIP Table 12)"
     with group(device, minutes) as ranks:
-        first, more = ranks.rank == 0, dict(settings or {})
+        first, more, kind = ranks.rank == 0, dict(settings or {}), device.split(':')[0]
+        resume, place = bool(more.get('resume')), str(data or r.data)
         tell = say if first else lambda text: None
-        if out and first: vacant(out, bool(more.get('resume')))                 # before data are read, which may take long
-        how = how._replace(note=_note(out, bool(more.get('resume')), ranks), ranks=tuple(ranks), workers=workers, say=tell, progress=progress and first)
-        run = open_run(r, data, how)
+        if out and first: vacant(out, resume) # before data are read, which may take long
+        note = _note(out, resume, ranks)
+        how = how._replace(note=note, ranks=tuple(ranks), workers=workers)
+        run = open_run(r, place, how._replace(say=tell, progress=progress and first))
         model = learner(run.recipe, captions_of(run.source), run.record).to(device)
-        if ranks.world > 1: tell(f"{ranks.world} ranks, each with {run.source.batch} pairs a step, {r.train.parallel} on {device.split(':')[0]}")
-        if timed and how.note is None: tell(f"{price_here(model, run.source, run.recipe)}\non {device.split(':')[0]}")
-        if out and first: write_note(out, Note(r if how.is_old else run.recipe, model.record, str(data or r.data), held_out=run.shares))
+        if ranks.world > 1:
+            each = f'each with {run.source.batch} pairs a step'
+            tell(f'{ranks.world} ranks, {each}, {r.train.parallel} on {kind}')
+        if timed and note is None:
+            cost = price_here(model, run.source, run.recipe)
+            tell(f'{cost}\non {kind}')
+        if out and first:
+            asked = r if how.is_old else run.recipe
+            write_note(out, Note(asked, model.record, place, held_out=run.shares))
         if run.held and judge:
-            more |= dict(judge=judge(run.held), judge_every=judge_interval(r.train.steps), best=BEST_BY, report=report_to(tell))
-        return train(model, run.source, r.train, out, progress=progress, name=r.name, say=tell, **more)
+            more |= dict(judge=judge(run.held), judge_every=judge_interval(r.train.steps))
+            more |= dict(best=BEST_BY, report=report_to(tell))
+        more |= dict(progress=progress, name=r.name, say=tell)
+        return train(model, run.source, r.train, out, **more)
 
+# %% ../../nbs/57_train.torchrun.ipynb #f2f8d481
 def _note(out:str|Path|None, resume:bool, ranks:Ranks)->Note|None: # the same on every rank
     "Read the note of the run that goes on; the first rank reads, for others may not have its disk"
     said = b''
-    if out and resume and not ranks.rank and note_to_resume(out): said = (Path(out)/NOTE).read_bytes()
-    if ranks.world > 1: said = from_first(said, ranks, 'cuda' if dist.get_backend() == 'nccl' else 'cpu')
+    if out and resume and not ranks.rank and note_to_resume(out):
+        said = (Path(out)/NOTE).read_bytes()
+    if ranks.world > 1:
+        where = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+        said = from_first(said, ranks, where)
     return as_note(said.decode()) if said else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import pick_device
-from .talk import Verb, answer, flag, say
+from .talk import DEVICE, Verb, answer, flag, ready_to_compute, say
 
 # %% ../../nbs/88_verbs.data.ipynb #7ef4d37b
 def build(
@@ -57,10 +57,8 @@ def show(
     text, made, s = in_words(args.place, which), {}, find_sample(args.place, which)[0]
     shapes = {k: list(v.shape) for k, v in {'image': s.image_emb, **s.text_emb}.items() if v is not None}
     if args.png:
-        from mobileclip_nb.core import whole
-        from mobileclip_nb.widgets.samples import still_at
-        with whole(args.png) as tmp: tmp.write_bytes(still_at(args.place, which))
-        made = dict(png=str(args.png))
+        from mobileclip_nb.widgets.samples import save_still
+        made = dict(png=str(save_still(args.place, which, args.png)))
     answer(dict(key=s.key, uid=s.uid, sha256=s.sha256, captions=s.captions, synthetic=s.synthetic, param_aug=s.param_aug, embeddings=shapes) | made, '\n'.join([text, *made.values()]), args.json)
     return 0
 
@@ -73,7 +71,7 @@ def caption(
     from mobileclip_nb.captions import diversity
     from mobileclip_nb.labeling import opened, pictures
     if args.n < 1: raise ValueError(f'-n {args.n} writes nothing; give at least 1')
-    captioner, skipped, all_texts = load_captioner(args.captioner, args.weights, args.device), [], []
+    captioner, skipped, all_texts = load_captioner(args.captioner, args.weights, ready_to_compute(args)), [], []
     sampling = captioner.spec.sampling.but(n=args.n, seed=args.seed, length=args.length or captioner.spec.sampling.length)
     for name, image in opened(pictures(args.images), skipped, 'skip'):
         texts, = captioner.captions([image], [Path(name).stem], sampling)
@@ -111,19 +109,19 @@ def reinforce(
 )->int: # exit status
     "Add captions, augmentations and teachers' embeddings to shards; the same command again goes on"
     spec = recipe_of(args)
-    pick_device(args.device)                                    # a device that is not there is refused before anything is made
+    device = pick_device(args.device)                           # one that is not there is an error before anything is made
     say(f'{spec.name} ({spec.id}): {spec.n_augmentations} augmentations, {len(spec.captioners)} captioners, {len(spec.teachers)} teachers')
     if args.engine == 'ray':
         from mobileclip_nb.reinforce.ray import reinforce as on_ray
-        return reported(on_ray(args.source, args.out, spec, args.workers, args.address, args.device, args.threads, deep=args.deep), args)
+        return reported(on_ray(args.source, args.out, spec, args.workers, args.address, device, args.threads, deep=args.deep), args)
     if args.address: raise ValueError('--address belongs to --engine ray')
     from mobileclip_nb.reinforce.local import reinforce as run
-    return reported(run(args.source, args.out, spec, args.workers, args.device, args.threads, deep=args.deep), args)
+    return reported(run(args.source, args.out, spec, args.workers, device, args.threads, deep=args.deep), args)
 
 # %% ../../nbs/88_verbs.data.ipynb #2ba07bd7
 _CAPTIONER = ('--captioner', dict(default='coca_nano', help='coca_nano, coca_ViT-B-32, coca_ViT-L-14, or mobileclip2_coca_...'))
 _WEIGHTS = ('--weights', dict(help='a tag, a file or hf-hub:ORG/REPO; by default the captioner\'s own'))
-_DEVICE = ('--device', dict(default='cpu', help='cpu (the default), cuda, mps'))
+_CPU = ('--device', dict(default='cpu', help='cpu (the default, so that the bytes do not depend on the machine), auto, cuda, cuda:N, mps'))
 _PLACE = dict(help='shards: a folder, a glob, braces or one file, here or at s3://, gs://')
 
 VERBS:list[Verb] = [
@@ -135,14 +133,14 @@ VERBS:list[Verb] = [
     ('shards join', join, (('images', dict(help='shards with images and captions')), ('metadata', dict(help='shards with everything else, as DataCompDR publishes them')),
         ('out', dict(help='folder to write to')), ('--shallow', flag('do not open the embeddings')))),
     ('shards verify', verify, (('place', _PLACE), ('--shallow', flag('do not decode the images')), ('--metadata', flag('images and captions may be elsewhere, as in DataCompDR\'s release')))),
-    ('shards show', show, (('place', _PLACE), ('which', dict(nargs='?', default='0', help='key, uid, or number of the sample')), ('--png', flag('write a picture of it, too', type=Path)))),
+    ('shards show', show, (('place', _PLACE), ('which', dict(nargs='?', default='0', help='key, uid, or number of the sample')), ('--png', flag('write a picture of it, too: a new .png, or one of this sample', type=Path)))),
     ('caption', caption, (('images', dict(nargs='+', help='files or folders')), _CAPTIONER, _WEIGHTS, ('-n', dict(type=int, default=5, help='captions a picture')),
-        ('--length', flag('tokens a caption at most', type=int)), ('--seed', dict(type=int, default=0, help='of the draws')), _DEVICE)),
+        ('--length', flag('tokens a caption at most', type=int)), ('--seed', dict(type=int, default=0, help='of the draws')), DEVICE)),
     ('reinforce', reinforce, (('source', _PLACE), ('out', dict(help='folder; output shards are named after input shards')),
         ('--recipe', dict(default='nano-emoji', help='nano-emoji (the default), datacompdr-12m, datacompdr-1b, dfndr-2b, or a .json file such as OUT/recipe.json')), ('--captioner', flag('weights for the recipe\'s first captioner, such as those `finetune` wrote', type=str)),
         ('--augmentations', flag('stored a picture, instead of the recipe\'s', type=int)), ('--store', flag('how embeddings are written, instead of the recipe\'s', choices=['float32', 'bf16', 'compact'])),
         ('--bits', flag('bits a number in the compact store', type=int, choices=range(2, 9))), ('--seed', flag('instead of the recipe\'s', type=int)),
         ('--engine', dict(default='local', choices=['local', 'ray'], help='this machine, or a Ray cluster')), ('--address', flag('address of a Ray cluster; without one Ray starts here', type=str)),
-        ('--workers', dict(type=int, default=1, help='processes, or actors of the cluster (1)')), ('--threads', dict(type=int, default=1, help='threads a worker that augment at once (1)')), _DEVICE,
+        ('--workers', dict(type=int, default=1, help='processes, or actors of the cluster (1)')), ('--threads', dict(type=int, default=1, help='threads a worker that augment at once (1)')), _CPU,
         ('--deep', flag('compare the hashes of finished shards, not only their sizes')))),
 ]

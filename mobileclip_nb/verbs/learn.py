@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import pick_device, set_threads
-from ..train.options import BEST_BY, OPTIONS, WEIGHTS, announced, judge_interval, keep_file, opening_of, ready, recipe_of, report_to
+from ..train.heldout import BEST_BY, judge_interval, report_to
+from ..train.options import (
+    OPTIONS, WEIGHTS, announced, keep_file, opening_of, ready, recipe_of)
 from .talk import Verb, answer, flag, say
 
 # %% ../../nbs/88_verbs.learn.ipynb #71fe5a59
@@ -59,11 +61,12 @@ def beside_bar(
 
 def best_of(
     run:Any, # a `Trained`
-)->dict[str,Any]: # `step` and `recall`; empty if no held-out part was judged
+)->dict[str,Any]: # `step`, `recall` and its `chance`; empty if no held-out part was judged
     "The best checkpoint of a run, by the recall of its held-out part"
     from mobileclip_nb.train.state import find_best
     row = find_best(run.judged, BEST_BY)
-    return dict(step=int(row['step']), recall=row[BEST_BY]) if row else {}
+    if row is None: return {}
+    return dict(step=int(row['step']), recall=row[BEST_BY], chance=row['heldout_chance_i2t_r1'])
 
 # %% ../../nbs/88_verbs.learn.ipynb #bd2c55ad
 def train(
@@ -82,18 +85,27 @@ def train(
     how = opening_of(args, None if args.price else out, say=say)
     if not args.price: ready(out, args.resume, r, place, how)
     run = open_run(r, place, how)
-    r, found, model = run.recipe, run.source, learner(run.recipe, captions_of(run.source), run.record)
+    r, found = run.recipe, run.source
+    model = learner(r, captions_of(found), run.record)
     p = priced(args, r, None if how.note else model, found, device)
     if args.price: answer(p._asdict(), str(p), args.json); return 0
     say(f'{p}\non {device}, into {out}')
-    judge = emoji_judge(found.data.images.shape[1]) if place == 'emoji' else heldout_judge(run.held) if run.held else None
-    mark = dict(best=BEST_BY, report=report_to(beside_bar)) if run.held else {}
-    done = fit(r, found, out, judge, judge_interval(r.train.steps) if run.held else 0, args.resume, LEDGER, args.scale,
-               device=device, place=place, start=model, say=beside_bar, held_out=run.shares, **mark)
-    weights, numbers, best = release(out, out/WEIGHTS, say=say), done.run.metrics, best_of(done.run) if run.held else {}
+    judge, every, mark = None, 0, {}
+    if place == 'emoji': judge = emoji_judge(found.data.images.shape[1])
+    elif run.held:
+        judge, every = heldout_judge(run.held), judge_interval(r.train.steps)
+        mark = dict(best=BEST_BY, report=report_to(beside_bar))
+    mark |= dict(start=model, place=place, held_out=run.shares, device=device, say=beside_bar)
+    done = fit(r, found, out, judge, every, args.resume, LEDGER, args.scale, **mark)
+    weights, numbers = release(out, out/WEIGHTS, say=say), done.run.metrics
+    best = best_of(done.run) if run.held else {}
     lines = [f'{k:22} {v:.4g}' for k, v in numbers.items()]
-    if best: lines.append(f"best held-out recall: step {best['step']}, {best['recall']:.1%}; mobileclip release {out/'best.pt'} --out BEST.safetensors")
-    answer(dict(weights=str(weights), recipe=r.name, id=r.id, metrics=numbers, best=best), '\n'.join([*lines, f'weights: {weights}']), args.json)
+    if best:
+        score = f"{best['recall']:.1%} (chance {best['chance']:.1%})"
+        more = f"mobileclip release {out/'best.pt'} --out BEST.safetensors"
+        lines.append(f"best held-out recall: step {best['step']}, {score}; {more}")
+    result = dict(weights=str(weights), recipe=r.name, id=r.id, metrics=numbers, best=best)
+    answer(result, '\n'.join([*lines, f'weights: {weights}']), args.json)
     return told_skips(done.run.skips, unused(found))
 
 # %% ../../nbs/88_verbs.learn.ipynb #3fb42d59
@@ -123,13 +135,19 @@ def finetune(
     ready(out, args.resume, r, args.data, how, start_name(args.model))
     def before(model:Any, found:Any, r:Any)->None:
         read.append(found)
-        say(f'{announced(r, args.scale)}\n{priced(args, r, None if how.note else model, found, device)}\non {device}, into {out}')
-    done = tune(args.model, args.data, out, r, args.weights, args.keep, resume=args.resume, ledger=LEDGER, scale=args.scale, say=beside_bar, device=device, workers=args.workers, before=before, how=how)
+        p = priced(args, r, None if how.note else model, found, device)
+        say(f'{announced(r, args.scale)}\n{p}\non {device}, into {out}')
+    more = dict(ledger=LEDGER, scale=args.scale, device=device, workers=args.workers)
+    done = tune(args.model, args.data, out, r, args.weights, args.keep, resume=args.resume,
+                say=beside_bar, before=before, how=how, **more)
     about = from_run(out)[1] | dict(alpha=args.alpha)
     weights = save_weights(done.at(args.alpha), out/WEIGHTS, dtype=torch.float16, run=about)
     numbers = done.fit.run.metrics
-    answer(dict(weights=str(weights), alpha=args.alpha, recipe=r.name, id=r.id, new_words=done.new_words, metrics=numbers, best=best_of(done.fit.run)),
-           '\n'.join([f'{k:22} {v:.4g}' for k, v in numbers.items()] + [f'weights, {args.alpha:.0%} of the way to the new: {weights}']), args.json)
+    result = dict(weights=str(weights), alpha=args.alpha, recipe=r.name, id=r.id,
+                  new_words=done.new_words, metrics=numbers, best=best_of(done.fit.run))
+    lines = [f'{k:22} {v:.4g}' for k, v in numbers.items()]
+    lines.append(f'weights, {args.alpha:.0%} of the way to the new: {weights}')
+    answer(result, '\n'.join(lines), args.json)
     return told_skips(done.fit.run.skips, unused(*read))
 
 # %% ../../nbs/88_verbs.learn.ipynb #620d1b7e
@@ -140,7 +158,8 @@ def teach_captioner(
     from mobileclip_nb.captioner import load_captioner
     from mobileclip_nb.train.captioner import finetune_captioner
     from mobileclip_nb.train.recipe import load_data
-    if args.held_out: raise ValueError('--held-out: a captioner is taught on all pictures; leave it out')
+    if args.held_out:
+        raise ValueError('--held-out: a captioner is taught on all pictures; leave it out')
     ready(args.out, args.resume)
     name, weights = ('coca_nano', args.model) if Path(args.model).is_file() else (args.model, args.weights)
     captioner = load_captioner(name, weights)
@@ -197,7 +216,9 @@ def bench_efficiency(
     return 0
 
 # %% ../../nbs/88_verbs.learn.ipynb #1e1fb71e
-_RECIPE = (*OPTIONS, ('--device', flag('cpu (the default), auto (the best there is), cuda, mps', type=str)), ('--rate', flag('images a second, assumed for the price instead of measured', type=float)))
+_RECIPE = (*OPTIONS,
+    ('--device', flag('cpu (the default), auto (the best there is), cuda, mps', type=str)),
+    ('--rate', flag('images a second, assumed for the price instead of measured', type=float)))
 
 VERBS:list[Verb] = [
     ('train', train, (('data', dict(nargs='?', help='`emoji`, a folder or file of pictures with captions, shards, or several as A:3,B:1; by default what the recipe names')),
