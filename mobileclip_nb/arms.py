@@ -53,7 +53,7 @@ def student(
 
 # %% ../nbs/82_arms.ipynb #273e8ba3
 @dataclass(frozen=True, repr=False)
-class Arm(Spec):
+class Arm(Spec, id_name='Arm'):
     "Which terms a student learns from (MobileCLIP Table 2)"
     distill:float=0. # the paper's λ: weight of distillation; 1-λ is the contrastive loss's
     synthetic:bool=False # a synthetic caption beside the true one
@@ -65,7 +65,7 @@ ARMS = {'plain': Arm(), '+ synthetic captions': Arm(0., True), '+ distillation':
 
 # %% ../nbs/82_arms.ipynb #2a8c684f
 @dataclass(frozen=True, repr=False)
-class EfficiencySpec(Spec):
+class EfficiencySpec(Spec, id_name='EfficiencySpec'):
     "One run of the comparison"
     arm:Arm=Arm()
     noise:float=0. # share of true captions that are another emoji's, 0–1

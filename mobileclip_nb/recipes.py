@@ -56,12 +56,13 @@ def seen_judge(
     skin_tones:bool=True, # among variants with skin tones too
 )->Judge: # call it with a model in eval mode
     "The judge for teachers: retrieval in either hand among all concepts, every one of which they learned from"
-    return Judge({f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}, equal_texts=True)
+    splits = {f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}
+    return Judge(splits, equal_texts=True)
 
 def heldout_judge(
     held:PairData, # pictures kept out of training
 )->Judge: # call it with a model in eval mode
-    "The evaluation of a run on one's own pictures: retrieval on its held-out part; a caption of two pictures is right for both"
+    "Retrieval on the held-out part of a folder; a caption of two pictures is right for both"
     return Judge({'heldout': held}, limit=-1, equal_texts=True)
 
 # %% ../nbs/84_recipes.ipynb #6bf0c51e
@@ -87,19 +88,22 @@ def fit(
     started:str='', # what those are called
     objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple]|None=None, # what is minimized; None reads the recipe
     say:Callable[[str],None]=lambda text: None, # told from which step a run goes on, and of a new best
-    held_out:tuple[float,...]|None=None, # share of each place's pictures that is kept out of training, for the folder
-    best:str|None=None, # a metric of the judge; the checkpoint where it is highest stays as `best.pt`
-    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told the step's row of the log and its judgement
+    held_out:tuple[float,...]|None=None, # share of each place's pictures kept out, for the folder
+    best:str|None=None, # a metric of the judge; its best checkpoint stays as `best.pt`
+    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told of each judgement
 )->Fit:
     "Train what a recipe says on these data (MobileCLIP Table 12)"
     found = as_batches(r, data) if isinstance(data, PairData) else data
     model = (learner(r, captions_of(found)) if start is None else start).to(pick_device(device or 'cpu'))
     if objective is None: need_two(found.batch)
-    how = dict(best=best, report=report, save_every=save_interval(r.train.steps), statistics=False if started else None) | ({} if objective is None else dict(objective=objective))
+    how = dict(best=best, report=report, save_every=save_interval(r.train.steps))
+    how |= dict(statistics=False if started else None)
+    if objective is not None: how |= dict(objective=objective)
     if out: Path(out).mkdir(parents=True, exist_ok=True)
     with alone(str(out)) if out else nullcontext():                                     # two runs in one folder would overwrite each other's checkpoints
         if out: write_note(out, Note(r, model.record, place, started, held_out))
-        run = train(model, found, r.train, out, judge, judge_every, resume=resume, progress=progress, say=say, **how)
+        how |= dict(resume=resume, progress=progress, say=say)
+        run = train(model, found, r.train, out, judge, judge_every, **how)
     metrics = run.metrics | ({} if getattr(found, 'skips', None) is None else dict(skipped=found.skips.total))
     if ledger and run.new: append(ledger, run_record(r.name, r, metrics, r.train.seed, metrics['seconds'], str(next(model.parameters()).device), scale))
     return Fit(run.model, run, r)
@@ -147,7 +151,8 @@ def from_run(
     run = Trained(model, model, held['history'], held['judged'], held['spec'], held['data'], r.stream.batch, 0)
     metrics = {k: v for k, v in run.metrics.items() if k not in ('seconds', 'images_per_s', 'images_per_s_wall')}
     said = dict(recipe=r.name, recipe_id=r.id, spec_id=held['spec'].id, seed=r.train.seed, data=Path(note.data).name, data_id=held['data'], start=note.start, step=held['step'],
-                steps=r.train.steps, weights='ema' if average else 'raw', statistics=how, metrics=metrics) | ({} if not any(note.held_out or ()) else dict(held_out=list(note.held_out))) | ({} if bias is None else dict(logit_bias=bias.item()))
+                steps=r.train.steps, weights='ema' if average else 'raw', statistics=how, metrics=metrics) | ({} if bias is None else dict(logit_bias=bias.item()))
+    if any(note.held_out or ()): said['held_out'] = list(note.held_out)
     return model.eval(), said
 
 # %% ../nbs/84_recipes.ipynb #3cf33f27

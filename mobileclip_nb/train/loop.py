@@ -262,7 +262,8 @@ def windows(
     "Open the bar and the log of a run"
     first = here().rank == 0
     if state.step and first: say(f'goes on from step {state.step} of {spec.steps}' if state.step < spec.steps else f'all {spec.steps} steps are made already')
-    if first and (told := warn_of_parts(state.model, spec.accumulate, pairs//here().world)): say(told)
+    warning = warn_of_parts(state.model, spec.accumulate, pairs//here().world)
+    if first and warning: say(warning)
     bar = tqdm(total=spec.steps*pairs, initial=state.step*pairs, unit=' images', mininterval=.5 if sys.stderr.isatty() else 10, disable=not (progress and first))
     return bar, Log(out if first and state.step < spec.steps else None, Pace(pairs, spec.steps), state.history, state.judged, spec.to_dict(), watch)
 
@@ -448,7 +449,7 @@ def train(
     *,
     best:str|None=None, # a metric of `judge`, higher is better; its best checkpoint stays as `best.pt`
     statistics:bool|None=None, # compute those of normalization again to judge; None: in a short run of the default objective
-    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told the step's row of the log and its judgement
+    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told of each judgement
     first_save:float=60., # seconds until a first checkpoint is written, whatever `save_every`
     clock:Callable[[],float]=time.monotonic, # for `first_save` alone
 )->Trained:
