@@ -31,7 +31,7 @@ from .reinforce.recipe import recipe as reinforcement
 from .shards.build import build
 from .spec import Spec
 from .teachers import load_ensemble
-from .train.loop import TrainSpec, advance, judged, refreshed, train
+from .train.loop import TrainSpec, advance, judged, refresh_model, train
 from .train.objective import LossSpec
 from .train.state import begin
 from .train.torchrun import group
@@ -208,7 +208,7 @@ def run_early(
         for batch in source.since(0):
             advance(state, batch, t)
             if state.step in points:
-                fresh = refreshed(state.model, source, t, state.step)
+                fresh = refresh_model(state.model, source, t, state.step)
                 for how, model in (('', None), ('_recomputed', fresh)):
                     row = judged(state, ask, fresh=model)
                     found |= {f'{k}{how}_at_{state.step*source.batch}': row[k] for k in ('heldout_r1', 'cosine')}

@@ -28,7 +28,7 @@ from .ledger import append, code_version, read, record as run_record, spread
 from .reinforce.folder import alone
 from .text.tokens import ids_in_use
 from .train.data import need_two
-from .train.loop import Trained, refreshed, train
+from .train.loop import Trained, refresh_model, train
 from .train.options import save_interval
 from .train.recipe import (
     PROMPTS, Note, Opening, Recipe, as_batches, captions_of, learner, load_data, open_run, read_note, recipe, write_note)
@@ -121,7 +121,7 @@ def refresh_statistics(
         how = Opening(note=note, record=note.record, ranks=(0, held.get('world', 1)), progress=False)
         found = open_run(note.recipe, note.data, how).source
         if found.id != held['data']: raise ValueError(f"{note.data} holds other data than the run learned from")
-        fresh = refreshed(freeze(copy.deepcopy(model), spec.frozen), found, spec, step)
+        fresh = refresh_model(freeze(copy.deepcopy(model), spec.frozen), found, spec, step)
     except (OSError, ValueError, KeyError, ImportError) as e:
         say(f"The running statistics of normalization stay, though after {step} steps they lag behind the weights: the run's data cannot be opened ({e})")
         return 'running'

@@ -15,7 +15,8 @@ from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.text.repmixer import TextRepMixer
 from mobileclip_nb.text.transformer import TextSpec
 from mobileclip_nb.train.loop import train
-from mobileclip_nb.train.recipe import learner, price, published_data, recipe, record_of, source
+from mobileclip_nb.recipes import fit, from_run
+from mobileclip_nb.train.recipe import Opening, learner, open_run, price, published_data, recipe, record_of, source
 from mobileclip_nb.zoo import build
 
 RUN = [sys.executable, '-c', 'from mobileclip_nb.cli import main; raise SystemExit(main())']
@@ -83,3 +84,38 @@ def test_price_of_a_published_run(tmp_path):
     assert person.returncode == 0 and '140 TB of data' in person.stdout and 'e+' not in person.stdout and 'This is not the published run' in person.stderr
     absent = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', cwd=tmp_path)
     assert absent.returncode == 2 and 'datacompdr1b' in absent.stderr and 'Traceback' not in absent.stderr
+
+def test_release_of_a_short_run(tmp_path):
+    "Its statistics are computed again from its data, as it was judged; where these are gone or others, the running ones stay and it is said"
+    for i in range(12): Image.new('RGB', (64, 64), (20*i, 240-20*i, 60)).save(tmp_path/f'{i}.png')
+    (tmp_path/'captions.csv').write_text('image,caption\n' + ''.join(f'{i}.png,color {i}\n' for i in range(12)))
+    out, r = tmp_path/'run', recipe('nano-emoji').at('smoke')
+    r = r.but(stream=r.stream.but(batch=8))
+    data = open_run(r, tmp_path, Opening(progress=False))
+    done = fit(data.recipe, data.source, out, progress=False, place=str(tmp_path), held_out=data.shares)
+    raw, said = from_run(out, 'raw')
+    assert said['statistics'] == 'running' and all(torch.equal(t, raw.state_dict()[k]) for k, t in done.run.raw.state_dict().items())
+    model, said = from_run(out)
+    assert said['statistics'] == 'recomputed over 4 batches' and 'images_per_s_wall' not in said['metrics']
+    assert all(torch.equal(t, model.state_dict()[k]) for k, t in done.model.state_dict().items())
+    plain, said = from_run(out, statistics=False)
+    moved = {k.rpartition('.')[2] for k, t in plain.state_dict().items() if not torch.equal(t, model.state_dict()[k])}
+    assert said['statistics'] == 'running' and moved == {'running_mean', 'running_var'}
+    freed = told('release', 'run', '--out', 'free.safetensors', '--json', cwd=tmp_path)
+    assert freed.returncode == 0 and json.loads(freed.stdout)['run']['statistics'] == 'recomputed over 4 batches', freed.stderr
+    (tmp_path/'11.png').unlink()
+    heard = []
+    assert from_run(out, say=heard.append)[1]['statistics'] == 'running' and 'other data than the run learned from' in heard[0]
+    for p in tmp_path.glob('*.png'): p.unlink()
+    gone = told('release', 'run', '--out', 'free.safetensors', '--json', cwd=tmp_path)
+    assert gone.returncode == 0 and json.loads(gone.stdout)['run']['statistics'] == 'running' and 'cannot be opened' in gone.stderr, gone.stderr
+
+def test_tuned_weights_keep_their_statistics(tmp_path):
+    "A run that began with weights is not judged by the rule of runs that began with none"
+    r = recipe('nano-emoji').at('smoke')
+    r = r.but(stream=r.stream.but(batch=8))
+    data = source(r, 'emoji', progress=False)
+    def judge(model): return dict(loss=1.)
+    runs = [fit(r, data, judge=judge, progress=False, started=name) for name in ('', 'weights')]
+    assert ['statistics_batches' in x.run.judged[0] for x in runs] == [True, False]
+    assert all(torch.equal(a, b) for a, b in zip(*(x.run.raw.state_dict().values() for x in runs)))

@@ -68,7 +68,7 @@ def norms_of(
     "The batch normalizations of a model that hold statistics"
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
-def _taken(batches:Iterable[Batch], n:int, ranks:Ranks, device:torch.device)->Iterator[Batch]:
+def _next_batches(batches:Iterable[Batch], n:int, ranks:Ranks, device:torch.device)->Iterator[Batch]:
     "Exactly n batches, or an error on every rank"
     found = iter(batches)
     for k in range(n):
@@ -95,7 +95,7 @@ def recompute_statistics(
     sums = {name: Sums(m.num_features) for name, m in norms_of(work).items()}
     for name, m in norms_of(work).items(): m.train().register_forward_pre_hook(sums[name])
     device = next(work.parameters()).device
-    for batch in _taken(batches, n, ranks, device):
+    for batch in _next_batches(batches, n, ranks, device):
         for part in pieces(batch, spec.accumulate): encode(work, part, spec)
     total = over_ranks(torch.cat([s.held for s in sums.values()]).to(device)).cpu()
     for s, held in zip(sums.values(), total.split([len(s.held) for s in sums.values()])): s.held = held
