@@ -1,4 +1,4 @@
-"What the loop keeps, and when: the best checkpoint, an early first one."
+"What the loop keeps and when, the statistics that short runs are judged with, and the two speeds of a run."
 import math, time
 
 import pytest, torch, torch.distributed as dist
