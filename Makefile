@@ -3,7 +3,7 @@
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
 # make notebooks  run every notebook at nano scale and store its outputs
-# make prepare    after editing notebooks: export, clean, README
+# make prepare    after editing notebooks: format, export, clean, README
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
@@ -41,6 +41,7 @@ notebooks: .venv/with-emoji,train,reinforce,lab,dev
 	SCALE=nano MOBILECLIP_RUNS='$(CURDIR)/results' $(BIN)/python tests/store.py
 
 prepare: .venv/with-emoji,train,reinforce,lab,dev
+	$(BIN)/ruff format --quiet nbs tests setup.py mobileclip_nb/__init__.py
 	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	$(BIN)/python tests/readme.py

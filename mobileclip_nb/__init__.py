@@ -6,10 +6,20 @@
 Importing this package loads nothing heavy: a name is fetched from its module the first time it is used.
 `list_models()` names every model, `create_model(name, weights)` makes one, and `nbs/` tells how each part works.
 """
+
 _HOME = dict(
-    create_model='checkpoint', load_weights='checkpoint', save_weights='checkpoint', preprocess='checkpoint',
-    list_models='zoo', tokenize='text.tokens', fold='blocks.fold', predict='labeling', Prediction='labeling', embed='labeling',
-    Embeds='clip', register_open_clip='open_clip_tools',
+    create_model='checkpoint',
+    load_weights='checkpoint',
+    save_weights='checkpoint',
+    preprocess='checkpoint',
+    list_models='zoo',
+    tokenize='text.tokens',
+    fold='blocks.fold',
+    predict='labeling',
+    Prediction='labeling',
+    embed='labeling',
+    Embeds='clip',
+    register_open_clip='open_clip_tools',
 )
 __all__ = sorted(_HOME)
 
@@ -17,25 +27,33 @@ __all__ = sorted(_HOME)
 def _version():
     "The version in settings.ini if this is a clone, else the installed one: one source either way"
     from pathlib import Path
-    ini = Path(__file__).parents[1]/'settings.ini'
-    if ini.exists() and (Path(__file__).parents[1]/'nbs').is_dir():
+
+    ini = Path(__file__).parents[1] / 'settings.ini'
+    if ini.exists() and (Path(__file__).parents[1] / 'nbs').is_dir():
         from configparser import ConfigParser
+
         cfg = ConfigParser(delimiters=['='])
         cfg.read(ini, encoding='utf-8')
         return cfg['DEFAULT']['version']
     from importlib.metadata import version
+
     return version('mobileclip_nb')
 
 
-def __dir__(): return sorted([*globals(), *__all__, '__version__'])
+def __dir__():
+    return sorted([*globals(), *__all__, '__version__'])
 
 
 def __getattr__(name):
     from importlib import import_module
-    if name == '__version__': value = _version()
-    elif name in _HOME: value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
+
+    if name == '__version__':
+        value = _version()
+    elif name in _HOME:
+        value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
     else:
         from mobileclip_nb.core import near
+
         raise AttributeError(f"mobileclip_nb has no {name!r}.{near(name, __all__)}")
     globals()[name] = value
     return value

@@ -9,4 +9,5 @@ __all__ = []
 from .cli import main
 
 # %% ../nbs/90___main__.ipynb #f1adbf69
-if __name__ == '__main__' and __package__: raise SystemExit(main())
+if __name__ == '__main__' and __package__:
+    raise SystemExit(main())

@@ -16,85 +16,118 @@ from .places import is_local, name_of, reading, shown
 from .shards.files import Skips, read_members
 
 # %% ../nbs/51_archive.ipynb #66d1ae0d
-COPIES = 16 # shards from far away that are kept
+COPIES = 16  # shards from far away that are kept
+
 
 def on_disk(
-    url:str, # a shard, here or far away
-    memory:str|Path, # folder of this machine, for copies
-)->Path:
+    url: str,  # a shard, here or far away
+    memory: str | Path,  # folder of this machine, for copies
+) -> Path:
     "The shard as a file on this machine; one from far away is copied, and the oldest copy makes room"
     if is_local(url):
         path = Path(url.removeprefix('file://'))
-        if not path.exists(): raise FileNotFoundError(f"The shard {str(path)!r} is gone. Put it back and resume; nothing that was learned is lost")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"The shard {str(path)!r} is gone. Put it back and resume; nothing that was learned is lost"
+            )
         return path
-    path = Path(memory)/'copies'/f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar'
+    path = Path(memory) / 'copies' / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar'
     if not path.exists():
-        with reading(url) as f, whole(path) as tmp, open(tmp, 'wb') as out: shutil.copyfileobj(f, out, 1 << 20)
-        for old in sorted(path.parent.glob('*.tar'), key=os.path.getmtime)[:-COPIES]: old.unlink(missing_ok=True)
+        with reading(url) as f, whole(path) as tmp, open(tmp, 'wb') as out:
+            shutil.copyfileobj(f, out, 1 << 20)
+        for old in sorted(path.parent.glob('*.tar'), key=os.path.getmtime)[:-COPIES]:
+            old.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/51_archive.ipynb #b25484e8
 class Index(NamedTuple):
     "Where the samples of a shard lie"
-    keys:list[str]
-    members:list[dict[str,list[int]]] # of each sample, by extension: first byte and bytes
-    skips:dict # what was refused, as `Skips.to_dict` says it
+
+    keys: list[str]
+    members: list[dict[str, list[int]]]  # of each sample, by extension: first byte and bytes
+    skips: dict  # what was refused, as `Skips.to_dict` says it
+
 
 def stamp(
-    url:str, # a shard, here or far away
-    path:Path|None, # where it, or its copy, lies on this machine; None is nowhere
-)->list[Any]: # place, bytes, nanoseconds
+    url: str,  # a shard, here or far away
+    path: Path | None,  # where it, or its copy, lies on this machine; None is nowhere
+) -> list[Any]:  # place, bytes, nanoseconds
     "What tells a file from every other, and from what it was before"
     stat = path.stat() if path and path.exists() else None
-    return [str(path.absolute()) if path and is_local(url) else url, stat and stat.st_size, stat and stat.st_mtime_ns]
+    return [
+        str(path.absolute()) if path and is_local(url) else url,
+        stat and stat.st_size,
+        stat and stat.st_mtime_ns,
+    ]
+
 
 def index_of(
-    url:str, # a shard, here or far away
-    memory:str|Path, # folder of this machine where the list is remembered
-)->Index:
+    url: str,  # a shard, here or far away
+    memory: str | Path,  # folder of this machine where the list is remembered
+) -> Index:
     "The list of a shard: remembered if the file is the same, else made by leaping through it"
     path = on_disk(url, memory)
     said = hashlib.sha256(json.dumps(stamp(url, path)).encode()).hexdigest()[:20]
-    kept = Path(memory)/'index'/f'{said}.json'
-    try: return Index(*json.loads(kept.read_text()))
-    except (OSError, ValueError, TypeError): pass
+    kept = Path(memory) / 'index' / f'{said}.json'
+    try:
+        return Index(*json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError):
+        pass
     skips, keys, members = Skips(), [], []
-    for key, found in read_members(str(path), skips, skim=True): keys.append(key); members.append({e: list(at) for e, at in found.items()})
+    for key, found in read_members(str(path), skips, skim=True):
+        keys.append(key)
+        members.append({e: list(at) for e, at in found.items()})
     index = Index(keys, members, skips.to_dict())
     try:
-        with whole(kept) as tmp: tmp.write_text(json.dumps(index))
-    except OSError: pass # a place that cannot be written to costs time, nothing else
+        with whole(kept) as tmp:
+            tmp.write_text(json.dumps(index))
+    except OSError:
+        pass  # a place that cannot be written to costs time, nothing else
     return index
 
 # %% ../nbs/51_archive.ipynb #e68e763d
 class Archives:
     "Shards of which any sample can be read; a few stay open"
-    def __init__(self,
-        memory:str|Path, # folder of this machine
-        most:int=64, # files open at once
-    ): self.memory, self.most, self.open = str(memory), most, OrderedDict()
 
-    def __getitem__(self, url:str)->tuple[Index,int]: # its list, and a file descriptor
+    def __init__(
+        self,
+        memory: str | Path,  # folder of this machine
+        most: int = 64,  # files open at once
+    ):
+        self.memory, self.most, self.open = str(memory), most, OrderedDict()
+
+    def __getitem__(self, url: str) -> tuple[Index, int]:  # its list, and a file descriptor
         "Open a shard, or take it as it was opened"
-        if url in self.open: self.open.move_to_end(url); return self.open[url]
+        if url in self.open:
+            self.open.move_to_end(url)
+            return self.open[url]
         index = index_of(url, self.memory)
         self.open[url] = index, os.open(on_disk(url, self.memory), os.O_RDONLY)
-        while len(self.open) > self.most: os.close(self.open.popitem(last=False)[1][1])
+        while len(self.open) > self.most:
+            os.close(self.open.popitem(last=False)[1][1])
         return self.open[url]
 
-    def read(self,
-        url:str, # a shard
-        i:int, # which sample, from 0
-    )->tuple[str,dict[str,bytes]]|None: # key, extension: contents; None if the shard has no such sample
+    def read(
+        self,
+        url: str,  # a shard
+        i: int,  # which sample, from 0
+    ) -> (
+        tuple[str, dict[str, bytes]] | None
+    ):  # key, extension: contents; None if the shard has no such sample
         "Read one sample's members with one read"
         index, file = self[url]
-        if i >= len(index.keys): return None
+        if i >= len(index.keys):
+            return None
         places = index.members[i]
-        first, last = min(a for a, _ in places.values()), max(a+n for a, n in places.values())
-        block = os.pread(file, last-first, first)
-        if len(block) < last-first: raise OSError(f"{name_of(shown(url))!r} has become shorter while it was read. Put the whole file back and resume")
-        return index.keys[i], {e: block[a-first:a-first+n] for e, (a, n) in places.items()}
+        first, last = min(a for a, _ in places.values()), max(a + n for a, n in places.values())
+        block = os.pread(file, last - first, first)
+        if len(block) < last - first:
+            raise OSError(
+                f"{name_of(shown(url))!r} has become shorter while it was read. Put the whole file back and resume"
+            )
+        return index.keys[i], {e: block[a - first : a - first + n] for e, (a, n) in places.items()}
 
-    def close(self)->None:
+    def close(self) -> None:
         "Close all files"
-        while self.open: os.close(self.open.popitem()[1][1])
+        while self.open:
+            os.close(self.open.popitem()[1][1])

@@ -40,12 +40,19 @@ from .zoo import Record, build as build_model, record
 
 # %% ../nbs/82_arms.ipynb #4c8c1278
 _NANO = record('mobileclip_nano')
-STUDENT = _NANO.but(name='efficiency-student', text=_NANO.text.but(context=16, conv_blocks=0), pixels=_NANO.pixels.but(side=32), sources=(), attribution='')
+STUDENT = _NANO.but(
+    name='efficiency-student',
+    text=_NANO.text.but(context=16, conv_blocks=0),
+    pixels=_NANO.pixels.but(side=32),
+    sources=(),
+    attribution='',
+)
+
 
 def student(
-    seed:int=0, # of the weights
-    rec:Record=STUDENT,
-)->nn.Module: # in train mode
+    seed: int = 0,  # of the weights
+    rec: Record = STUDENT,
+) -> nn.Module:  # in train mode
     "Make a student; one seed gives one start to every arm"
     with torch.random.fork_rng():
         seed_all(seed)
@@ -55,154 +62,253 @@ def student(
 @dataclass(frozen=True, repr=False)
 class Arm(Spec, id_name='Arm'):
     "Which terms a student learns from (MobileCLIP Table 2)"
-    distill:float=0. # the paper's λ: weight of distillation; 1-λ is the contrastive loss's
-    synthetic:bool=False # a synthetic caption beside the true one
-    strong:bool=False # the papers' augmentation; otherwise a crop of at least 90 % of the area
-    teachers:int=1 # how many of the stored teachers, the first ones; read where `distill` is not 0
 
-ARMS = {'plain': Arm(), '+ synthetic captions': Arm(0., True), '+ distillation': Arm(1., True), '+ strong augmentation': Arm(1., True, True), '+ second teacher': Arm(1., True, True, 2),
-        'reinforced': Arm(1., True, False, 2)}
+    distill: float = 0.0  # the paper's λ: weight of distillation; 1-λ is the contrastive loss's
+    synthetic: bool = False  # a synthetic caption beside the true one
+    strong: bool = False  # the papers' augmentation; otherwise a crop of at least 90 % of the area
+    teachers: int = (
+        1  # how many of the stored teachers, the first ones; read where `distill` is not 0
+    )
+
+
+ARMS = {
+    'plain': Arm(),
+    '+ synthetic captions': Arm(0.0, True),
+    '+ distillation': Arm(1.0, True),
+    '+ strong augmentation': Arm(1.0, True, True),
+    '+ second teacher': Arm(1.0, True, True, 2),
+    'reinforced': Arm(1.0, True, False, 2),
+}
 
 # %% ../nbs/82_arms.ipynb #2a8c684f
 @dataclass(frozen=True, repr=False)
 class EfficiencySpec(Spec, id_name='EfficiencySpec'):
     "One run of the comparison"
-    arm:Arm=Arm()
-    noise:float=0. # share of true captions that are another emoji's, 0–1
-    concepts:float=1. # share of the training concepts, above 0 to 1
-    batch:int=128 # pairs a step
-    every:int=20 # steps between judgements
-    longer:int=1 # times the steps of the others
-    train:TrainSpec=TrainSpec(steps=240, warmup=20, lr=2e-3, decay=.2)
-    views:int=10 # stored augmentations of a picture
-    seed:int=0 # of weights, order, noise and the choice of concepts
 
-    def __post_init__(self)->None:
-        if not 0 < self.concepts <= 1: raise ValueError(f"concepts={self.concepts} is not a share above 0, to 1")
+    arm: Arm = Arm()
+    noise: float = 0.0  # share of true captions that are another emoji's, 0–1
+    concepts: float = 1.0  # share of the training concepts, above 0 to 1
+    batch: int = 128  # pairs a step
+    every: int = 20  # steps between judgements
+    longer: int = 1  # times the steps of the others
+    train: TrainSpec = TrainSpec(steps=240, warmup=20, lr=2e-3, decay=0.2)
+    views: int = 10  # stored augmentations of a picture
+    seed: int = 0  # of weights, order, noise and the choice of concepts
 
-    def at(self,
-        scale:str, # `smoke`, `nano` or `full`
-    )->'EfficiencySpec':
+    def __post_init__(self) -> None:
+        if not 0 < self.concepts <= 1:
+            raise ValueError(f"concepts={self.concepts} is not a share above 0, to 1")
+
+    def at(
+        self,
+        scale: str,  # `smoke`, `nano` or `full`
+    ) -> 'EfficiencySpec':
         "The same run at a size: 4 steps, half of them, or all"
-        share = dict(smoke=4/self.train.steps, nano=.5, full=1.)
-        if scale not in share: raise ValueError(f"No scale {scale!r}.{near(scale, share)} There are {', '.join(share)}")
-        steps = round(self.train.steps*share[scale])*self.longer
-        return self.but(train=self.train.but(steps=steps, warmup=min(self.train.warmup, steps//4)), batch=32 if scale == 'smoke' else self.batch, every=2 if scale == 'smoke' else self.every)
+        share = dict(smoke=4 / self.train.steps, nano=0.5, full=1.0)
+        if scale not in share:
+            raise ValueError(
+                f"No scale {scale!r}.{near(scale, share)} There are {', '.join(share)}"
+            )
+        steps = round(self.train.steps * share[scale]) * self.longer
+        return self.but(
+            train=self.train.but(steps=steps, warmup=min(self.train.warmup, steps // 4)),
+            batch=32 if scale == 'smoke' else self.batch,
+            every=2 if scale == 'smoke' else self.every,
+        )
 
 # %% ../nbs/82_arms.ipynb #1eba3082
-MILD = AugmentSpec(random_resized_crop=RandomResizedCrop(96, scale=(.9, 1.), interpolation='bicubic'), rand_augment=None)
+MILD = AugmentSpec(
+    random_resized_crop=RandomResizedCrop(96, scale=(0.9, 1.0), interpolation='bicubic'),
+    rand_augment=None,
+)
+
 
 class Sets(NamedTuple):
     "What all runs share"
-    mild:Views # crops of at least 90 % of the area
-    strong:Views # the papers' augmentation
-    rows:dict[str,torch.Tensor] # of every name: what both teachers make of it, side by side
+
+    mild: Views  # crops of at least 90 % of the area
+    strong: Views  # the papers' augmentation
+    rows: dict[str, torch.Tensor]  # of every name: what both teachers make of it, side by side
+
 
 def read_sets(
-    out:str|Path, # what `prepare` made
-    views:int=10, # augmentations of a picture
-)->Sets:
+    out: str | Path,  # what `prepare` made
+    views: int = 10,  # augmentations of a picture
+) -> Sets:
     "Read both reinforced sets into memory"
-    found = {name: load_views(Path(out)/name, STUDENT.pixels.side, views, progress=False) for name in ('mild', 'strong')}
+    found = {
+        name: load_views(Path(out) / name, STUDENT.pixels.side, views, progress=False)
+        for name in ('mild', 'strong')
+    }
     names = sorted({c for cs in found['mild'].captions for c in cs})
-    return Sets(**found, rows=dict(zip(names, torch.cat(list(load_ensemble(reinforcement('nano-emoji').teachers).text(names).values()), 1))))
+    return Sets(
+        **found,
+        rows=dict(
+            zip(
+                names,
+                torch.cat(
+                    list(load_ensemble(reinforcement('nano-emoji').teachers).text(names).values()),
+                    1,
+                ),
+            )
+        ),
+    )
+
 
 def prepare(
-    out:str|Path, # a folder; what is there already is not made again
-    views:int=10, # augmentations of a picture
-    limit:int|None=None, # at most so many pictures; None takes all training concepts
-    say:Callable[[str],None]=lambda text: None, # told what was made, and how long it took
-)->Sets:
+    out: str | Path,  # a folder; what is there already is not made again
+    views: int = 10,  # augmentations of a picture
+    limit: int | None = None,  # at most so many pictures; None takes all training concepts
+    say: Callable[[str], None] = lambda text: None,  # told what was made, and how long it took
+) -> Sets:
     "Build shards of emoji, reinforce them twice, and read both into memory"
     out, spec = Path(out), reinforcement('nano-emoji').but(n_augmentations=views)
-    build('emoji', out/'plain', per_shard=200, limit=limit, progress=False)
+    build('emoji', out / 'plain', per_shard=200, limit=limit, progress=False)
     for name, augment in (('mild', MILD), ('strong', spec.augment)):
-        report = reinforce(out/'plain', out/name, spec.but(augment=augment), progress=False)
-        if not report.ok: raise RuntimeError(f"Reinforcement of {name!r} failed:\n{report}")
+        report = reinforce(out / 'plain', out / name, spec.but(augment=augment), progress=False)
+        if not report.ok:
+            raise RuntimeError(f"Reinforcement of {name!r} failed:\n{report}")
         say(f'{name}: {report}')
     return read_sets(out, views)
 
 # %% ../nbs/82_arms.ipynb #143d6850
 def right_captions(
-    views:Views, # with synthetic captions, and clean true ones
-)->float: # 0–1
+    views: Views,  # with synthetic captions, and clean true ones
+) -> float:  # 0–1
     "Share of synthetic captions that hold their picture's name"
-    return float(np.mean([c[0].lower() in s.lower() for c, said in zip(views.captions, views.synthetic) for s in said]))
+    return float(
+        np.mean(
+            [
+                c[0].lower() in s.lower()
+                for c, said in zip(views.captions, views.synthetic)
+                for s in said
+            ]
+        )
+    )
 
 # %% ../nbs/82_arms.ipynb #50697769
 def seen(
-    sets:Sets,
-    spec:EfficiencySpec,
-)->Views: # what this run learns from
+    sets: Sets,
+    spec: EfficiencySpec,
+) -> Views:  # what this run learns from
     "Choose views, spoil captions, drop what the arm does not use"
     v = sets.strong if spec.arm.strong else sets.mild
-    captions = noised([c[0] for c in v.captions], NoiseSpec(spec.noise, seed=spec.seed), v.keys).captions
+    captions = noised(
+        [c[0] for c in v.captions], NoiseSpec(spec.noise, seed=spec.seed), v.keys
+    ).captions
     v = v.with_captions(captions, torch.stack([sets.rows[c] for c in captions]))
     v = v.teachers(*range(spec.arm.teachers if spec.arm.distill else 0))
-    if spec.concepts < 1: v = v.take(torch.randperm(len(v), generator=torch.Generator().manual_seed(spec.seed))[:max(1, round(spec.concepts*len(v)))].sort().values)
+    if spec.concepts < 1:
+        v = v.take(
+            torch.randperm(len(v), generator=torch.Generator().manual_seed(spec.seed))[
+                : max(1, round(spec.concepts * len(v)))
+            ]
+            .sort()
+            .values
+        )
     return v
 
+
 def batches(
-    sets:Sets,
-    spec:EfficiencySpec,
-)->ViewBatches:
+    sets: Sets,
+    spec: EfficiencySpec,
+) -> ViewBatches:
     "The batches of a run"
     v, p = seen(sets, spec), STUDENT.pixels
-    return ViewBatches(v, ViewSpec(min(spec.batch, len(v)), STUDENT.context_length, spec.seed, mean=p.mean, std=p.std, synthetic=spec.arm.synthetic))
+    return ViewBatches(
+        v,
+        ViewSpec(
+            min(spec.batch, len(v)),
+            STUDENT.context_length,
+            spec.seed,
+            mean=p.mean,
+            std=p.std,
+            synthetic=spec.arm.synthetic,
+        ),
+    )
 
 # %% ../nbs/82_arms.ipynb #9bde1745
 def judge(
-    limit:int|None=None, # held-out concepts; None takes all
-)->Callable[[nn.Module],dict[str,float]]:
+    limit: int | None = None,  # held-out concepts; None takes all
+) -> Callable[[nn.Module], dict[str, float]]:
     "Recall@1 among held-out concepts, both directions and their mean"
     p = load_emoji('heldout', side=STUDENT.pixels.side)
     images, names = p.images[:limit], p.captions[:limit]
-    def ask(model:nn.Module)->dict[str,float]:
+
+    def ask(model: nn.Module) -> dict[str, float]:
         r = retrieval(model, images, names, equal_texts=True)
-        return dict(heldout_r1=(r.i2t_r1+r.t2i_r1)/2, heldout_i2t_r1=r.i2t_r1, heldout_t2i_r1=r.t2i_r1, heldout_chance_r1=r.chance_i2t_r1)
+        return dict(
+            heldout_r1=(r.i2t_r1 + r.t2i_r1) / 2,
+            heldout_i2t_r1=r.i2t_r1,
+            heldout_t2i_r1=r.t2i_r1,
+            heldout_chance_r1=r.chance_i2t_r1,
+        )
+
     return ask
 
+
 def loss_for(
-    arm:Arm,
-    views:Views, # what it sees
-)->LossSpec:
+    arm: Arm,
+    views: Views,  # what it sees
+) -> LossSpec:
     "The loss of an arm"
-    return LossSpec(1-arm.distill, arm.distill, views.widths, views.scales) if arm.distill else LossSpec()
+    return (
+        LossSpec(1 - arm.distill, arm.distill, views.widths, views.scales)
+        if arm.distill
+        else LossSpec()
+    )
+
 
 def run(
-    spec:EfficiencySpec,
-    sets:Sets,
-    ask:Callable[[nn.Module],dict[str,float]]|None=None, # of `judge`; None judges on all held-out concepts
-    progress:bool=False, # draw a progress bar
-)->dict[str,float]: # metrics, the curve among them
+    spec: EfficiencySpec,
+    sets: Sets,
+    ask: Callable[[nn.Module], dict[str, float]]
+    | None = None,  # of `judge`; None judges on all held-out concepts
+    progress: bool = False,  # draw a progress bar
+) -> dict[str, float]:  # metrics, the curve among them
     "Train one student, judging it as it learns"
     source, ask, ranks = batches(sets, spec), ask or judge(), here()
     t = spec.train.but(seed=spec.seed, loss=loss_for(spec.arm, source.data))
-    done = train(student(spec.seed), source if ranks.world == 1 else Slice(source, *ranks), t, judge=ask, judge_every=spec.every, progress=progress, statistics=False)
-    curve = {f"heldout_r1_at_{r['step']*source.batch}": r['heldout_r1'] for r in done.judged}
-    return done.metrics | curve | dict(samples=float(t.steps*source.batch))
+    done = train(
+        student(spec.seed),
+        source if ranks.world == 1 else Slice(source, *ranks),
+        t,
+        judge=ask,
+        judge_every=spec.every,
+        progress=progress,
+        statistics=False,
+    )
+    curve = {f"heldout_r1_at_{r['step'] * source.batch}": r['heldout_r1'] for r in done.judged}
+    return done.metrics | curve | dict(samples=float(t.steps * source.batch))
 
 # %% ../nbs/82_arms.ipynb #17ea8c60
 def mean_cosine(
-    model:nn.Module, # in eval mode
-    images:Any, # uint8 `(N, S, S, 3)`, at least two
-)->float: # -1–1
+    model: nn.Module,  # in eval mode
+    images: Any,  # uint8 `(N, S, S, 3)`, at least two
+) -> float:  # -1–1
     "Mean cosine between different pictures: the square of the sum of unit rows holds them all twice"
     rows = image_rows(model, images).double()
     n = len(rows)
-    return ((rows.sum(0).square().sum()-n)/(n*(n-1))).item()
+    return ((rows.sum(0).square().sum() - n) / (n * (n - 1))).item()
+
 
 def run_early(
-    spec:EfficiencySpec,
-    sets:Sets,
-    points:Sequence[int], # steps to judge at, ascending; the run stops after the last
-    limit:int|None=None, # held-out concepts; None takes all
-)->dict[str,float]: # metrics: the curve with running and with recomputed statistics
+    spec: EfficiencySpec,
+    sets: Sets,
+    points: Sequence[int],  # steps to judge at, ascending; the run stops after the last
+    limit: int | None = None,  # held-out concepts; None takes all
+) -> dict[str, float]:  # metrics: the curve with running and with recomputed statistics
     "Train one student for the first steps of its schedule, judging it with both kinds of statistics"
-    source, recall, pictures = batches(sets, spec), judge(limit), load_emoji('heldout', side=STUDENT.pixels.side).images[:limit]
+    source, recall, pictures = (
+        batches(sets, spec),
+        judge(limit),
+        load_emoji('heldout', side=STUDENT.pixels.side).images[:limit],
+    )
     t, found = spec.train.but(seed=spec.seed, loss=loss_for(spec.arm, source.data)), {}
-    def ask(model:nn.Module)->dict[str,float]:
+
+    def ask(model: nn.Module) -> dict[str, float]:
         return dict(heldout_r1=recall(model)['heldout_r1'], cosine=mean_cosine(model, pictures))
+
     state = begin(student(spec.seed), t, source.id)
     with torch.random.fork_rng():
         for batch in source.since(0):
@@ -211,42 +317,74 @@ def run_early(
                 fresh = refresh_model(state.model, source, t, state.step)
                 for how, model in (('', None), ('_recomputed', fresh)):
                     row = judged(state, ask, fresh=model)
-                    found |= {f'{k}{how}_at_{state.step*source.batch}': row[k] for k in ('heldout_r1', 'cosine')}
-            if state.step == points[-1]: break
+                    found |= {
+                        f'{k}{how}_at_{state.step * source.batch}': row[k]
+                        for k in ('heldout_r1', 'cosine')
+                    }
+            if state.step == points[-1]:
+                break
     seconds = sum(row['seconds'] for row in state.history)
-    samples = float(state.step*source.batch)
+    samples = float(state.step * source.batch)
     return found | dict(seconds=seconds, samples=samples, statistics_batches=float(fresh.batches))
 
 # %% ../nbs/82_arms.ipynb #46532736
 def one_rank(
-    spec:str, # an `EfficiencySpec`, JSON
-    folder:str, # of `prepare`
-    views:str, # a number
-    limit:str, # a number, or nothing for all
-    answer:str, # where the first rank writes the metrics, JSON
-)->None:
+    spec: str,  # an `EfficiencySpec`, JSON
+    folder: str,  # of `prepare`
+    views: str,  # a number
+    limit: str,  # a number, or nothing for all
+    answer: str,  # where the first rank writes the metrics, JSON
+) -> None:
     "Write what one process of several found; rank and world stand in its environment, as torchrun sets them"
     torch.set_num_threads(1)
     n = int(limit) if limit else None
-    with group(): found = run(EfficiencySpec.from_dict(json.loads(spec)), read_sets(folder, int(views)), judge(n))
+    with group():
+        found = run(
+            EfficiencySpec.from_dict(json.loads(spec)), read_sets(folder, int(views)), judge(n)
+        )
     if os.environ['RANK'] == '0':
-        with whole(answer) as tmp: tmp.write_text(json.dumps(found), encoding='utf-8')
+        with whole(answer) as tmp:
+            tmp.write_text(json.dumps(found), encoding='utf-8')
+
 
 def ranked(
-    spec:EfficiencySpec,
-    folder:str|Path, # of `prepare`, which has run there
-    world:int=2, # processes
-    views:int=10, # as `prepare` was told
-    limit:int|None=None, # as `prepare` was told; judges on as many
-)->dict[str,float]: # as `run`
+    spec: EfficiencySpec,
+    folder: str | Path,  # of `prepare`, which has run there
+    world: int = 2,  # processes
+    views: int = 10,  # as `prepare` was told
+    limit: int | None = None,  # as `prepare` was told; judges on as many
+) -> dict[str, float]:  # as `run`
     "Run once on several processes of this machine (gloo)"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as d:
         code = 'import sys; from mobileclip_nb.arms import one_rank; one_rank(*sys.argv[1:])'
-        said = [json.dumps(spec.to_dict()), str(folder), str(views), str(limit or ''), f'{d}/answer.json']
-        env = os.environ | dict(WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        each = [subprocess.Popen([sys.executable, '-c', code, *said], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(world)]
+        said = [
+            json.dumps(spec.to_dict()),
+            str(folder),
+            str(views),
+            str(limit or ''),
+            f'{d}/answer.json',
+        ]
+        env = os.environ | dict(
+            WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
+        )
+        each = [
+            subprocess.Popen(
+                [sys.executable, '-c', code, *said],
+                env=env | dict(RANK=str(r), LOCAL_RANK=str(r)),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for r in range(world)
+        ]
         errors = [p.communicate()[1] for p in each]
-        said = [f'rank {r}: {next((l for l in reversed(e.splitlines()) if "Error" in l), e[-200:])}' for r, (p, e) in enumerate(zip(each, errors)) if p.returncode]
-        if said: raise RuntimeError('\n'.join(sorted(said, key=lambda l: 'lost another' in l)))
+        said = [
+            f'rank {r}: {next((l for l in reversed(e.splitlines()) if "Error" in l), e[-200:])}'
+            for r, (p, e) in enumerate(zip(each, errors))
+            if p.returncode
+        ]
+        if said:
+            raise RuntimeError('\n'.join(sorted(said, key=lambda l: 'lost another' in l)))
         return json.loads(Path(f'{d}/answer.json').read_text(encoding='utf-8'))

@@ -15,208 +15,332 @@ import numpy as np
 from PIL import Image
 
 from .core import near
-from .operations import (OPS, RANGES, CenterCrop, Normalize, Op, RandAugment, RandomCrop, RandomErase, RandomHorizontalFlip,
-                                      RandomResizedCrop, Resize, Size, ToRGB, ToTensor, Uint8, below)
+from mobileclip_nb.operations import (
+    OPS,
+    RANGES,
+    CenterCrop,
+    Normalize,
+    Op,
+    RandAugment,
+    RandomCrop,
+    RandomErase,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+    Size,
+    ToRGB,
+    ToTensor,
+    Uint8,
+    below,
+)
 from .spec import Spec, plain
 
 # %% ../nbs/40_augment.ipynb #4ef678cc
-Params = dict[str, Any] # operation -> what was drawn for it, in JSON's types; None where it was skipped
+Params = dict[
+    str, Any
+]  # operation -> what was drawn for it, in JSON's types; None where it was skipped
+
 
 def rng_for(
-    seed:int, # the recipe's
-    key:str, # the sample's
-    index:int, # which augmentation of that sample, from 0
-)->random.Random: # fresh
+    seed: int,  # the recipe's
+    key: str,  # the sample's
+    index: int,  # which augmentation of that sample, from 0
+) -> random.Random:  # fresh
     "Make the generator of one augmentation: the same in any worker, order or retry"
     said = json.dumps([int(seed), str(key), int(index)])
     return random.Random(int.from_bytes(hashlib.sha256(said.encode()).digest()))
 
 # %% ../nbs/40_augment.ipynb #62304f39
-KINDS = dict(to_rgb=ToRGB, uint8=Uint8, resize=Resize, center_crop=CenterCrop, random_crop=RandomCrop, random_resized_crop=RandomResizedCrop,
-             random_horizontal_flip=RandomHorizontalFlip, rand_augment=RandAugment, to_tensor=ToTensor, random_erase=RandomErase, normalize=Normalize)
+KINDS = dict(
+    to_rgb=ToRGB,
+    uint8=Uint8,
+    resize=Resize,
+    center_crop=CenterCrop,
+    random_crop=RandomCrop,
+    random_resized_crop=RandomResizedCrop,
+    random_horizontal_flip=RandomHorizontalFlip,
+    rand_augment=RandAugment,
+    to_tensor=ToTensor,
+    random_erase=RandomErase,
+    normalize=Normalize,
+)
+
 
 class Pipeline(Spec, id_name='Pipeline'):
     "What any fixed order of operations can do: be read, be written, be made at another side"
+
     @classmethod
-    def from_config(cls, config:dict[str,Any])->Self:
+    def from_config(cls, config: dict[str, Any]) -> Self:
         "Read a published configuration; an operation we do not know is refused, not ignored"
         made = dict.fromkeys(f.name for f in fields(cls))
-        for part in ('reinforce', 'image_augmentation'): config = config.get(part, config) if isinstance(config, dict) else config
-        if not isinstance(config, dict): raise ValueError(f"A configuration is an object of operations, not {reprlib.repr(config)}")
+        for part in ('reinforce', 'image_augmentation'):
+            config = config.get(part, config) if isinstance(config, dict) else config
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"A configuration is an object of operations, not {reprlib.repr(config)}"
+            )
         for name, said in config.items():
-            if not isinstance(said, dict): raise ValueError(f"{name}: {said!r} is not an object of arguments such as {{}}")
-            said = dict(said); on = said.pop('enable', True)
+            if not isinstance(said, dict):
+                raise ValueError(f"{name}: {said!r} is not an object of arguments such as {{}}")
+            said = dict(said)
+            on = said.pop('enable', True)
             if name in ('mixup', 'cutmix'):
-                if on: raise ValueError(f"{name} blends two pictures, and no caption fits the blend; take it out of the configuration, or say \"enable\": false")
-            elif name not in KINDS: raise ValueError(f"No operation {name!r}.{near(name, KINDS)} Known: {', '.join(KINDS)}")
-            elif on: made[name] = KINDS[name].read(name, said)
+                if on:
+                    raise ValueError(
+                        f"{name} blends two pictures, and no caption fits the blend; take it out of the configuration, or say \"enable\": false"
+                    )
+            elif name not in KINDS:
+                raise ValueError(
+                    f"No operation {name!r}.{near(name, KINDS)} Known: {', '.join(KINDS)}"
+                )
+            elif on:
+                made[name] = KINDS[name].read(name, said)
         return cls.of(**made)
 
-    def to_config(self)->dict[str,Any]:
+    def to_config(self) -> dict[str, Any]:
         "Write the inner object of a published configuration"
         return {name: op.write() for name, op in sorted(self.ops().items())}
 
-    def ops(self)->dict[str,Op]:
+    def ops(self) -> dict[str, Op]:
         "What is performed, in order"
         return {f.name: op for f in fields(self) if (op := getattr(self, f.name)) is not None}
 
-    def sized(self)->str:
+    def sized(self) -> str:
         "Name the operation that makes the square"
-        ops = self.ops(); name = next((n for n in ('random_resized_crop', 'random_crop', 'center_crop', 'resize') if n in ops), '')
+        ops = self.ops()
+        name = next(
+            (
+                n
+                for n in ('random_resized_crop', 'random_crop', 'center_crop', 'resize')
+                if n in ops
+            ),
+            '',
+        )
         size = getattr(ops.get(name), 'size', None)
         if size is None or name == 'resize' and (type(size) is int or len({*size}) > 1):
-            raise ValueError("The pipeline makes no square, so views would differ in size: add a random_resized_crop, random_crop or center_crop")
+            raise ValueError(
+                "The pipeline makes no square, so views would differ in size: add a random_resized_crop, random_crop or center_crop"
+            )
         return name
 
 # %% ../nbs/40_augment.ipynb #9d647704
 @dataclass(frozen=True, repr=False)
 class AugmentSpec(Pipeline, id_name='AugmentSpec'):
     "The augmentations of a recipe; the fields stand in the order in which they are performed (MobileCLIP §3)"
-    to_rgb:ToRGB|None=ToRGB()
-    uint8:Uint8|None=None
-    resize:Resize|None=None
-    center_crop:CenterCrop|None=None
-    random_crop:RandomCrop|None=None
-    random_resized_crop:RandomResizedCrop|None=RandomResizedCrop(224, interpolation='bicubic')
-    random_horizontal_flip:RandomHorizontalFlip|None=None
-    rand_augment:RandAugment|None=RandAugment()
-    to_tensor:ToTensor|None=ToTensor()
-    random_erase:RandomErase|None=None
-    normalize:Normalize|None=Normalize((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711))
 
-    def __post_init__(self)->None:
+    to_rgb: ToRGB | None = ToRGB()
+    uint8: Uint8 | None = None
+    resize: Resize | None = None
+    center_crop: CenterCrop | None = None
+    random_crop: RandomCrop | None = None
+    random_resized_crop: RandomResizedCrop | None = RandomResizedCrop(224, interpolation='bicubic')
+    random_horizontal_flip: RandomHorizontalFlip | None = None
+    rand_augment: RandAugment | None = RandAugment()
+    to_tensor: ToTensor | None = ToTensor()
+    random_erase: RandomErase | None = None
+    normalize: Normalize | None = Normalize(
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    )
+
+    def __post_init__(self) -> None:
         for name, op in self.ops().items():
-            if type(op) is not KINDS[name]: raise ValueError(f"{name}={op!r} is not a {KINDS[name].__name__}; write {KINDS[name].__name__}(...) or None")
+            if type(op) is not KINDS[name]:
+                raise ValueError(
+                    f"{name}={op!r} is not a {KINDS[name].__name__}; write {KINDS[name].__name__}(...) or None"
+                )
         self.sized()
 
     @property
-    def side(self)->int:
+    def side(self) -> int:
         "Pixels of the square that comes out, the generation size"
         size = getattr(self, self.sized()).size
         return size if type(size) is int else size[0]
 
-    def but(self, **changes:Any)->Self:
+    def but(self, **changes: Any) -> Self:
         "A copy that differs in `changes`, of which one may be `side`, pixels"
-        side = changes.pop('side', None); new = super().but(**changes)
-        if side is None: return new
+        side = changes.pop('side', None)
+        new = super().but(**changes)
+        if side is None:
+            return new
         op = getattr(new, name := new.sized())
         return new.but(**{name: op.but(size=(side, side) if name == 'resize' else side)})
 
-DATACOMPDR = AugmentSpec() # the pipeline of the published data
+
+DATACOMPDR = AugmentSpec()  # the pipeline of the published data
 
 # %% ../nbs/40_augment.ipynb #733015fb
 def _checked(
-    spec:AugmentSpec, # the pipeline
-    params:Params, # from anywhere
-)->Params: # the same, in the order of the pipeline
+    spec: AugmentSpec,  # the pipeline
+    params: Params,  # from anywhere
+) -> Params:  # the same, in the order of the pipeline
     "Let parameters pass that this pipeline can perform, refuse others by name"
     wanted = {name: op for name, op in spec.ops().items() if op.stored}
     if not isinstance(params, dict) or set(params) != set(wanted):
-        raise ValueError(f"Parameters for {', '.join(map(str, params)) or 'nothing'} do not fit this pipeline, which stores {', '.join(wanted)}")
+        raise ValueError(
+            f"Parameters for {', '.join(map(str, params)) or 'nothing'} do not fit this pipeline, which stores {', '.join(wanted)}"
+        )
     for name, op in wanted.items():
         value = params[name]
-        if value is not None and (why := op.fault(value, spec.side)): raise ValueError(f"{name}: {reprlib.repr(value)} {why}")
+        if value is not None and (why := op.fault(value, spec.side)):
+            raise ValueError(f"{name}: {reprlib.repr(value)} {why}")
     return {name: params[name] for name in wanted}
 
+
 def sample(
-    spec:AugmentSpec, # the pipeline
-    size:Size, # of the picture: width, height, pixels
-    rng:random.Random, # from `rng_for`; advanced
-)->Params: # plain JSON, by the name of the operation; None where one was skipped
+    spec: AugmentSpec,  # the pipeline
+    size: Size,  # of the picture: width, height, pixels
+    rng: random.Random,  # from `rng_for`; advanced
+) -> Params:  # plain JSON, by the name of the operation; None where one was skipped
     "Draw one augmentation (MobileCLIP §3)"
     params = {}
     for name, op in spec.ops().items():
-        if op.stored: params[name] = op.sample(size, rng)
+        if op.stored:
+            params[name] = op.sample(size, rng)
         size = op.after(size)
     return params
 
+
 def apply(
-    spec:AugmentSpec, # the pipeline that drew the parameters
-    image:Image.Image, # mode RGB; the same file the parameters were drawn for
-    params:Params, # from `sample` or `unpack`
-    side:int|None=None, # pixels of the result; None is `spec.side`
-    rescale:bool=False, # scale translations and erased boxes by side/spec.side, which the published replay does not
-)->Image.Image: # `(side, side)`, RGB
+    spec: AugmentSpec,  # the pipeline that drew the parameters
+    image: Image.Image,  # mode RGB; the same file the parameters were drawn for
+    params: Params,  # from `sample` or `unpack`
+    side: int | None = None,  # pixels of the result; None is `spec.side`
+    rescale: bool = False,  # scale translations and erased boxes by side/spec.side, which the published replay does not
+) -> Image.Image:  # `(side, side)`, RGB
     "Perform one augmentation again (MobileCLIP §3)"
-    if image.mode != 'RGB': raise ValueError(f"The picture has mode {image.mode}; make it RGB first, with `pixels.rgb`, in the same way as the teachers' pictures were")
+    if image.mode != 'RGB':
+        raise ValueError(
+            f"The picture has mode {image.mode}; make it RGB first, with `pixels.rgb`, in the same way as the teachers' pictures were"
+        )
     side, todo = side or spec.side, _checked(spec, params)
-    if side != spec.side and spec.random_resized_crop is None: raise ValueError(f"A view cut at {spec.side} pixels without resizing cannot be made at {side}; use random_resized_crop, or side={spec.side}")
-    gain = side/spec.side if rescale else 1.
+    if side != spec.side and spec.random_resized_crop is None:
+        raise ValueError(
+            f"A view cut at {spec.side} pixels without resizing cannot be made at {side}; use random_resized_crop, or side={spec.side}"
+        )
+    gain = side / spec.side if rescale else 1.0
     for name, op in (spec if side == spec.side else spec.but(side=side)).ops().items():
-        if not op.stored or todo[name] is not None: image = op.apply(image, todo.get(name), gain)
-    if image.size != (side, side): raise ValueError(f"The crop was skipped, so the view is {image.width}x{image.height} and not {side}x{side}; these parameters belong to another pipeline")
+        if not op.stored or todo[name] is not None:
+            image = op.apply(image, todo.get(name), gain)
+    if image.size != (side, side):
+        raise ValueError(
+            f"The crop was skipped, so the view is {image.width}x{image.height} and not {side}x{side}; these parameters belong to another pipeline"
+        )
     return image
 
 # %% ../nbs/40_augment.ipynb #2e8dda56
 def pack(
-    spec:AugmentSpec, # the pipeline that drew them
-    params:Params, # by name
-)->list[Any]: # by position, as published
+    spec: AugmentSpec,  # the pipeline that drew them
+    params: Params,  # by name
+) -> list[Any]:  # by position, as published
     "Write one augmentation as the published data do"
     return list(plain(_checked(spec, params)).values())
 
+
 def unpack(
-    spec:AugmentSpec, # the pipeline of the configuration beside the data
-    stored:list[Any]|str, # by position; a string is parsed
-)->Params: # by name
+    spec: AugmentSpec,  # the pipeline of the configuration beside the data
+    stored: list[Any] | str,  # by position; a string is parsed
+) -> Params:  # by name
     "Read one augmentation as published, or refuse it with the reason"
     if isinstance(stored, str):
-        try: stored = json.loads(stored)
-        except (ValueError, RecursionError) as e: raise ValueError(f"param_aug is a string that is no JSON: {reprlib.repr(stored)}") from e
+        try:
+            stored = json.loads(stored)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(
+                f"param_aug is a string that is no JSON: {reprlib.repr(stored)}"
+            ) from e
     names = [name for name, op in spec.ops().items() if op.stored]
     if not isinstance(stored, list) or len(stored) != len(names):
-        raise ValueError(f"param_aug {reprlib.repr(stored)} is not a list of {len(names)}: {', '.join(names)}. Was it written with another configuration?")
+        raise ValueError(
+            f"param_aug {reprlib.repr(stored)} is not a list of {len(names)}: {', '.join(names)}. Was it written with another configuration?"
+        )
     return _checked(spec, dict(zip(names, stored)))
 
 # %% ../nbs/40_augment.ipynb #71efdd68
 def describe(
-    params:Params, # by name
-)->str: # one line
+    params: Params,  # by name
+) -> str:  # one line
     "Say an augmentation in words"
     said = []
     for name, v in params.items():
-        if v is None or v is False: continue
-        if name == 'rand_augment': said += [OPS[i] + (f' {m:+.3g}' if RANGES[OPS[i]] and RANGES[OPS[i]].signed else f' {m:g}' if RANGES[OPS[i]] else '') for i, m in v]
-        elif name == 'random_resized_crop': said.append(f'crop {v[3]}x{v[2]} at ({v[1]}, {v[0]})')
-        elif name == 'random_crop': said.append(f'crop at ({v[1]}, {v[0]})')
-        elif name == 'random_horizontal_flip': said.append('flip')
-        elif name == 'random_erase' and v[0] >= 0: said.append(f'erase {v[3]}x{v[2]} at ({v[1]}, {v[0]})')
+        if v is None or v is False:
+            continue
+        if name == 'rand_augment':
+            said += [
+                OPS[i]
+                + (
+                    f' {m:+.3g}'
+                    if RANGES[OPS[i]] and RANGES[OPS[i]].signed
+                    else f' {m:g}'
+                    if RANGES[OPS[i]]
+                    else ''
+                )
+                for i, m in v
+            ]
+        elif name == 'random_resized_crop':
+            said.append(f'crop {v[3]}x{v[2]} at ({v[1]}, {v[0]})')
+        elif name == 'random_crop':
+            said.append(f'crop at ({v[1]}, {v[0]})')
+        elif name == 'random_horizontal_flip':
+            said.append('flip')
+        elif name == 'random_erase' and v[0] >= 0:
+            said.append(f'erase {v[3]}x{v[2]} at ({v[1]}, {v[0]})')
     return ', '.join(said) or 'as it is'
 
 # %% ../nbs/40_augment.ipynb #999a0317
 @dataclass(frozen=True, repr=False)
 class RangeAugment(Spec, id_name='RangeAugment'):
     "Brightness, contrast and noise of a chosen strength, for the student only (RangeAugment §3)"
-    psnr:tuple[float,...]=(40., 20.) # target at the first step and at the last, decibels
-    ops:tuple[str,...]=('brightness', 'contrast', 'noise') # which may act
-    p:float=.5 # share of pictures that each touches, above 0
 
-    def __post_init__(self)->None:
+    psnr: tuple[float, ...] = (40.0, 20.0)  # target at the first step and at the last, decibels
+    ops: tuple[str, ...] = ('brightness', 'contrast', 'noise')  # which may act
+    p: float = 0.5  # share of pictures that each touches, above 0
+
+    def __post_init__(self) -> None:
         known = ('brightness', 'contrast', 'noise')
         for o in self.ops:
-            if o not in known: raise ValueError(f"RangeAugment has no operation {o!r}.{near(o, known)} Known: {', '.join(known)}")
-        if not (len(self.psnr) == 2 and min(self.psnr) > 0 and 0 < self.p <= 1 and self.ops): raise ValueError(f"RangeAugment: psnr={self.psnr} must be two decibels above 0, p={self.p} a share above 0, and ops not empty")
+            if o not in known:
+                raise ValueError(
+                    f"RangeAugment has no operation {o!r}.{near(o, known)} Known: {', '.join(known)}"
+                )
+        if not (len(self.psnr) == 2 and min(self.psnr) > 0 and 0 < self.p <= 1 and self.ops):
+            raise ValueError(
+                f"RangeAugment: psnr={self.psnr} must be two decibels above 0, p={self.p} a share above 0, and ops not empty"
+            )
 
-    def scheduled(self, step:int, steps:int)->float:
+    def scheduled(self, step: int, steps: int) -> float:
         "The target at `step` of `steps`, decibels"
-        start, end = (255**2/10**(v/10) for v in self.psnr)
-        t = min(max(step/max(steps, 1), 0.), 1.)
-        return 10*math.log10(255**2/(end + (start-end)*(1+math.cos(math.pi*t))/2))
+        start, end = (255**2 / 10 ** (v / 10) for v in self.psnr)
+        t = min(max(step / max(steps, 1), 0.0), 1.0)
+        return 10 * math.log10(255**2 / (end + (start - end) * (1 + math.cos(math.pi * t)) / 2))
 
-    def sample(self, rng:random.Random, psnr:float)->Params:
+    def sample(self, rng: random.Random, psnr: float) -> Params:
         "Draw which operations act, in which order, and how far out in their ranges"
         drawn = []
         for name in sorted(self.ops, key=lambda _: rng.random()):
-            if rng.random() < self.p: drawn.append([name, rng.random(), below(rng, 1<<32)] if name == 'noise' else [name, 2*rng.random()-1])
+            if rng.random() < self.p:
+                drawn.append(
+                    [name, rng.random(), below(rng, 1 << 32)]
+                    if name == 'noise'
+                    else [name, 2 * rng.random() - 1]
+                )
         return dict(psnr=psnr, ops=drawn)
 
-    def apply(self, image:Image.Image, params:Params)->Image.Image:
+    def apply(self, image: Image.Image, params: Params) -> Image.Image:
         "Perform what was drawn; of the same size"
         x = np.asarray(image, np.float32)
-        share = 3*255**2/10**(params['psnr']/10)/(self.p*len(self.ops)) # thrice the error that one operation may cost
+        share = (
+            3 * 255**2 / 10 ** (params['psnr'] / 10) / (self.p * len(self.ops))
+        )  # thrice the error that one operation may cost
         for name, u, *seed in params['ops']:
-            if name == 'noise': x = x + np.float32(u*math.sqrt(share))*np.random.default_rng(seed[0]).standard_normal(x.shape, np.float32)
+            if name == 'noise':
+                x = x + np.float32(u * math.sqrt(share)) * np.random.default_rng(
+                    seed[0]
+                ).standard_normal(x.shape, np.float32)
             else:
                 center = x.mean((0, 1)) if name == 'contrast' else np.float32(0)
-                x = center + (x-center)*np.float32(1 + u*min(.9, math.sqrt(share/max(float(np.square(x-center).mean()), 1e-6))))
+                x = center + (x - center) * np.float32(
+                    1
+                    + u
+                    * min(0.9, math.sqrt(share / max(float(np.square(x - center).mean()), 1e-6)))
+                )
         return Image.fromarray(np.clip(np.rint(x), 0, 255).astype(np.uint8))

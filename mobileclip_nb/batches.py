@@ -28,16 +28,20 @@ from .text.tokens import tokenize
 # %% ../nbs/52_batches.ipynb #c51e69b3
 class PairData(NamedTuple):
     "Pictures with captions, in memory"
-    images:Tensor # uint8 `(N, S, S, 3)`
-    captions:tuple[tuple[str,...],...] # N times one caption or more
-    left_out:dict[str,int]={} # what could not be used of the place they come from, by reason of `pairs.REASONS`
+
+    images: Tensor  # uint8 `(N, S, S, 3)`
+    captions: tuple[tuple[str, ...], ...]  # N times one caption or more
+    left_out: dict[
+        str, int
+    ] = {}  # what could not be used of the place they come from, by reason of `pairs.REASONS`
+
 
 def decoded(
-    paths:Sequence[str|Path], # image files
-    side:int, # pixels
-    resize:str='bilinear', # or `bicubic`, as the model's record says
-    progress:bool=True, # draw a progress bar
-)->Tensor: # uint8 `(N, side, side, 3)`
+    paths: Sequence[str | Path],  # image files
+    side: int,  # pixels
+    resize: str = 'bilinear',  # or `bicubic`, as the model's record says
+    progress: bool = True,  # draw a progress bar
+) -> Tensor:  # uint8 `(N, side, side, 3)`
     "Decode pictures and bring them to the model's side"
     out = torch.empty(len(paths), side, side, 3, dtype=torch.uint8)
     for i, p in enumerate(tqdm(paths, desc='decode', unit=' images', disable=not progress)):
@@ -46,92 +50,131 @@ def decoded(
 
 # %% ../nbs/52_batches.ipynb #e99690af
 def pair_data(
-    images:np.ndarray|Tensor|Sequence[str|Path], # uint8 `(N, S, S, 3)`, or image files
-    captions:Sequence[str|Sequence[str]], # N; one text each or several
-    side:int|None=None, # pixels; needed for files
-    progress:bool=True, # draw a progress bar while decoding
-    resize:str='bilinear', # of files, as the model's record says: or `bicubic`
-)->PairData:
+    images: np.ndarray | Tensor | Sequence[str | Path],  # uint8 `(N, S, S, 3)`, or image files
+    captions: Sequence[str | Sequence[str]],  # N; one text each or several
+    side: int | None = None,  # pixels; needed for files
+    progress: bool = True,  # draw a progress bar while decoding
+    resize: str = 'bilinear',  # of files, as the model's record says: or `bicubic`
+) -> PairData:
     "Bring pictures and captions into one form"
     if not isinstance(images, (np.ndarray, Tensor)):
-        if side is None: raise ValueError("Image files need a side in pixels: pair_data(paths, captions, side=64)")
+        if side is None:
+            raise ValueError(
+                "Image files need a side in pixels: pair_data(paths, captions, side=64)"
+            )
         images = decoded(images, side, resize, progress)
     images = torch.as_tensor(images)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        raise ValueError(f"Pictures are uint8 (N, S, S, 3); got {images.dtype} {tuple(images.shape)}")
-    if side not in (None, images.shape[1]): raise ValueError(f"Pictures have side {images.shape[1]}, not {side}. Resize them first, or give files")
-    if len(images) != len(captions): raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
+    if (
+        images.dtype != torch.uint8
+        or images.ndim != 4
+        or images.shape[1] != images.shape[2]
+        or images.shape[3] != 3
+    ):
+        raise ValueError(
+            f"Pictures are uint8 (N, S, S, 3); got {images.dtype} {tuple(images.shape)}"
+        )
+    if side not in (None, images.shape[1]):
+        raise ValueError(
+            f"Pictures have side {images.shape[1]}, not {side}. Resize them first, or give files"
+        )
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
     texts = tuple((c,) if isinstance(c, str) else tuple(c) for c in captions)
     for i, c in enumerate(texts):
-        if not c: raise ValueError(f"Picture {i} has no caption. Leave it out, or give it one")
+        if not c:
+            raise ValueError(f"Picture {i} has no caption. Leave it out, or give it one")
     return PairData(images.contiguous(), texts)
 
 # %% ../nbs/52_batches.ipynb #bd89c1e4
 def from_pairs(
-    pairs:Pairs, # what `read_pairs` found
-    side:int, # pixels
-    progress:bool=True, # draw a progress bar while decoding
-    resize:str='bilinear', # as the model's record says: or `bicubic`
-)->PairData:
+    pairs: Pairs,  # what `read_pairs` found
+    side: int,  # pixels
+    progress: bool = True,  # draw a progress bar while decoding
+    resize: str = 'bilinear',  # as the model's record says: or `bicubic`
+) -> PairData:
     "Load a folder's pairs, one picture a file"
     texts = {}
-    for p in pairs: texts.setdefault(p.image, []).append(p.caption)
-    if not texts: raise ValueError("No pair to load. The report that came with the pairs says what was left out and why")
-    return pair_data(list(texts), list(texts.values()), side, progress, resize)._replace(left_out=pairs.report.counts)
+    for p in pairs:
+        texts.setdefault(p.image, []).append(p.caption)
+    if not texts:
+        raise ValueError(
+            "No pair to load. The report that came with the pairs says what was left out and why"
+        )
+    return pair_data(list(texts), list(texts.values()), side, progress, resize)._replace(
+        left_out=pairs.report.counts
+    )
 
 # %% ../nbs/52_batches.ipynb #28c87a7c
 def seeded(
-    seed:int, # of the run
-    *where:str|int, # what is drawn, and when
-)->torch.Generator: # on the CPU
+    seed: int,  # of the run
+    *where: str | int,  # what is drawn, and when
+) -> torch.Generator:  # on the CPU
     "A generator that depends on nothing but its arguments"
     text = json.dumps([seed, *where])
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1)
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
+    )
 
 # %% ../nbs/52_batches.ipynb #318cc010
 @dataclass(frozen=True, repr=False)
 class Jitter(Spec, id_name='Jitter'):
     "How far a picture may be moved from itself"
-    zoom:tuple[float,float]=(.75, 1.1) # side of the window over side of the picture
-    stretch:float=1.1 # largest ratio of the window's sides
-    turn:float=8. # largest angle, degrees
-    flip:float=0. # probability of a mirror image, 0–1
-    brightness:float=.2 # largest change, 0–1
-    contrast:float=.2 # largest change, 0–1
-    saturation:float=.2 # largest change, 0–1
 
-STILL = Jitter(zoom=(1., 1.), stretch=1., turn=0., brightness=0., contrast=0., saturation=0.)
+    zoom: tuple[float, float] = (0.75, 1.1)  # side of the window over side of the picture
+    stretch: float = 1.1  # largest ratio of the window's sides
+    turn: float = 8.0  # largest angle, degrees
+    flip: float = 0.0  # probability of a mirror image, 0–1
+    brightness: float = 0.2  # largest change, 0–1
+    contrast: float = 0.2  # largest change, 0–1
+    saturation: float = 0.2  # largest change, 0–1
+
+
+STILL = Jitter(zoom=(1.0, 1.0), stretch=1.0, turn=0.0, brightness=0.0, contrast=0.0, saturation=0.0)
 
 # %% ../nbs/52_batches.ipynb #a682f875
 class Draws(NamedTuple):
     "What was drawn for a batch"
-    theta:Tensor # `(B, 2, 3)`, from places in the answer to places in the picture, both in -1 to 1
-    color:Tensor # `(B, 3)`: brightness, contrast, saturation; 1 leaves them alone
+
+    theta: (
+        Tensor  # `(B, 2, 3)`, from places in the answer to places in the picture, both in -1 to 1
+    )
+    color: Tensor  # `(B, 3)`: brightness, contrast, saturation; 1 leaves them alone
+
 
 def draw(
-    jitter:Jitter,
-    n:int, # pictures
-    generator:torch.Generator, # on the CPU
-)->Draws:
+    jitter: Jitter,
+    n: int,  # pictures
+    generator: torch.Generator,  # on the CPU
+) -> Draws:
     "Draw a window and colors for each of `n` pictures"
     u = torch.rand(9, n, generator=generator)
-    side = jitter.zoom[0] + (jitter.zoom[1]-jitter.zoom[0])*u[0]
-    ratio, angle = jitter.stretch**(u[1]-.5), math.radians(jitter.turn)*(2*u[2]-1)
-    w, h = side*ratio*torch.where(u[3] < jitter.flip, -1., 1.), side/ratio
-    x, y = (1-side).abs()*(2*u[4]-1), (1-side).abs()*(2*u[5]-1)      # the window stays inside, or the picture does
-    theta = torch.stack([w*angle.cos(), -h*angle.sin(), x, w*angle.sin(), h*angle.cos(), y], -1).view(n, 2, 3)
+    side = jitter.zoom[0] + (jitter.zoom[1] - jitter.zoom[0]) * u[0]
+    ratio, angle = jitter.stretch ** (u[1] - 0.5), math.radians(jitter.turn) * (2 * u[2] - 1)
+    w, h = side * ratio * torch.where(u[3] < jitter.flip, -1.0, 1.0), side / ratio
+    x, y = (
+        (1 - side).abs() * (2 * u[4] - 1),
+        (1 - side).abs() * (2 * u[5] - 1),
+    )  # the window stays inside, or the picture does
+    theta = torch.stack(
+        [w * angle.cos(), -h * angle.sin(), x, w * angle.sin(), h * angle.cos(), y], -1
+    ).view(n, 2, 3)
     reach = torch.tensor([jitter.brightness, jitter.contrast, jitter.saturation])
-    return Draws(theta, 1 + reach*(2*u[6:].T-1))
+    return Draws(theta, 1 + reach * (2 * u[6:].T - 1))
 
 # %% ../nbs/52_batches.ipynb #8dfa1fa0
 def jittered(
-    images:Tensor, # float `(B, 3, S, S)`, 0–1
-    draws:Draws,
-)->Tensor: # the same shape, 0–1
+    images: Tensor,  # float `(B, 3, S, S)`, 0–1
+    draws: Draws,
+) -> Tensor:  # the same shape, 0–1
     "Look at pictures through their windows, and change their colors"
-    x = F.grid_sample(images, F.affine_grid(draws.theta, images.shape, align_corners=False), padding_mode='border', align_corners=False)
+    x = F.grid_sample(
+        images,
+        F.affine_grid(draws.theta, images.shape, align_corners=False),
+        padding_mode='border',
+        align_corners=False,
+    )
     bright, contrast, saturation = draws.color.T[..., None, None, None]
-    x = x*bright
+    x = x * bright
     x = x.mean((1, 2, 3), keepdim=True).lerp(x, contrast)
     return x.mean(1, keepdim=True).lerp(x, saturation).clamp_(0, 1)
 
@@ -139,88 +182,107 @@ def jittered(
 @dataclass(frozen=True, repr=False)
 class BatchSpec(Spec, id_name='BatchSpec'):
     "What tells one stream of batches from another over the same data"
-    batch:int=256 # pairs a step
-    context:int=77 # tokens a caption, padding included
-    seed:int=0
-    jitter:Jitter=Jitter()
-    templates:tuple[str,...]=('{}',) # each with one pair of braces for the caption
-    mean:tuple[float,...]=(0., 0., 0.) # subtracted from pictures of 0–1
-    std:tuple[float,...]=(1., 1., 1.) # divided by
 
-    def __post_init__(self)->None:
-        if self.batch < 1 or self.context < 2: raise ValueError(f"batch={self.batch} and context={self.context}: a batch has a pair at least, a context two tokens")
+    batch: int = 256  # pairs a step
+    context: int = 77  # tokens a caption, padding included
+    seed: int = 0
+    jitter: Jitter = Jitter()
+    templates: tuple[str, ...] = ('{}',)  # each with one pair of braces for the caption
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # subtracted from pictures of 0–1
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)  # divided by
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.context < 2:
+            raise ValueError(
+                f"batch={self.batch} and context={self.context}: a batch has a pair at least, a context two tokens"
+            )
         for t in self.templates or ('no template',):
-            if t.count('{}') != 1: raise ValueError(f"A template has one {{}} for the caption; got {t!r}")
+            if t.count('{}') != 1:
+                raise ValueError(f"A template has one {{}} for the caption; got {t!r}")
+
 
 class Batch(NamedTuple):
     "Pairs of one step; row `i` of each belongs to row `i` of the others"
-    image:Tensor # float `(B, 3, S, S)`, normalized
-    text:Tensor # `(B, T)` token ids
-    index:Tensor # `(B,)` which pictures
-    label:Tensor # `(B,)` equal where the captions are equal
-    syn:Tensor|None=None # `(B, T)` token ids of a synthetic caption
-    syn_label:Tensor|None=None # `(B,)` equal where the synthetic captions are equal
-    image_emb:Tensor|None=None # `(B, D)` what the teachers stored of this view, side by side, each a unit row
-    text_emb:Tensor|None=None # `(B, D)` of the true caption
-    syn_emb:Tensor|None=None # `(B, D)` of the synthetic caption
+
+    image: Tensor  # float `(B, 3, S, S)`, normalized
+    text: Tensor  # `(B, T)` token ids
+    index: Tensor  # `(B,)` which pictures
+    label: Tensor  # `(B,)` equal where the captions are equal
+    syn: Tensor | None = None  # `(B, T)` token ids of a synthetic caption
+    syn_label: Tensor | None = None  # `(B,)` equal where the synthetic captions are equal
+    image_emb: Tensor | None = (
+        None  # `(B, D)` what the teachers stored of this view, side by side, each a unit row
+    )
+    text_emb: Tensor | None = None  # `(B, D)` of the true caption
+    syn_emb: Tensor | None = None  # `(B, D)` of the synthetic caption
 
 # %% ../nbs/52_batches.ipynb #471da205
 class Texts(NamedTuple):
     "All captions of a data set in all templates, as tokens"
-    tokens:Tensor # int32 `(templates, M, T)`
-    label:Tensor # `(M,)` equal where captions are equal
-    first:Tensor # `(N,)` where a picture's captions begin
-    count:Tensor # `(N,)` how many it has
+
+    tokens: Tensor  # int32 `(templates, M, T)`
+    label: Tensor  # `(M,)` equal where captions are equal
+    first: Tensor  # `(N,)` where a picture's captions begin
+    count: Tensor  # `(N,)` how many it has
+
 
 def tokenized(
-    captions:Sequence[Sequence[str]], # N times one or more
-    templates:Sequence[str], # with `{}`
-    context:int, # tokens
-    tokens:Callable[[list[str],int],Tensor]=tokenize, # texts and context length to ids
-)->Texts:
+    captions: Sequence[Sequence[str]],  # N times one or more
+    templates: Sequence[str],  # with `{}`
+    context: int,  # tokens
+    tokens: Callable[[list[str], int], Tensor] = tokenize,  # texts and context length to ids
+) -> Texts:
     "Tokenize every caption in every template, each different text once"
     flat = [c for cs in captions for c in cs]
     unique = {c: i for i, c in enumerate(dict.fromkeys(flat))}
     label = torch.tensor([unique[c] for c in flat])
-    table = torch.stack([tokens([t.replace('{}', c) for c in unique], context).int() for t in templates])
+    table = torch.stack(
+        [tokens([t.replace('{}', c) for c in unique], context).int() for t in templates]
+    )
     count = torch.tensor([len(cs) for cs in captions])
-    return Texts(table[:, label], label, count.cumsum(0)-count, count)
+    return Texts(table[:, label], label, count.cumsum(0) - count, count)
 
 # %% ../nbs/52_batches.ipynb #49eba108
 def picked(
-    texts:Texts,
-    index:Tensor, # `(B,)` which pictures
-    u:Tensor, # `(B,)` drawn, 0–1
-)->Tensor: # `(B,)` places in `texts`
+    texts: Texts,
+    index: Tensor,  # `(B,)` which pictures
+    u: Tensor,  # `(B,)` drawn, 0–1
+) -> Tensor:  # `(B,)` places in `texts`
     "One caption of each picture"
-    return texts.first[index] + (u*texts.count[index]).long()
+    return texts.first[index] + (u * texts.count[index]).long()
+
 
 def normalized(
-    images:Tensor, # uint8 `(B, S, S, 3)`
-    mean:Sequence[float], # of pictures of 0–1, a number a channel
-    std:Sequence[float], # likewise
-)->Tensor: # float `(B, 3, S, S)`, channels last in memory
+    images: Tensor,  # uint8 `(B, S, S, 3)`
+    mean: Sequence[float],  # of pictures of 0–1, a number a channel
+    std: Sequence[float],  # likewise
+) -> Tensor:  # float `(B, 3, S, S)`, channels last in memory
     "What a model takes; there are only 256 values, so each is computed once and looked up"
-    if len(mean) != 3 or len(std) != 3: raise ValueError(f"mean={mean} and std={std} must have three numbers each, one a channel")
-    table = ((torch.arange(256)/255)[:, None] - torch.tensor(mean))/torch.tensor(std)
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"mean={mean} and std={std} must have three numbers each, one a channel")
+    table = ((torch.arange(256) / 255)[:, None] - torch.tensor(mean)) / torch.tensor(std)
     return torch.from_numpy(looked_up(images.numpy(), table.numpy())).permute(0, 3, 1, 2)
 
+
 def as_input(
-    images:Tensor, # uint8 `(B, S, S, 3)`
-    spec:BatchSpec, # its jitter, mean and std
-    generator:torch.Generator, # on the CPU; not touched by `STILL`
-)->Tensor: # float `(B, 3, S, S)`, normalized
+    images: Tensor,  # uint8 `(B, S, S, 3)`
+    spec: BatchSpec,  # its jitter, mean and std
+    generator: torch.Generator,  # on the CPU; not touched by `STILL`
+) -> Tensor:  # float `(B, 3, S, S)`, normalized
     "Jitter and normalize a batch of pictures"
-    if spec.jitter == STILL: return normalized(images, spec.mean, spec.std)
-    x = jittered(images.permute(0, 3, 1, 2)/255, draw(spec.jitter, len(images), generator))
-    return x.sub_(torch.tensor(spec.mean)[:, None, None]).div_(torch.tensor(spec.std)[:, None, None])
+    if spec.jitter == STILL:
+        return normalized(images, spec.mean, spec.std)
+    x = jittered(images.permute(0, 3, 1, 2) / 255, draw(spec.jitter, len(images), generator))
+    return x.sub_(torch.tensor(spec.mean)[:, None, None]).div_(
+        torch.tensor(spec.std)[:, None, None]
+    )
 
 # %% ../nbs/52_batches.ipynb #9d09f197
 def stream_id(
-    data:PairData,
-    spec:BatchSpec,
-    texts:Texts, # of `tokenized`
-)->str: # ten hexadecimal digits
+    data: PairData,
+    spec: BatchSpec,
+    texts: Texts,  # of `tokenized`
+) -> str:  # ten hexadecimal digits
     "Hash pictures, captions, tokens and spec"
     said = json.dumps([spec.to_dict(), data.captions, list(data.images.shape)])
     sums = [zlib.crc32(np.ascontiguousarray(t.numpy())) for t in (data.images, texts.tokens)]
@@ -229,42 +291,63 @@ def stream_id(
 # %% ../nbs/52_batches.ipynb #5957c30a
 class Batches:
     "Batches of pairs, each a function of its step number"
-    def __init__(self,
-        data:PairData,
-        spec:BatchSpec=BatchSpec(),
-        tokens:Callable[[list[str],int],Tensor]=tokenize, # texts and context length to ids
+
+    def __init__(
+        self,
+        data: PairData,
+        spec: BatchSpec = BatchSpec(),
+        tokens: Callable[[list[str], int], Tensor] = tokenize,  # texts and context length to ids
     ):
         self.data, self.spec, self.batch = data, spec, spec.batch
-        self.per_epoch = len(data.images)//spec.batch # steps
-        if not self.per_epoch: raise ValueError(f"{len(data.images)} pictures do not fill a batch of {spec.batch}. Use batch={len(data.images)} or less")
+        self.per_epoch = len(data.images) // spec.batch  # steps
+        if not self.per_epoch:
+            raise ValueError(
+                f"{len(data.images)} pictures do not fill a batch of {spec.batch}. Use batch={len(data.images)} or less"
+            )
         self.texts = tokenized(data.captions, spec.templates, spec.context, tokens)
         self._epoch, self._order = None, None
 
     @property
-    def id(self)->str:
+    def id(self) -> str:
         "Ten hexadecimal digits that change with the data, the spec and the tokens"
         return stream_id(self.data, self.spec, self.texts)
 
-    def order(self,
-        epoch:int, # counted from 0
-    )->Tensor: # `(N,)`
+    def order(
+        self,
+        epoch: int,  # counted from 0
+    ) -> Tensor:  # `(N,)`
         "The permutation of an epoch; the last one asked for is remembered"
-        if epoch != self._epoch: self._epoch, self._order = epoch, torch.randperm(len(self.data.images), generator=seeded(self.spec.seed, 'order', epoch))
+        if epoch != self._epoch:
+            self._epoch, self._order = (
+                epoch,
+                torch.randperm(
+                    len(self.data.images), generator=seeded(self.spec.seed, 'order', epoch)
+                ),
+            )
         return self._order
 
-    def batch_at(self,
-        step:int, # counted from 0 over all epochs
-    )->Batch:
+    def batch_at(
+        self,
+        step: int,  # counted from 0 over all epochs
+    ) -> Batch:
         "The batch of a step, always the same"
         epoch, k = divmod(step, self.per_epoch)
-        index = self.order(epoch)[k*self.batch:(k+1)*self.batch]
+        index = self.order(epoch)[k * self.batch : (k + 1) * self.batch]
         g, s, t = seeded(self.spec.seed, 'batch', step), self.spec, self.texts
         caption = picked(t, index, torch.rand(len(index), generator=g))
         template = torch.randint(len(s.templates), (len(index),), generator=g)
-        return Batch(as_input(self.data.images[index], s, g), t.tokens[template, caption].long(), index, t.label[caption])
+        return Batch(
+            as_input(self.data.images[index], s, g),
+            t.tokens[template, caption].long(),
+            index,
+            t.label[caption],
+        )
 
-    def since(self,
-        step:int=0, # the first that is wanted
-    )->Iterator[Batch]:
+    def since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[Batch]:
         "Batches from a step on, without end"
-        while True: yield self.batch_at(step); step += 1
+        while True:
+            yield self.batch_at(step)
+            step += 1

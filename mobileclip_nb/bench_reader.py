@@ -35,231 +35,383 @@ from .tokencache import TokenCache
 
 # %% ../nbs/85_bench_reader.ipynb #8034b775
 def photo(
-    rng:np.random.Generator, # advanced
-    art:np.ndarray, # uint8 `(N, S, S, 3)`, laid on the ground
-    mode:str='RGB', # or `L`, `CMYK`
-)->tuple[bytes,tuple[int,int]]: # a JPEG; width and height, pixels
+    rng: np.random.Generator,  # advanced
+    art: np.ndarray,  # uint8 `(N, S, S, 3)`, laid on the ground
+    mode: str = 'RGB',  # or `L`, `CMYK`
+) -> tuple[bytes, tuple[int, int]]:  # a JPEG; width and height, pixels
     "Make a picture that costs a decoder what a photograph costs"
     w, h = (int(v) for v in rng.integers(480, 801, 2))
-    ground = Image.fromarray(rng.integers(0, 256, (h//60+2, w//60+2, 3), np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
-    x = np.asarray(ground, np.float32)*.6 + 60 + rng.normal(0, 4, (h, w, 1))
+    ground = Image.fromarray(rng.integers(0, 256, (h // 60 + 2, w // 60 + 2, 3), np.uint8)).resize(
+        (w, h), Image.Resampling.BICUBIC
+    )
+    x = np.asarray(ground, np.float32) * 0.6 + 60 + rng.normal(0, 4, (h, w, 1))
     image = Image.fromarray(x.clip(0, 255).astype(np.uint8))
     for i in rng.integers(0, len(art), 6):
         n = int(rng.integers(80, 240))
-        image.paste(Image.fromarray(art[i]).resize((n, n), Image.Resampling.BICUBIC), (int(rng.integers(0, w-n)), int(rng.integers(0, h-n))))
-    out = io.BytesIO(); image.convert(mode).save(out, 'JPEG', quality=85)
+        image.paste(
+            Image.fromarray(art[i]).resize((n, n), Image.Resampling.BICUBIC),
+            (int(rng.integers(0, w - n)), int(rng.integers(0, h - n))),
+        )
+    out = io.BytesIO()
+    image.convert(mode).save(out, 'JPEG', quality=85)
     return out.getvalue(), (w, h)
 
 # %% ../nbs/85_bench_reader.ipynb #8ffa38d8
 def made(
-    n:int, # samples
-    views:int=30, # stored augmentations each
-    seed:int=0,
-)->Iterator[Sample]: # two teachers of 768, five synthetic captions
+    n: int,  # samples
+    views: int = 30,  # stored augmentations each
+    seed: int = 0,
+) -> Iterator[Sample]:  # two teachers of 768, five synthetic captions
     "Make samples as DataCompDR-12M has them"
     rng, p = np.random.default_rng(seed), load_emoji('train', side=64)
-    def unit(k:int)->np.ndarray:
+
+    def unit(k: int) -> np.ndarray:
         x = rng.standard_normal((k, 2, 768)).astype(np.float32)
-        return (x/np.linalg.norm(x, axis=-1, keepdims=True)).reshape(k, 1536)
+        return (x / np.linalg.norm(x, axis=-1, keepdims=True)).reshape(k, 1536)
+
     for i in range(n):
         blob, size = photo(rng, p.images, {5: 'L', 11: 'CMYK'}.get(i % 16, 'RGB'))
-        name, params = p.captions[i % len(p.captions)], tuple(pack(DATACOMPDR, drawn(DATACOMPDR, size, rng_for(seed, str(i), a))) for a in range(views))
-        said = tuple(f'a {how} of {name} and other small things on a soft ground, number {i}' for how in ('picture', 'drawing', 'photo', 'sticker', 'print'))
-        yield Sample(f'{i:08d}', blob, captions=(f'{name} on a colored ground, sheet {i}',), synthetic=dict(syn_text=said), param_aug=params, image_emb=unit(views), text_emb=dict(text=unit(1), syn_text=unit(5)))
+        name, params = (
+            p.captions[i % len(p.captions)],
+            tuple(
+                pack(DATACOMPDR, drawn(DATACOMPDR, size, rng_for(seed, str(i), a)))
+                for a in range(views)
+            ),
+        )
+        said = tuple(
+            f'a {how} of {name} and other small things on a soft ground, number {i}'
+            for how in ('picture', 'drawing', 'photo', 'sticker', 'print')
+        )
+        yield Sample(
+            f'{i:08d}',
+            blob,
+            captions=(f'{name} on a colored ground, sheet {i}',),
+            synthetic=dict(syn_text=said),
+            param_aug=params,
+            image_emb=unit(views),
+            text_emb=dict(text=unit(1), syn_text=unit(5)),
+        )
+
 
 def written(
-    folder:str|Path, # two shards are written below it
-    n:int, # samples
-    views:int=30, # stored augmentations each
-)->dict[str,Source]: # `published` and `own`
+    folder: str | Path,  # two shards are written below it
+    n: int,  # samples
+    views: int = 30,  # stored augmentations each
+) -> dict[str, Source]:  # `published` and `own`
     "Write the same samples in the published form and in ours"
     samples = list(made(n, views))
-    write_shard(Path(folder)/'published'/'00000000.tar', samples, StoreSpec(form='bf16', layout='legacy'))
-    write_shard(Path(folder)/'own'/'00000000.tar', samples, StoreSpec(form='compact'), (768, 768))
-    return {k: source_of(Path(folder)/k, augment=DATACOMPDR, decode='plain') for k in ('published', 'own')}
+    write_shard(
+        Path(folder) / 'published' / '00000000.tar',
+        samples,
+        StoreSpec(form='bf16', layout='legacy'),
+    )
+    write_shard(
+        Path(folder) / 'own' / '00000000.tar', samples, StoreSpec(form='compact'), (768, 768)
+    )
+    return {
+        k: source_of(Path(folder) / k, augment=DATACOMPDR, decode='plain')
+        for k in ('published', 'own')
+    }
 
 # %% ../nbs/85_bench_reader.ipynb #1fd16ce5
 class Clock:
     "Milliseconds by part"
-    def __init__(self): self.ms, self.at = {}, time.process_time()
-    def note(self, part:str)->None:
+
+    def __init__(self):
+        self.ms, self.at = {}, time.process_time()
+
+    def note(self, part: str) -> None:
         "Give the time since the last note to a part"
         now = time.process_time()
-        self.ms[part], self.at = self.ms.get(part, 0.) + (now-self.at)*1e3, now
+        self.ms[part], self.at = self.ms.get(part, 0.0) + (now - self.at) * 1e3, now
+
 
 def replay_published(
-    image:Image.Image, # RGB
-    row:Sequence[Any], # of param_aug: a crop, and operations or None
-    side:int, # pixels
-)->Image.Image: # `(side, side)`
+    image: Image.Image,  # RGB
+    row: Sequence[Any],  # of param_aug: a crop, and operations or None
+    side: int,  # pixels
+) -> Image.Image:  # `(side, side)`
     "Perform an augmentation with torchvision, as the published trainer does (specification 2.3)"
     from torchvision.transforms import InterpolationMode, autoaugment, functional as TF
+
     (top, left, h, w), ops = row
     image = TF.crop(image, top, left, h, w)
-    for size in ([h, side], [side, side]): image = TF.resize(image, size, InterpolationMode.BICUBIC) # rows first, as every Pillow before 13 did in one call
-    for i, m in ops or (): image = autoaugment._apply_op(image, OPS[i], m, InterpolationMode.NEAREST, None)
+    for size in ([h, side], [side, side]):
+        image = TF.resize(
+            image, size, InterpolationMode.BICUBIC
+        )  # rows first, as every Pillow before 13 did in one call
+    for i, m in ops or ():
+        image = autoaugment._apply_op(image, OPS[i], m, InterpolationMode.NEAREST, None)
     return image
 
 # %% ../nbs/85_bench_reader.ipynb #a0df8236
 @cache
-def _tokenizer()->Callable[[list[str]],torch.Tensor]: # `(N, 77)`
+def _tokenizer() -> Callable[[list[str]], torch.Tensor]:  # `(N, 77)`
     "open_clip's, made once"
     return need('open_clip', 'train').get_tokenizer('ViT-B-32')
 
+
 def published(
-    url:str, # a shard on this machine
-    side:int, # pixels
-    clock:Clock,
-    seed:int=0,
-    start:int=0, # samples to leave out
-    n:int=16, # samples to read
-)->dict[str,torch.Tensor]: # a batch
+    url: str,  # a shard on this machine
+    side: int,  # pixels
+    clock: Clock,
+    seed: int = 0,
+    start: int = 0,  # samples to leave out
+    n: int = 16,  # samples to read
+) -> dict[str, torch.Tensor]:  # a batch
     "Read samples of a shard the published way (specification 1.4)"
     from torchvision.transforms import functional as TF
+
     cut, rows = _tokenizer(), []
     for i, (key, m) in enumerate(streamed(url, start, n)):
         clock.note('archive')
         rng = rng_for(seed, key, 0)
-        image = Image.open(io.BytesIO(m['jpg'])).convert('RGBA').convert('RGB'); clock.note('decode')
-        params, syn = json.loads(m['paug.json'])['param_aug'], json.loads(m['syn.json'])['syn_text']; clock.note('parameters')
-        a, j = int(rng.random()*len(params)), int(rng.random()*len(syn))
-        x = TF.normalize(TF.to_tensor(replay_published(image, params[a], side)), (.5,)*3, (.25,)*3); clock.note('augment')
+        image = Image.open(io.BytesIO(m['jpg'])).convert('RGBA').convert('RGB')
+        clock.note('decode')
+        params, syn = json.loads(m['paug.json'])['param_aug'], json.loads(m['syn.json'])['syn_text']
+        clock.note('parameters')
+        a, j = int(rng.random() * len(params)), int(rng.random() * len(syn))
+        x = TF.normalize(
+            TF.to_tensor(replay_published(image, params[a], side)), (0.5,) * 3, (0.25,) * 3
+        )
+        clock.note('augment')
         arrays = torch.load(io.BytesIO(gzip.decompress(m['pth.gz'])), weights_only=True)
-        emb = [arrays['image_emb'][a].float(), arrays['text_emb'][0].float(), arrays['text_emb'][1+j].float()]; clock.note('embeddings')
-        text = cut([m['txt'].decode(), syn[j]]); clock.note('tokens')
+        emb = [
+            arrays['image_emb'][a].float(),
+            arrays['text_emb'][0].float(),
+            arrays['text_emb'][1 + j].float(),
+        ]
+        clock.note('embeddings')
+        text = cut([m['txt'].decode(), syn[j]])
+        clock.note('tokens')
         rows.append((x, text[0], text[1], *emb))
-    out = {k: torch.stack(v) for k, v in zip(('image', 'text', 'syn', 'image_emb', 'text_emb', 'syn_emb'), zip(*rows))}
+    out = {
+        k: torch.stack(v)
+        for k, v in zip(('image', 'text', 'syn', 'image_emb', 'text_emb', 'syn_emb'), zip(*rows))
+    }
     clock.note('batch')
     return out
 
 # %% ../nbs/85_bench_reader.ipynb #bc47ccca
-_TAPES:dict[tuple[str,int],Iterator] = {} # tars that are being streamed
+_TAPES: dict[tuple[str, int], Iterator] = {}  # tars that are being streamed
 
-def streamed(url:str, start:int, n:int)->Iterator[tuple[str,dict[str,bytes]]]: # key, extension: contents
+
+def streamed(
+    url: str, start: int, n: int
+) -> Iterator[tuple[str, dict[str, bytes]]]:  # key, extension: contents
     "Stream samples of a tar from where the last call stopped"
-    def tape()->Iterator[tuple[str,dict[str,bytes]]]:
+
+    def tape() -> Iterator[tuple[str, dict[str, bytes]]]:
         with open(url, 'rb') as f, tarfile.open(fileobj=f, mode='r|') as t:
             key, group = '', {}
             for m in t:
                 k, _, ext = m.name.partition('.')
-                if k != key and group: yield key, group; group = {}
-                key = k; group[ext] = t.extractfile(m).read()
+                if k != key and group:
+                    yield key, group
+                    group = {}
+                key = k
+                group[ext] = t.extractfile(m).read()
             yield key, group
-    if not start: _TAPES[url, 0] = tape()
-    for _ in range(n): yield next(_TAPES[url, 0])
+
+    if not start:
+        _TAPES[url, 0] = tape()
+    for _ in range(n):
+        yield next(_TAPES[url, 0])
 
 # %% ../nbs/85_bench_reader.ipynb #1e8b18a3
 class Distance(NamedTuple):
     "How far pictures are from those of the published replay"
-    compared:int # views
-    equal:int # of these, byte by byte
-    mean:float # absolute difference, 0–255
-    psnr:float # decibels
-    cosine:float # between a teacher's rows, mean
-    least:float # likewise, the smallest
+
+    compared: int  # views
+    equal: int  # of these, byte by byte
+    mean: float  # absolute difference, 0–255
+    psnr: float  # decibels
+    cosine: float  # between a teacher's rows, mean
+    least: float  # likewise, the smallest
+
 
 def distances(
-    source:Source, # in the published form
-    side:int, # pixels
-    views:int, # of each sample, at most
-    approximate:bool=False,
-    teacher:Any=None, # of `teachers.load_teacher`; None leaves the cosines out
-)->Distance:
+    source: Source,  # in the published form
+    side: int,  # pixels
+    views: int,  # of each sample, at most
+    approximate: bool = False,
+    teacher: Any = None,  # of `teachers.load_teacher`; None leaves the cosines out
+) -> Distance:
     "Compare our views with the published replay"
     pairs = []
     for s in read_shard(source.shards[0], embeddings=False):
         image = Image.open(io.BytesIO(s.image)).convert('RGB')
         for row in s.param_aug[:views]:
-            pairs.append((np.asarray(replay_published(image, row, side)), view(s.image, source.augment, unpack(source.augment, row), side, approximate=approximate)))
+            pairs.append(
+                (
+                    np.asarray(replay_published(image, row, side)),
+                    view(
+                        s.image,
+                        source.augment,
+                        unpack(source.augment, row),
+                        side,
+                        approximate=approximate,
+                    ),
+                )
+            )
     a, b = (np.stack(x) for x in zip(*pairs))
-    gap = a.astype(np.int16)-b
+    gap = a.astype(np.int16) - b
     error = float(np.square(gap, dtype=np.float32).mean())
     cos = np.ones(1)
     if teacher is not None:
         e, f = (teacher.image([Image.fromarray(x) for x in y]).numpy() for y in (a, b))
-        cos = (e*f).sum(1)
-    return Distance(len(a), int((gap == 0).all((1, 2, 3)).sum()), float(np.abs(gap).mean()), 10*np.log10(255**2/error) if error else float('inf'), float(cos.mean()), float(cos.min()))
+        cos = (e * f).sum(1)
+    return Distance(
+        len(a),
+        int((gap == 0).all((1, 2, 3)).sum()),
+        float(np.abs(gap).mean()),
+        10 * np.log10(255**2 / error) if error else float('inf'),
+        float(cos.mean()),
+        float(cos.min()),
+    )
 
 # %% ../nbs/85_bench_reader.ipynb #aa1795ba
 def parts(
-    source:Source,
-    spec:StreamSpec,
-    memory:str, # folder
-    n:int, # samples
-)->dict[str,float]: # milliseconds a sample
+    source: Source,
+    spec: StreamSpec,
+    memory: str,  # folder
+    n: int,  # samples
+) -> dict[str, float]:  # milliseconds a sample
     "Milliseconds of our reader by part"
-    archives, tokens, clock, url = Archives(memory), TokenCache(spec.context), Clock(), source.shards[0]
-    archives.read(url, 0); tokens['warm']; clock.at = time.process_time(); width = sum(source.widths)
+    archives, tokens, clock, url = (
+        Archives(memory),
+        TokenCache(spec.context),
+        Clock(),
+        source.shards[0],
+    )
+    archives.read(url, 0)
+    tokens['warm']
+    clock.at = time.process_time()
+    width = sum(source.widths)
     for i in range(n):
-        key, m = archives.read(url, i); clock.note('archive')
+        key, m = archives.read(url, i)
+        clock.note('archive')
         rng = rng_for(spec.seed, key, 0)
         rows, syn = stored(m['paug.json'], Limits()), json.loads(m['syn.json'])['syn_text']
-        params = unpack(source.augment, rows[a := int(rng.random()*len(rows))]); clock.note('parameters')
-        j = int(rng.random()*len(syn))
+        params = unpack(source.augment, rows[a := int(rng.random() * len(rows))])
+        clock.note('parameters')
+        j = int(rng.random() * len(syn))
         if not spec.approximate:
-            crop = params['random_resized_crop']; upper_rows(m['jpg'], jpeg_head(m['jpg']), crop[0]+crop[2]); clock.note('decode')
-        view(m['jpg'], source.augment, params, spec.side, 'plain', approximate=spec.approximate); clock.note('view')
+            crop = params['random_resized_crop']
+            upper_rows(m['jpg'], jpeg_head(m['jpg']), crop[0] + crop[2])
+            clock.note('decode')
+        view(m['jpg'], source.augment, params, spec.side, 'plain', approximate=spec.approximate)
+        clock.note('view')
         told = opinions(m, (m['txt'].decode(),), dict(syn_text=tuple(syn)))
         rows_of([(told.image, a), (told.text['text'], 0), (told.text['syn_text'], j)], width)
         clock.note('embeddings')
-        tokens[m['txt'].decode()], tokens[syn[j]]; clock.note('tokens')
-    ms = {k: v/n for k, v in clock.ms.items()}
-    seen, decode = ms.pop('view'), ms.get('decode', 0.)
-    return ms | (dict(augment=seen-decode) if decode else {'decode and augment': seen})
+        tokens[m['txt'].decode()], tokens[syn[j]]
+        clock.note('tokens')
+    ms = {k: v / n for k, v in clock.ms.items()}
+    seen, decode = ms.pop('view'), ms.get('decode', 0.0)
+    return ms | (dict(augment=seen - decode) if decode else {'decode and augment': seen})
 
 # %% ../nbs/85_bench_reader.ipynb #15b984a3
-PATHS = dict(published=('published', False), exact=('published', False), own=('own', False), approximate=('published', True), **{'own, approximate': ('own', True)})
+PATHS = dict(
+    published=('published', False),
+    exact=('published', False),
+    own=('own', False),
+    approximate=('published', True),
+    **{'own, approximate': ('own', True)},
+)
+
 
 class Result(NamedTuple):
     "One way to read, measured"
-    path:str # a key of `PATHS`
-    samples_s:float # a second of one core
-    ratio:float # over the published way
-    ms:dict[str,float] # a sample, by part
+
+    path: str  # a key of `PATHS`
+    samples_s: float  # a second of one core
+    ratio: float  # over the published way
+    ms: dict[str, float]  # a sample, by part
+
 
 class Report(NamedTuple):
     "What a run found"
-    results:list[Result]
-    exact:Distance
-    approximate:Distance
 
-    def __str__(self)->str:
-        names = dict(published='the published way', exact='ours, published form', own='ours, own form', approximate='ours, published form, approximate')
+    results: list[Result]
+    exact: Distance
+    approximate: Distance
+
+    def __str__(self) -> str:
+        names = dict(
+            published='the published way',
+            exact='ours, published form',
+            own='ours, own form',
+            approximate='ours, published form, approximate',
+        )
         lines = ['| path | samples/s a core | ratio | ms by part |', '|---|---|---|---|']
-        lines += [f"| {names.get(r.path, 'ours, ' + r.path.replace(',', ' form,'))} | {r.samples_s:.0f} | {r.ratio:.2f} | {', '.join(f'{k} {v:.2f}' for k, v in sorted(r.ms.items(), key=lambda x: -x[1]))} |" for r in self.results]
-        lines += ['', f'exact: {self.exact.equal} of {self.exact.compared} views are byte by byte those of the published replay',
-                  f'approximate: mean difference {self.approximate.mean:.2f} of 255, PSNR {self.approximate.psnr:.1f} dB, cosine of a teacher\'s rows {self.approximate.cosine:.4f} on average, {self.approximate.least:.4f} at worst']
+        lines += [
+            f"| {names.get(r.path, 'ours, ' + r.path.replace(',', ' form,'))} | {r.samples_s:.0f} | {r.ratio:.2f} | {', '.join(f'{k} {v:.2f}' for k, v in sorted(r.ms.items(), key=lambda x: -x[1]))} |"
+            for r in self.results
+        ]
+        lines += [
+            '',
+            f'exact: {self.exact.equal} of {self.exact.compared} views are byte by byte those of the published replay',
+            f'approximate: mean difference {self.approximate.mean:.2f} of 255, PSNR {self.approximate.psnr:.1f} dB, cosine of a teacher\'s rows {self.approximate.cosine:.4f} on average, {self.approximate.least:.4f} at worst',
+        ]
         return '\n'.join(lines)
 
 # %% ../nbs/85_bench_reader.ipynb #41c0993e
 def run(
-    samples:int=64, # in each shard
-    rounds:int=8, # of one batch each way
-    side:int=256, # pixels
-    views:int=30, # stored augmentations a sample
-    compared:int=4, # views a sample that are held against the published replay
-    batch:int=32, # samples a round; divides `samples`, and is a multiple of the reader's chunk
-)->Report:
+    samples: int = 64,  # in each shard
+    rounds: int = 8,  # of one batch each way
+    side: int = 256,  # pixels
+    views: int = 30,  # stored augmentations a sample
+    compared: int = 4,  # views a sample that are held against the published replay
+    batch: int = 32,  # samples a round; divides `samples`, and is a multiple of the reader's chunk
+) -> Report:
     "Measure readers side by side on one thread"
     if rounds < 1 or samples < 1 or batch < 1 or batch % CHUNK or samples % batch:
-        raise ValueError(f"samples={samples}, batch={batch}, rounds={rounds}: a reader takes {CHUNK} samples at once, so a batch is a multiple of {CHUNK}, samples a multiple of the batch, and there is a round at least")
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
+        raise ValueError(
+            f"samples={samples}, batch={batch}, rounds={rounds}: a reader takes {CHUNK} samples at once, so a batch is a multiple of {CHUNK}, samples a multiple of the batch, and there is a round at least"
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as d:
             sources, times, clock = written(d, samples, views), {k: [] for k in PATHS}, Clock()
-            specs = {k: StreamSpec(batch=batch, side=side, mean=(.5,)*3, std=(.25,)*3, approximate=a) for k, (_, a) in PATHS.items()}
-            feeds = {k: Stream(sources[f], specs[k], memory=d).since() for k, (f, _) in PATHS.items() if k != 'published'}
-            for feed in feeds.values(): next(feed)
-            published(sources['published'].shards[0], side, Clock(), n=2); clock.at = time.process_time()
+            specs = {
+                k: StreamSpec(
+                    batch=batch, side=side, mean=(0.5,) * 3, std=(0.25,) * 3, approximate=a
+                )
+                for k, (_, a) in PATHS.items()
+            }
+            feeds = {
+                k: Stream(sources[f], specs[k], memory=d).since()
+                for k, (f, _) in PATHS.items()
+                if k != 'published'
+            }
+            for feed in feeds.values():
+                next(feed)
+            published(sources['published'].shards[0], side, Clock(), n=2)
+            clock.at = time.process_time()
             for k in range(rounds):
                 clock.at = start = time.process_time()
-                published(sources['published'].shards[0], side, clock, start=k*batch % samples, n=batch)
-                times['published'].append(time.process_time()-start)
+                published(
+                    sources['published'].shards[0], side, clock, start=k * batch % samples, n=batch
+                )
+                times['published'].append(time.process_time() - start)
                 for name, feed in feeds.items():
-                    start = time.process_time(); next(feed); times[name].append(time.process_time()-start)
-            ms = {k: parts(sources[f], specs[k], d, batch) for k, (f, _) in PATHS.items() if k != 'published'} | dict(published={k: v/rounds/batch for k, v in clock.ms.items()})
-            s = {k: statistics.median(v)/batch for k, v in times.items()}
-            results = [Result(k, 1/s[k], s['published']/s[k], ms[k]) for k in PATHS]
+                    start = time.process_time()
+                    next(feed)
+                    times[name].append(time.process_time() - start)
+            ms = {
+                k: parts(sources[f], specs[k], d, batch)
+                for k, (f, _) in PATHS.items()
+                if k != 'published'
+            } | dict(published={k: v / rounds / batch for k, v in clock.ms.items()})
+            s = {k: statistics.median(v) / batch for k, v in times.items()}
+            results = [Result(k, 1 / s[k], s['published'] / s[k], ms[k]) for k in PATHS]
             teacher = load_teacher(TeacherSpec())
-            return Report(results, distances(sources['published'], side, compared), distances(sources['published'], side, 1, True, teacher))
-    finally: torch.set_num_threads(threads)
+            return Report(
+                results,
+                distances(sources['published'], side, compared),
+                distances(sources['published'], side, 1, True, teacher),
+            )
+    finally:
+        torch.set_num_threads(threads)

@@ -26,46 +26,66 @@ from .pixels import OPENAI_MEAN, OPENAI_STD, Pixels
 from .spec import Spec
 
 # %% ../nbs/41_captioner.ipynb #c157389f
-NANO = dict(embed_dim=128,
-    vision_cfg=dict(image_size=64, patch_size=16, layers=4, width=128, head_width=32, attentional_pool=True, attn_pooler_queries=17, attn_pooler_heads=4, output_tokens=True),
-    text_cfg=dict(context_length=30, width=128, heads=4, layers=1, embed_cls=True, output_tokens=True),
-    multimodal_cfg=dict(context_length=30, width=128, heads=4, layers=2))
+NANO = dict(
+    embed_dim=128,
+    vision_cfg=dict(
+        image_size=64,
+        patch_size=16,
+        layers=4,
+        width=128,
+        head_width=32,
+        attentional_pool=True,
+        attn_pooler_queries=17,
+        attn_pooler_heads=4,
+        output_tokens=True,
+    ),
+    text_cfg=dict(
+        context_length=30, width=128, heads=4, layers=1, embed_cls=True, output_tokens=True
+    ),
+    multimodal_cfg=dict(context_length=30, width=128, heads=4, layers=2),
+)
 NANO_PIXELS = Pixels(side=64, mean=OPENAI_MEAN, std=OPENAI_STD)
 
+
 def build_coca(
-    cfg:dict[str,Any], # as open_clip's model configs
-    vocab:Vocab=Vocab(), # rows to read and write
-)->nn.Module: # open_clip's `CoCa`, random weights, in eval mode
+    cfg: dict[str, Any],  # as open_clip's model configs
+    vocab: Vocab = Vocab(),  # rows to read and write
+) -> nn.Module:  # open_clip's `CoCa`, random weights, in eval mode
     "Build a CoCa of open_clip's class, every weight of it drawn (CoCa §3)"
     from open_clip.coca_model import CoCa
+
     sized = {k: dict(cfg[k], vocab_size=vocab.size) for k in ('text_cfg', 'multimodal_cfg')}
     model = CoCa(**{k: v for k, v in cfg.items() if k != 'custom_text'} | sized)
-    nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-.5)       # open_clip leaves it as memory happens to be
+    nn.init.normal_(
+        model.text_decoder.text_projection, std=model.text_decoder.width**-0.5
+    )  # open_clip leaves it as memory happens to be
     return model.eval()
 
 # %% ../nbs/41_captioner.ipynb #5be16224
 def heads(
-    x:Tensor, # `(B, T, W)`
-    n:int, # heads
-)->Tensor: # `(B, n, T, W/n)`
+    x: Tensor,  # `(B, T, W)`
+    n: int,  # heads
+) -> Tensor:  # `(B, n, T, W/n)`
     "Split vectors into heads"
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
+
 def keys_values(
-    attn:nn.MultiheadAttention, # of a block
-    x:Tensor, # `(B, T, W)`, normalized
-)->tuple[Tensor,Tensor]: # each `(B, heads, T, W/heads)`
+    attn: nn.MultiheadAttention,  # of a block
+    x: Tensor,  # `(B, T, W)`, normalized
+) -> tuple[Tensor, Tensor]:  # each `(B, heads, T, W/heads)`
     "What queries will read of `x`"
     w = attn.embed_dim
     k, v = F.linear(x, attn.in_proj_weight[w:], attn.in_proj_bias[w:]).chunk(2, -1)
     return heads(k, attn.num_heads), heads(v, attn.num_heads)
 
+
 def reading(
-    block:nn.Module, # open_clip's `ResidualAttentionBlock`
-    x:Tensor, # `(B, T, W)`
-    k:Tensor, # `(B, heads, S, W/heads)`
-    v:Tensor, # likewise
-)->Tensor: # `(B, T, W)`
+    block: nn.Module,  # open_clip's `ResidualAttentionBlock`
+    x: Tensor,  # `(B, T, W)`
+    k: Tensor,  # `(B, heads, S, W/heads)`
+    v: Tensor,  # likewise
+) -> Tensor:  # `(B, T, W)`
     "One block whose keys and values are known: each of T queries reads all S"
     a, w = block.attn, block.attn.embed_dim
     q = heads(F.linear(block.ln_1(x), a.in_proj_weight[:w], a.in_proj_bias[:w]), a.num_heads)
@@ -75,75 +95,99 @@ def reading(
 
 # %% ../nbs/41_captioner.ipynb #ef95ad30
 def writable(
-    model:nn.Module, # to write with
-)->nn.Module: # the same
+    model: nn.Module,  # to write with
+) -> nn.Module:  # the same
     "Refuse a model whose blocks we cannot run piecewise"
     from open_clip.transformer import MultimodalTransformer, ResidualAttentionBlock
+
     text, decoder = getattr(model, 'text', None), getattr(model, 'text_decoder', None)
-    stack = [*getattr(getattr(text, 'transformer', None), 'resblocks', ()), *getattr(decoder, 'resblocks', ())]
+    stack = [
+        *getattr(getattr(text, 'transformer', None), 'resblocks', ()),
+        *getattr(decoder, 'resblocks', ()),
+    ]
     plain = stack and all(isinstance(b, ResidualAttentionBlock) for b in stack)
-    if not isinstance(decoder, MultimodalTransformer) or not plain or getattr(text, 'cls_emb', None) is None or text.attn_mask is None:
-        raise ValueError(f"{type(model).__name__} is not a CoCa with plain blocks, a causal text tower and an appended class token; coca_ViT-B-32, coca_ViT-L-14 and coca_nano are")
+    if (
+        not isinstance(decoder, MultimodalTransformer)
+        or not plain
+        or getattr(text, 'cls_emb', None) is None
+        or text.attn_mask is None
+    ):
+        raise ValueError(
+            f"{type(model).__name__} is not a CoCa with plain blocks, a causal text tower and an appended class token; coca_ViT-B-32, coca_ViT-L-14 and coca_nano are"
+        )
     return model
 
 # %% ../nbs/41_captioner.ipynb #d855f1b3
 class Writer:
     "A CoCa in the middle of writing `n` captions for each of B images"
-    def __init__(self,
-        model:nn.Module, # a CoCa in eval mode
-        embs:Tensor, # `(B, P, W)`, the image tokens of `model._encode_image`
-        n:int, # captions an image
-        length:int, # tokens at most
+
+    def __init__(
+        self,
+        model: nn.Module,  # a CoCa in eval mode
+        embs: Tensor,  # `(B, P, W)`, the image tokens of `model._encode_image`
+        n: int,  # captions an image
+        length: int,  # tokens at most
     ):
         self.text, self.decoder = writable(model).text, model.text_decoder
-        self.own = [*self.text.transformer.resblocks, *self.decoder.resblocks]      # causal blocks, of both stacks
+        self.own = [
+            *self.text.transformer.resblocks,
+            *self.decoder.resblocks,
+        ]  # causal blocks, of both stacks
         self.cross = [keys_values(b.attn, b.ln_1_kv(embs)) for b in self.decoder.cross_attn]
         a = self.own[0].attn
-        self.past = embs.new_empty(len(self.own), 2, len(embs)*n, a.num_heads, length, a.head_dim)
+        self.past = embs.new_empty(len(self.own), 2, len(embs) * n, a.num_heads, length, a.head_dim)
         self.n, self.at = n, 0
 
-    def _causal(self, i:int, x:Tensor)->Tensor:
+    def _causal(self, i: int, x: Tensor) -> Tensor:
         "Block `i` at the present place, reading all places up to it"
         block = self.own[i]
-        for old, new in zip(self.past[i], keys_values(block.attn, block.ln_1(x))): old[:, :, self.at] = new[:, :, 0]
-        k, v = self.past[i, :, :, :, :self.at+1]
+        for old, new in zip(self.past[i], keys_values(block.attn, block.ln_1(x))):
+            old[:, :, self.at] = new[:, :, 0]
+        k, v = self.past[i, :, :, :, : self.at + 1]
         return reading(block, x, k, v)
 
-    def step(self,
-        rows:Tensor, # `(B*n,)` the newest token of each caption
-    )->Tensor: # `(B*n, V)` logits of the next one
+    def step(
+        self,
+        rows: Tensor,  # `(B*n,)` the newest token of each caption
+    ) -> Tensor:  # `(B*n, V)` logits of the next one
         "Write one token of every caption"
         x = self.text.token_embedding(rows)[:, None] + self.text.positional_embedding[self.at]
         ours = len(self.text.transformer.resblocks)
-        for i in range(ours): x = self._causal(i, x)
+        for i in range(ours):
+            x = self._causal(i, x)
         for i, (block, (k, v)) in enumerate(zip(self.decoder.cross_attn, self.cross)):
-            x = self._causal(ours+i, x)
-            x = reading(block, x.view(-1, self.n, x.shape[-1]), k, v).reshape(x.shape)        # captions of an image are its queries
+            x = self._causal(ours + i, x)
+            x = reading(block, x.view(-1, self.n, x.shape[-1]), k, v).reshape(
+                x.shape
+            )  # captions of an image are its queries
         self.at += 1
         return (self.decoder.ln_final(x) @ self.decoder.text_projection)[:, 0]
 
-    def follow(self,
-        index:Tensor, # `(B*n,)` which caption each one continues
-    )->None:
+    def follow(
+        self,
+        index: Tensor,  # `(B*n,)` which caption each one continues
+    ) -> None:
         "Let captions go on from others"
         self.past = self.past[:, :, index]
 
 # %% ../nbs/41_captioner.ipynb #8d1b9ca3
 @torch.inference_mode()
 def sampled(
-    model:nn.Module, # a CoCa in eval mode
-    embs:Tensor, # `(B, P, W)` image tokens
-    keys:Sequence[str], # B, of the images
-    vocab:Vocab, # the model's rows
-    s:Sampling, # method `top_p` or `top_k`
-)->Tensor: # `(B, n, T)` rows from start to end token, then padding
+    model: nn.Module,  # a CoCa in eval mode
+    embs: Tensor,  # `(B, P, W)` image tokens
+    keys: Sequence[str],  # B, of the images
+    vocab: Vocab,  # the model's rows
+    s: Sampling,  # method `top_p` or `top_k`
+) -> Tensor:  # `(B, n, T)` rows from start to end token, then padding
     "Draw `n` captions for each image (MobileCLIP2, released generation code)"
     writer = Writer(model, embs, s.n, s.length)
-    u = torch.tensor([draws(s.seed, k, i, s.length) for k in keys for i in range(s.n)], device=embs.device)
+    u = torch.tensor(
+        [draws(s.seed, k, i, s.length) for k in keys for i in range(s.n)], device=embs.device
+    )
     out = torch.full((len(u), 1), vocab.sot, device=embs.device)
     done = torch.zeros(len(u), dtype=torch.bool, device=embs.device)
     while not done.all():
-        new = chosen(allowed(writer.step(out[:, -1]), out, vocab, s), u[:, out.shape[1]-1], s)
+        new = chosen(allowed(writer.step(out[:, -1]), out, vocab, s), u[:, out.shape[1] - 1], s)
         out = torch.cat([out, new.masked_fill(done, 0)[:, None]], 1)
         done |= new == vocab.eot
     return out.view(len(keys), s.n, -1)
@@ -151,166 +195,245 @@ def sampled(
 # %% ../nbs/41_captioner.ipynb #53b7d7f2
 @torch.inference_mode()
 def beamed(
-    model:nn.Module, # a CoCa in eval mode
-    embs:Tensor, # `(B, P, W)` image tokens
-    vocab:Vocab, # the model's rows
-    s:Sampling, # method `beam`
-)->Tensor: # `(B, n, length)` rows from start to end token, then padding; the best first
+    model: nn.Module,  # a CoCa in eval mode
+    embs: Tensor,  # `(B, P, W)` image tokens
+    vocab: Vocab,  # the model's rows
+    s: Sampling,  # method `beam`
+) -> Tensor:  # `(B, n, length)` rows from start to end token, then padding; the best first
     "Search the `n` captions with the highest mean log-probability a token"
     b, k, v = len(embs), s.beams, vocab.size
-    writer, first = Writer(model, embs, k, s.length), torch.arange(b, device=embs.device)[:, None]*k
-    out = torch.full((b*k, 1), vocab.sot, device=embs.device)
-    score = torch.full((b, k), -torch.inf, device=embs.device); score[:, 0] = 0
+    writer, first = (
+        Writer(model, embs, k, s.length),
+        torch.arange(b, device=embs.device)[:, None] * k,
+    )
+    out = torch.full((b * k, 1), vocab.sot, device=embs.device)
+    score = torch.full((b, k), -torch.inf, device=embs.device)
+    score[:, 0] = 0
     best, rows = score.new_full((b, s.n), -torch.inf), out.new_zeros(b, s.n, s.length)
     while out.shape[1] < s.length:
         logp = allowed(writer.step(out[:, -1]), out, vocab, s).log_softmax(-1).view(b, k, v)
         total = score[..., None] + logp
-        lines = F.pad(F.pad(out, (0, 1), value=vocab.eot), (0, s.length-out.shape[1]-1)).view(b, k, -1)
-        best, i = torch.cat([best, total[..., vocab.eot]/out.shape[1]], 1).topk(s.n)
+        lines = F.pad(F.pad(out, (0, 1), value=vocab.eot), (0, s.length - out.shape[1] - 1)).view(
+            b, k, -1
+        )
+        best, i = torch.cat([best, total[..., vocab.eot] / out.shape[1]], 1).topk(s.n)
         rows = torch.cat([rows, lines], 1).gather(1, i[..., None].expand(-1, -1, s.length))
         total[..., vocab.eot] = -torch.inf
         score, at = total.flatten(1).topk(k)
-        came = (first + at//v).flatten()
-        out = torch.cat([out[came], (at % v).view(-1, 1)], 1); writer.follow(came)
-        if (score[:, 0]/(s.length-1) <= best[:, -1]).all(): break
-    return torch.where(best.isneginf()[..., None], rows[:, :1], rows)        # where there are fewer captions than n, the best again
+        came = (first + at // v).flatten()
+        out = torch.cat([out[came], (at % v).view(-1, 1)], 1)
+        writer.follow(came)
+        if (score[:, 0] / (s.length - 1) <= best[:, -1]).all():
+            break
+    return torch.where(
+        best.isneginf()[..., None], rows[:, :1], rows
+    )  # where there are fewer captions than n, the best again
 
 # %% ../nbs/41_captioner.ipynb #c8bb9235
 @dataclass(frozen=True, repr=False)
 class CaptionerSpec(Spec, id_name='CaptionerSpec'):
     "A captioner as a value"
-    key:str='syn_text' # of its captions in a shard
-    model:str='coca_nano' # of `list_captioners()`
-    weights:str='emoji' # a tag, a path or `hf-hub:ORG/REPO[/FILE]`
-    sampling:Sampling=Sampling() # how they are drawn
+
+    key: str = 'syn_text'  # of its captions in a shard
+    model: str = 'coca_nano'  # of `list_captioners()`
+    weights: str = 'emoji'  # a tag, a path or `hf-hub:ORG/REPO[/FILE]`
+    sampling: Sampling = Sampling()  # how they are drawn
 
 # %% ../nbs/41_captioner.ipynb #c7f3e07d
 @dataclass(frozen=True, eq=False)
 class Captioner:
     "A model that captions, with all that belongs to it"
-    model:nn.Module # open_clip's `CoCa`, in eval mode
-    vocab:Vocab # its rows
-    pixels:Pixels # how it wants its pictures
-    spec:CaptionerSpec=CaptionerSpec()
-    cfg:dict[str,Any]=field(default_factory=dict) # of `build_coca`, to save it again
-    attribution:str='' # who has to be named with the weights
+
+    model: nn.Module  # open_clip's `CoCa`, in eval mode
+    vocab: Vocab  # its rows
+    pixels: Pixels  # how it wants its pictures
+    spec: CaptionerSpec = CaptionerSpec()
+    cfg: dict[str, Any] = field(default_factory=dict)  # of `build_coca`, to save it again
+    attribution: str = ''  # who has to be named with the weights
 
     @property
-    def context(self)->int:
+    def context(self) -> int:
         "Tokens a caption may have, start and end included"
         return self.model.text.context_length
 
-    def rows(self,
-        images:Tensor, # `(B, 3, side, side)`, normalized
-        keys:Sequence[str], # B, of the images
-        sampling:Sampling|None=None, # None takes the spec's
-    )->Tensor: # `(B, n, T)` rows from start to end token, then padding
+    def rows(
+        self,
+        images: Tensor,  # `(B, 3, side, side)`, normalized
+        keys: Sequence[str],  # B, of the images
+        sampling: Sampling | None = None,  # None takes the spec's
+    ) -> Tensor:  # `(B, n, T)` rows from start to end token, then padding
         "Write captions, encoding each image once"
         s = sampling or self.spec.sampling
-        if s.length > self.context: raise ValueError(f"length={s.length} is more than the {self.context} tokens of {self.spec.model}; use Sampling(length={self.context}) or less")
-        with torch.inference_mode(): embs = self.model._encode_image(images.to(self.model.logit_scale.device))[1]
-        return beamed(self.model, embs, self.vocab, s) if s.method == 'beam' else sampled(self.model, embs, keys, self.vocab, s)
+        if s.length > self.context:
+            raise ValueError(
+                f"length={s.length} is more than the {self.context} tokens of {self.spec.model}; use Sampling(length={self.context}) or less"
+            )
+        with torch.inference_mode():
+            embs = self.model._encode_image(images.to(self.model.logit_scale.device))[1]
+        return (
+            beamed(self.model, embs, self.vocab, s)
+            if s.method == 'beam'
+            else sampled(self.model, embs, keys, self.vocab, s)
+        )
 
-    def captions(self,
-        images:Sequence[Image.Image], # B, of any size
-        keys:Sequence[str], # B, of the images; with seed and number they decide what is drawn
-        sampling:Sampling|None=None, # None takes the spec's
-        fallback:str='a picture', # where no caption of an image has words
-    )->list[list[str]]: # B times n sentences, none of them empty
+    def captions(
+        self,
+        images: Sequence[Image.Image],  # B, of any size
+        keys: Sequence[str],  # B, of the images; with seed and number they decide what is drawn
+        sampling: Sampling | None = None,  # None takes the spec's
+        fallback: str = 'a picture',  # where no caption of an image has words
+    ) -> list[list[str]]:  # B times n sentences, none of them empty
         "Caption images"
-        if len(images) != len(keys): raise ValueError(f"{len(images)} images but {len(keys)} keys; give each image its own")
-        if not len(images): return []
-        fallback = clean_caption('', fallback)                 # refuses one without words
-        said = [[clean_caption(text_of(self.vocab, r), '-empty-') for r in rows] for rows in self.rows(self.pixels.batch(images), keys, sampling)]
+        if len(images) != len(keys):
+            raise ValueError(f"{len(images)} images but {len(keys)} keys; give each image its own")
+        if not len(images):
+            return []
+        fallback = clean_caption('', fallback)  # refuses one without words
+        said = [
+            [clean_caption(text_of(self.vocab, r), '-empty-') for r in rows]
+            for rows in self.rows(self.pixels.batch(images), keys, sampling)
+        ]
         spare = [next((c for c in cs if c != '-empty-'), fallback) for cs in said]
         return [[f if c == '-empty-' else c for c in cs] for cs, f in zip(said, spare)]
 
 # %% ../nbs/41_captioner.ipynb #3e395f87
 ATTRIBUTION = 'Trained on Twemoji art, (c) Twitter and contributors, CC BY 4.0, and on OpenMoji art, CC BY-SA 4.0'
 
+
 def save_captioner(
-    captioner:Captioner,
-    path:str|Path, # ends in `.safetensors`
-)->Path: # the file
+    captioner: Captioner,
+    path: str | Path,  # ends in `.safetensors`
+) -> Path:  # the file
     "Write weights in half precision with all that is needed to build the model again"
     from safetensors.torch import save
+
     c, path = captioner, Path(path)
-    if path.suffix != '.safetensors': raise ValueError(f"A captioner is written as .safetensors, not {path.name!r}")
-    about = dict(kind='captioner', model=c.spec.model, cfg=c.cfg, ids=list(c.vocab.ids), pixels=c.pixels.to_dict(), attribution=c.attribution)
+    if path.suffix != '.safetensors':
+        raise ValueError(f"A captioner is written as .safetensors, not {path.name!r}")
+    about = dict(
+        kind='captioner',
+        model=c.spec.model,
+        cfg=c.cfg,
+        ids=list(c.vocab.ids),
+        pixels=c.pixels.to_dict(),
+        attribution=c.attribution,
+    )
     state = {k: v.detach().half().contiguous().cpu() for k, v in c.model.state_dict().items()}
-    with whole(path) as tmp: tmp.write_bytes(save(state, {ABOUT: json.dumps(about, sort_keys=True)}))
+    with whole(path) as tmp:
+        tmp.write_bytes(save(state, {ABOUT: json.dumps(about, sort_keys=True)}))
     return path
 
 # %% ../nbs/41_captioner.ipynb #d1091da2
 _BASE = 'mobileclip2_coca_dfn2b_s13b_'
-_TUNED = [f'{d}_s12m_context{c}' for d in ('dci-complete', 'dci-extended', 'dci-short', 'docci', 'recap-coco-30k') for c in (77, 128, 256)]
-MOBILECLIP2 = tuple(_BASE+t for t in ('context77', *_TUNED, 'mscoco38k_s12m_context77', 'gbc10m-long_context256', 'gbc10m-short-relation_context256',
-                                      'gbc1m-long_context256', 'gbc1m-short_context77'))
+_TUNED = [
+    f'{d}_s12m_context{c}'
+    for d in ('dci-complete', 'dci-extended', 'dci-short', 'docci', 'recap-coco-30k')
+    for c in (77, 128, 256)
+]
+MOBILECLIP2 = tuple(
+    _BASE + t
+    for t in (
+        'context77',
+        *_TUNED,
+        'mscoco38k_s12m_context77',
+        'gbc10m-long_context256',
+        'gbc10m-short-relation_context256',
+        'gbc1m-long_context256',
+        'gbc1m-short_context77',
+    )
+)
 _PUBLISHED = ('coca_ViT-B-32', 'coca_ViT-L-14')
 
-def list_captioners()->list[str]:
+
+def list_captioners() -> list[str]:
     "Names of all captioners that can be loaded"
     return ['coca_nano', *_PUBLISHED, *MOBILECLIP2]
 
+
 def places(
-    model:str, # of `list_captioners()`
-)->dict[str,str]: # tag to place, the default last
+    model: str,  # of `list_captioners()`
+) -> dict[str, str]:  # tag to place, the default last
     "Where a captioner's weights are"
-    if model not in list_captioners(): raise KeyError(f"No captioner {model!r}.{near(model, list_captioners())} There are {', '.join(list_captioners()[:4])}, ...; list_captioners() has them all")
-    if model == 'coca_nano': return dict(emoji='package:weights/coca_nano.emoji.safetensors')
-    if model in MOBILECLIP2: return dict(apple=f'hf-hub:apple/{model}')
+    if model not in list_captioners():
+        raise KeyError(
+            f"No captioner {model!r}.{near(model, list_captioners())} There are {', '.join(list_captioners()[:4])}, ...; list_captioners() has them all"
+        )
+    if model == 'coca_nano':
+        return dict(emoji='package:weights/coca_nano.emoji.safetensors')
+    if model in MOBILECLIP2:
+        return dict(apple=f'hf-hub:apple/{model}')
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-    return {t: f"hf-hub:{get_pretrained_cfg(model, t)['hf_hub'].strip('/')}" for t in list_pretrained_tags_by_model(model)}
+
+    return {
+        t: f"hf-hub:{get_pretrained_cfg(model, t)['hf_hub'].strip('/')}"
+        for t in list_pretrained_tags_by_model(model)
+    }
+
 
 def config_of(
-    model:str, # of `list_captioners()`
-    positions:int|None=None, # rows of the weights' table of positions, if known
-)->dict[str,Any]: # for `build_coca`
+    model: str,  # of `list_captioners()`
+    positions: int | None = None,  # rows of the weights' table of positions, if known
+) -> dict[str, Any]:  # for `build_coca`
     "The configuration of a captioner; for MobileCLIP2's, inferred (MobileCLIP2 §3.2 names only model and context)"
     from open_clip import get_model_config
-    if model == 'coca_nano': return NANO
+
+    if model == 'coca_nano':
+        return NANO
     cfg = get_model_config('coca_ViT-L-14' if model in MOBILECLIP2 else model)
-    if model not in MOBILECLIP2: return cfg
+    if model not in MOBILECLIP2:
+        return cfg
     named = int(model.rpartition('context')[2])
-    tokens = named if positions == named+1 else named-1         # the class token takes a place of its own, within the count or beyond it
+    tokens = (
+        named if positions == named + 1 else named - 1
+    )  # the class token takes a place of its own, within the count or beyond it
     return cfg | {k: dict(cfg[k], context_length=tokens) for k in ('text_cfg', 'multimodal_cfg')}
 
 # %% ../nbs/41_captioner.ipynb #709e54a4
 def weights_place(
-    spec:CaptionerSpec,
-)->str: # a path, `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
+    spec: CaptionerSpec,
+) -> str:  # a path, `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
     "Where the weights of a captioner are; a tag in any spelling that open_clip takes"
     known, weights = places(spec.model), spec.weights
-    if place := known.get(clean_tag(weights)): return place
-    if is_place(weights) or Path(weights).exists(): return weights
-    raise KeyError(f"No weights {weights!r} for {spec.model}.{near(weights, known)} "
-                   f"Tags: {', '.join(known)}; or pass a path or 'hf-hub:ORG/REPO'")
+    if place := known.get(clean_tag(weights)):
+        return place
+    if is_place(weights) or Path(weights).exists():
+        return weights
+    raise KeyError(
+        f"No weights {weights!r} for {spec.model}.{near(weights, known)} "
+        f"Tags: {', '.join(known)}; or pass a path or 'hf-hub:ORG/REPO'"
+    )
 
 # %% ../nbs/41_captioner.ipynb #9ab15c70
 def _file_settings(
-    spec:CaptionerSpec,
-    path:Path, # of the weights, for errors
-    state:dict[str,Tensor], # the file's tensors
-    about:dict[str,Any], # what a file of ours says about itself; empty for any other
-)->tuple[dict[str,Any],Vocab,Pixels]: # configuration, vocabulary and preprocessing
+    spec: CaptionerSpec,
+    path: Path,  # of the weights, for errors
+    state: dict[str, Tensor],  # the file's tensors
+    about: dict[str, Any],  # what a file of ours says about itself; empty for any other
+) -> tuple[dict[str, Any], Vocab, Pixels]:  # configuration, vocabulary and preprocessing
     "What to build for a file: from the file itself where it is ours, else from the model's name"
     if about.get('kind', 'captioner') != 'captioner' or not about and spec.model == 'coca_nano':
-        raise ValueError(f"{path.name!r} is not a captioner of our own kind, "
-                         "written by save_captioner")
+        raise ValueError(
+            f"{path.name!r} is not a captioner of our own kind, written by save_captioner"
+        )
     if not about:
         cfg = config_of(spec.model, len(state.get('text.positional_embedding', ())) or None)
         side = cfg['vision_cfg']['image_size']
         return cfg, Vocab(), Pixels(side, 'bicubic', OPENAI_MEAN, OPENAI_STD)
     if (model := about.get('model', 'coca_nano')) != spec.model:
-        raise ValueError(f"{path.name!r} holds {model}, but {spec.model!r} was asked for; "
-                         f"load_captioner({model!r}, ...) reads it")
+        raise ValueError(
+            f"{path.name!r} holds {model}, but {spec.model!r} was asked for; "
+            f"load_captioner({model!r}, ...) reads it"
+        )
     return about['cfg'], Vocab(tuple(about['ids'])), Pixels.from_dict(about['pixels'])
 
+
 def load_captioner(
-    spec:CaptionerSpec|str='coca_nano', # or the name of a model
-    weights:str|Path|None=None, # with a name: tag, path or `hf-hub:ORG/REPO[/FILE]`; None: default
-    device:str|None='cpu', # where to; None takes the best there is
-)->Captioner: # in eval mode, float32
+    spec: CaptionerSpec | str = 'coca_nano',  # or the name of a model
+    weights: str
+    | Path
+    | None = None,  # with a name: tag, path or `hf-hub:ORG/REPO[/FILE]`; None: default
+    device: str | None = 'cpu',  # where to; None takes the best there is
+) -> Captioner:  # in eval mode, float32
     "Load a captioner; every tensor is accounted for, or one error lists all that are not"
     if isinstance(spec, str):
         spec = CaptionerSpec(model=spec, weights=str(weights or list(places(spec).values())[-1]))

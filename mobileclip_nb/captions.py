@@ -24,199 +24,271 @@ from .text.tokens import EOT, PAD, SOT, VOCAB, decode, ids_in_use, tokenize
 @dataclass(frozen=True, repr=False)
 class Vocab(Spec, id_name='Vocab'):
     "Which of CLIP's tokens a captioner has rows for; without a list it has them all"
-    ids:tuple[int,...]=() # CLIP ids in the order of their rows, without padding, start and end; empty keeps CLIP's own numbers
 
-    def __post_init__(self)->None:
+    ids: tuple[
+        int, ...
+    ] = ()  # CLIP ids in the order of their rows, without padding, start and end; empty keeps CLIP's own numbers
+
+    def __post_init__(self) -> None:
         wrong = [i for i in self.ids if not 0 < i < SOT]
-        if wrong or len(set(self.ids)) != len(self.ids): raise ValueError(f"ids must be different token ids from 1 to {SOT-1}; look at {wrong[:3] or 'the repeats'}. Vocab.for_texts(texts) makes such a list")
+        if wrong or len(set(self.ids)) != len(self.ids):
+            raise ValueError(
+                f"ids must be different token ids from 1 to {SOT - 1}; look at {wrong[:3] or 'the repeats'}. Vocab.for_texts(texts) makes such a list"
+            )
 
     @classmethod
-    def for_texts(cls,
-        texts:Iterable[str], # what shall be sayable
-    )->Self:
+    def for_texts(
+        cls,
+        texts: Iterable[str],  # what shall be sayable
+    ) -> Self:
         "The vocabulary of some texts"
         return cls(tuple(i for i in ids_in_use(texts) if i not in (PAD, SOT, EOT)))
 
     @property
-    def size(self)->int:
+    def size(self) -> int:
         "Rows: padding, unknown, the list, start, end"
-        return len(self.ids)+4 if self.ids else VOCAB
+        return len(self.ids) + 4 if self.ids else VOCAB
 
     @property
-    def sot(self)->int:
+    def sot(self) -> int:
         "Row of the start token"
-        return self.size-2
+        return self.size - 2
 
     @property
-    def eot(self)->int:
+    def eot(self) -> int:
         "Row of the end token"
-        return self.size-1
+        return self.size - 1
 
     @property
-    def mute(self)->tuple[int,...]:
+    def mute(self) -> tuple[int, ...]:
         "Rows that no caption contains: padding, unknown, start"
         return (PAD, 1, self.sot) if self.ids else (PAD, self.sot)
 
 # %% ../nbs/40_captions.ipynb #89b33056
 def rows_of(
-    vocab:Vocab,
-    texts:str|Iterable[str], # one or many
-    context:int=77, # tokens a row, start and end included
-)->Tensor: # `(B, context)` rows, padded with 0
+    vocab: Vocab,
+    texts: str | Iterable[str],  # one or many
+    context: int = 77,  # tokens a row, start and end included
+) -> Tensor:  # `(B, context)` rows, padded with 0
     "Tokenize texts into a vocabulary's rows"
     tokens = tokenize(texts, context)
-    if not vocab.ids: return tokens
+    if not vocab.ids:
+        return tokens
     table = torch.ones(VOCAB, dtype=torch.long)
-    table[list(vocab.ids)] = torch.arange(len(vocab.ids))+2
+    table[list(vocab.ids)] = torch.arange(len(vocab.ids)) + 2
     table[PAD], table[SOT], table[EOT] = PAD, vocab.sot, vocab.eot
     return table[tokens]
 
+
 def text_of(
-    vocab:Vocab,
-    rows:Tensor|Iterable[int], # `(T,)`; after the end token nothing is read
-)->str: # unknown words are left out
+    vocab: Vocab,
+    rows: Tensor | Iterable[int],  # `(T,)`; after the end token nothing is read
+) -> str:  # unknown words are left out
     "The text that rows stand for: what follows the last start token, up to the first end token"
     rows = [int(r) for r in rows]
-    if vocab.eot in rows: rows = rows[:rows.index(vocab.eot)]
-    if vocab.sot in rows: rows = rows[len(rows)-rows[::-1].index(vocab.sot):]
+    if vocab.eot in rows:
+        rows = rows[: rows.index(vocab.eot)]
+    if vocab.sot in rows:
+        rows = rows[len(rows) - rows[::-1].index(vocab.sot) :]
     said = [r for r in rows if r not in vocab.mute]
-    return decode([vocab.ids[r-2] for r in said] if vocab.ids else said)
+    return decode([vocab.ids[r - 2] for r in said] if vocab.ids else said)
 
 # %% ../nbs/40_captions.ipynb #29defffe
 METHODS = ('top_p', 'top_k', 'beam')
 
+
 @dataclass(frozen=True, repr=False)
 class Sampling(Spec, id_name='Sampling'):
     "How captions are drawn (settings: MobileCLIP2, released generation code)"
-    method:str='top_p' # or `top_k`, `beam`
-    top_p:float=.9 # share of the probability that may be drawn from, 0–1
-    top_k:int=50 # how many tokens may be drawn from
-    beams:int=6 # captions kept side by side
-    temperature:float=1. # below 1 prefers the likely, after the choice of tokens
-    n:int=5 # captions an image
-    length:int=30 # tokens, start and end included
-    min_length:int=5 # tokens before the end token may come, start included
-    repetition:float=1. # above 1 makes tokens that occurred less likely
-    seed:int=0
 
-    def __post_init__(self)->None:
-        if self.method not in METHODS: raise ValueError(f"No method {self.method!r}.{near(self.method, METHODS)} There are {', '.join(METHODS)}.")
-        if not 0 < self.top_p <= 1: raise ValueError(f"top_p={self.top_p} is not above 0 and at most 1")
+    method: str = 'top_p'  # or `top_k`, `beam`
+    top_p: float = 0.9  # share of the probability that may be drawn from, 0–1
+    top_k: int = 50  # how many tokens may be drawn from
+    beams: int = 6  # captions kept side by side
+    temperature: float = 1.0  # below 1 prefers the likely, after the choice of tokens
+    n: int = 5  # captions an image
+    length: int = 30  # tokens, start and end included
+    min_length: int = 5  # tokens before the end token may come, start included
+    repetition: float = 1.0  # above 1 makes tokens that occurred less likely
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"No method {self.method!r}.{near(self.method, METHODS)} There are {', '.join(METHODS)}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not above 0 and at most 1")
         whole = (self.top_k, self.beams, self.n, self.length, self.min_length, self.seed)
-        if not all(isinstance(x, int) for x in whole): raise ValueError(f"top_k, beams, n, length, min_length and seed are whole numbers, not {', '.join(map(repr, whole))}")
-        if min(self.top_k, self.beams, self.n) < 1: raise ValueError(f"top_k={self.top_k}, beams={self.beams} and n={self.n} must be 1 at least")
-        if not (self.temperature > 0 and self.repetition > 0): raise ValueError(f"temperature={self.temperature} and repetition={self.repetition} must be above 0; top_k=1 always takes the likeliest")
-        if not 1 <= self.min_length < self.length: raise ValueError(f"min_length={self.min_length} and length={self.length}: tokens are counted with the start token, and the end token needs room")
-        if self.method == 'beam' and self.n > self.beams: raise ValueError(f"{self.beams} beams cannot give n={self.n} captions; use beams={self.n} or more")
+        if not all(isinstance(x, int) for x in whole):
+            raise ValueError(
+                f"top_k, beams, n, length, min_length and seed are whole numbers, not {', '.join(map(repr, whole))}"
+            )
+        if min(self.top_k, self.beams, self.n) < 1:
+            raise ValueError(
+                f"top_k={self.top_k}, beams={self.beams} and n={self.n} must be 1 at least"
+            )
+        if not (self.temperature > 0 and self.repetition > 0):
+            raise ValueError(
+                f"temperature={self.temperature} and repetition={self.repetition} must be above 0; top_k=1 always takes the likeliest"
+            )
+        if not 1 <= self.min_length < self.length:
+            raise ValueError(
+                f"min_length={self.min_length} and length={self.length}: tokens are counted with the start token, and the end token needs room"
+            )
+        if self.method == 'beam' and self.n > self.beams:
+            raise ValueError(
+                f"{self.beams} beams cannot give n={self.n} captions; use beams={self.n} or more"
+            )
+
 
 GREEDY = Sampling(method='top_k', top_k=1, n=1)
 
 # %% ../nbs/40_captions.ipynb #16a98fae
 def allowed(
-    logits:Tensor, # `(R, V)`
-    said:Tensor, # `(R, T)` rows so far, with the start
-    vocab:Vocab,
-    s:Sampling,
-)->Tensor: # `(R, V)` float32; minus infinity where nothing may be drawn
+    logits: Tensor,  # `(R, V)`
+    said: Tensor,  # `(R, T)` rows so far, with the start
+    vocab: Vocab,
+    s: Sampling,
+) -> Tensor:  # `(R, V)` float32; minus infinity where nothing may be drawn
     "Forbid what may not come next, and weaken what came before"
     logits, end = logits.float().clone(), vocab.eot
     if s.repetition != 1:
         old = logits.gather(1, said)
-        logits.scatter_(1, said, torch.where(old < 0, old*s.repetition, old/s.repetition))
+        logits.scatter_(1, said, torch.where(old < 0, old * s.repetition, old / s.repetition))
     logits[:, list(vocab.mute)] = -torch.inf
-    if said.shape[1] < s.min_length: logits[:, end] = -torch.inf
-    if said.shape[1] >= s.length-1: logits[:, :end] = -torch.inf
+    if said.shape[1] < s.min_length:
+        logits[:, end] = -torch.inf
+    if said.shape[1] >= s.length - 1:
+        logits[:, :end] = -torch.inf
     return logits
 
 # %% ../nbs/40_captions.ipynb #86897ff1
 def kept(
-    logits:Tensor, # `(R, V)` of `allowed`
-    s:Sampling, # method `top_p` or `top_k`
-)->tuple[Tensor,Tensor]: # probabilities `(R, K)`, falling, rows sum to 1, and the rows of the vocabulary they belong to
+    logits: Tensor,  # `(R, V)` of `allowed`
+    s: Sampling,  # method `top_p` or `top_k`
+) -> tuple[
+    Tensor, Tensor
+]:  # probabilities `(R, K)`, falling, rows sum to 1, and the rows of the vocabulary they belong to
     "What may be drawn, sorted"
     if s.method == 'top_k':
         top, at = logits.topk(min(s.top_k, logits.shape[1]))
         p = top.softmax(-1)
     else:
         p, at = logits.softmax(-1).sort(descending=True, stable=True)
-        p = p*((p.cumsum(-1)-p) < s.top_p)                  # a token stays while those before it hold less than top_p
-    p = (p/p[:, :1])**(1/s.temperature)                     # the likeliest stays 1, or a low temperature would leave nothing
-    return p/p.sum(-1, keepdim=True), at
+        p = p * (
+            (p.cumsum(-1) - p) < s.top_p
+        )  # a token stays while those before it hold less than top_p
+    p = (p / p[:, :1]) ** (
+        1 / s.temperature
+    )  # the likeliest stays 1, or a low temperature would leave nothing
+    return p / p.sum(-1, keepdim=True), at
+
 
 def chosen(
-    logits:Tensor, # `(R, V)` of `allowed`
-    u:Tensor, # `(R,)` uniform draws, 0–1
-    s:Sampling, # method `top_p` or `top_k`
-)->Tensor: # `(R,)` rows of the vocabulary
+    logits: Tensor,  # `(R, V)` of `allowed`
+    u: Tensor,  # `(R,)` uniform draws, 0–1
+    s: Sampling,  # method `top_p` or `top_k`
+) -> Tensor:  # `(R,)` rows of the vocabulary
     "Draw one token a row, by the place of `u` in the sorted distribution"
     p, at = kept(logits, s)
-    place = (p.double().cumsum(-1) <= u[:, None].double()).sum(-1).clamp(max=(p > 0).sum(-1)-1)
+    place = (p.double().cumsum(-1) <= u[:, None].double()).sum(-1).clamp(max=(p > 0).sum(-1) - 1)
     return at.gather(1, place[:, None])[:, 0]
 
 # %% ../nbs/40_captions.ipynb #133873e9
 def draws(
-    seed:int, # of the sampling
-    key:str, # of the image
-    index:int, # of the caption, from 0
-    n:int, # how many numbers
-)->list[float]: # uniform, 0–1
+    seed: int,  # of the sampling
+    key: str,  # of the image
+    index: int,  # of the caption, from 0
+    n: int,  # how many numbers
+) -> list[float]:  # uniform, 0–1
     "Random numbers of one caption; nothing but the arguments decides them"
     said = json.dumps([seed, key, index]).encode()
     rng = random.Random(int.from_bytes(hashlib.sha256(said).digest()[:8], 'big'))
     return [rng.random() for _ in range(n)]
 
 # %% ../nbs/40_captions.ipynb #c30ad6f4
-ABBREVIATIONS = frozenset('mr mrs ms dr st mt ft jr sr vs no vol fig approx dept ave blvd rd prof gen col sgt lt capt rev gov inc ltd corp oz lb lbs '
-                          'jan feb aug sept oct nov dec ca cf al'.split())
-_TORN = ((r'(\d) ?\. ?(?=\d)', r'\1.'), (r"(\w) ' ?(s|t|re|ve|m|ll|d)\b", r"\1'\2"), (r'(\w) - (?=\w)', r'\1-'), (r'(?<=\w) (?=[,;:!?)](?: |$))', ''), (r'(?<!\S)\( (?=\w)', '('))
+ABBREVIATIONS = frozenset(
+    'mr mrs ms dr st mt ft jr sr vs no vol fig approx dept ave blvd rd prof gen col sgt lt capt rev gov inc ltd corp oz lb lbs '
+    'jan feb aug sept oct nov dec ca cf al'.split()
+)
+_TORN = (
+    (r'(\d) ?\. ?(?=\d)', r'\1.'),
+    (r"(\w) ' ?(s|t|re|ve|m|ll|d)\b", r"\1'\2"),
+    (r'(\w) - (?=\w)', r'\1-'),
+    (r'(?<=\w) (?=[,;:!?)](?: |$))', ''),
+    (r'(?<!\S)\( (?=\w)', '('),
+)
+
 
 def _ends(
-    text:str, # single spaces
-    at:int, # of a full stop in it
-)->bool:
+    text: str,  # single spaces
+    at: int,  # of a full stop in it
+) -> bool:
     "Whether a full stop ends a sentence"
-    before, after = text[:at].rstrip(), text[at+1:].lstrip()
+    before, after = text[:at].rstrip(), text[at + 1 :].lstrip()
     word = re.search(r"[^\W\d_]*$", before)[0].lower()
-    if not re.search(r'\w', before): return False
-    if after[:1].isdigit() and (before[-1:].isdigit() or word == 'no'): return False
-    if len(word) == 1 or word in ABBREVIATIONS - {'no'}: return False
-    return not (text[at-1:at].isalnum() and text[at+1:at+2].isalnum())
+    if not re.search(r'\w', before):
+        return False
+    if after[:1].isdigit() and (before[-1:].isdigit() or word == 'no'):
+        return False
+    if len(word) == 1 or word in ABBREVIATIONS - {'no'}:
+        return False
+    return not (text[at - 1 : at].isalnum() and text[at + 1 : at + 2].isalnum())
 
 # %% ../nbs/40_captions.ipynb #792a9d97
 def clean_caption(
-    text:str, # as a captioner wrote it, markers of start and end or not
-    fallback:str='a picture', # taken if nothing is left
-)->str: # one sentence, without its full stop; never empty
+    text: str,  # as a captioner wrote it, markers of start and end or not
+    fallback: str = 'a picture',  # taken if nothing is left
+) -> str:  # one sentence, without its full stop; never empty
     "The first sentence of a caption, with decimals and abbreviations whole"
     text = ' '.join(text.split('<end_of_text>')[0].split('<start_of_text>')[-1].split())
     stop = next((m.start() for m in re.finditer(r'\.', text) if _ends(text, m.start())), len(text))
     text = text[:stop]
-    for torn, mended in _TORN: text = re.sub(torn, mended, text)
-    text = re.sub(r'\b((?:[^\W\d_] ?\. ?)+)', lambda m: m[1].replace(' ', '') + ' ', text)              # u . s . flag
-    text = re.sub(r'\b([^\W\d_]{2,}) \.', r'\1.', text)                                                   # mr . smith
-    text = re.sub(r'^(?:[ ,;:!?)]|[.-](?!\d))+', '', ' '.join(text.split())).rstrip(' ,;:-(')              # .5 and -5 keep their signs
-    if re.search(r'\w', text): return text
-    if not re.search(r'\w', fallback): raise ValueError(f"Nothing is left of a caption, and fallback={fallback!r} says nothing either; give a fallback with a word")
+    for torn, mended in _TORN:
+        text = re.sub(torn, mended, text)
+    text = re.sub(
+        r'\b((?:[^\W\d_] ?\. ?)+)', lambda m: m[1].replace(' ', '') + ' ', text
+    )  # u . s . flag
+    text = re.sub(r'\b([^\W\d_]{2,}) \.', r'\1.', text)  # mr . smith
+    text = re.sub(r'^(?:[ ,;:!?)]|[.-](?!\d))+', '', ' '.join(text.split())).rstrip(
+        ' ,;:-('
+    )  # .5 and -5 keep their signs
+    if re.search(r'\w', text):
+        return text
+    if not re.search(r'\w', fallback):
+        raise ValueError(
+            f"Nothing is left of a caption, and fallback={fallback!r} says nothing either; give a fallback with a word"
+        )
     return fallback
 
 # %% ../nbs/40_captions.ipynb #a6c69188
 class Diversity(NamedTuple):
     "How varied the captions of an image are, mean over images; all are shares, 0–1"
-    distinct_1:float # different words over words
-    distinct_2:float # different pairs of neighboring words over such pairs
-    self_similarity:float # words two captions share over words they have (Jaccard), mean over pairs of captions
-    repeats:float # captions that an earlier caption of the same image said already
+
+    distinct_1: float  # different words over words
+    distinct_2: float  # different pairs of neighboring words over such pairs
+    self_similarity: float  # words two captions share over words they have (Jaccard), mean over pairs of captions
+    repeats: float  # captions that an earlier caption of the same image said already
+
 
 def diversity(
-    captions:Sequence[Sequence[str]], # of each image
-)->Diversity:
+    captions: Sequence[Sequence[str]],  # of each image
+) -> Diversity:
     "Measure how much the captions of one image differ, on average over images"
-    if not captions or not all(captions): raise ValueError("Every image needs a caption; leave out those without")
+    if not captions or not all(captions):
+        raise ValueError("Every image needs a caption; leave out those without")
     rows = []
     for texts in captions:
         words = [re.findall(r"[\w'.-]+", t.lower()) for t in texts]
         grams = [[w for ws in words for w in ws], [g for ws in words for g in zip(ws, ws[1:])]]
         pairs = [(set(a), set(b)) for a, b in combinations(words, 2)]
-        alike = [len(a & b)/len(a | b) if a | b else 1. for a, b in pairs]
-        rows.append([*(len(set(g))/len(g) if g else 0. for g in grams), sum(alike)/len(alike) if alike else 0., 1-len(set(map(tuple, words)))/len(words)])
-    return Diversity(*(sum(c)/len(c) for c in zip(*rows)))
+        alike = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]
+        rows.append(
+            [
+                *(len(set(g)) / len(g) if g else 0.0 for g in grams),
+                sum(alike) / len(alike) if alike else 0.0,
+                1 - len(set(map(tuple, words))) / len(words),
+            ]
+        )
+    return Diversity(*(sum(c) / len(c) for c in zip(*rows)))

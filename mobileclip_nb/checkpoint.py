@@ -18,80 +18,120 @@ from .blocks.fold import fold
 from .clip import CLIP
 from .core import near, pick_device, whole
 from .image.vit import ViTSpec
-from .keys import form_of, from_native, naming_of, publish, recognize, to_native, unfold
+from mobileclip_nb.keys import (
+    form_of,
+    from_native,
+    naming_of,
+    publish,
+    recognize,
+    to_native,
+    unfold,
+)
 from .pixels import Pixels
 from .zoo import Record, build, image_spec, record
 
 # %% ../nbs/34_checkpoint.ipynb #9d4c4563
 SUFFIXES = ('.safetensors', '.pt', '.pth', '.bin')
 WRAPPERS = ('state_dict', 'model', 'model_state_dict')
-ABOUT = 'mobileclip_nb' # key of what a file of ours says about itself
+ABOUT = 'mobileclip_nb'  # key of what a file of ours says about itself
 
-def _load(path:Path)->tuple[dict,dict[str,str]]: # whatever the file holds, and its metadata
+
+def _load(path: Path) -> tuple[dict, dict[str, str]]:  # whatever the file holds, and its metadata
     "Open a file without running anything in it"
     if path.suffix.lower() == '.safetensors':
         from safetensors import safe_open
-        with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+
+        with safe_open(path, 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     found = torch.load(path, map_location='cpu', weights_only=True)
     about = found.get(ABOUT) if isinstance(found, dict) else None
     return found, {ABOUT: about} if isinstance(about, str) else {}
 
-def _tensors(found:object)->dict[str,Tensor]: # empty if there are none
+
+def _tensors(found: object) -> dict[str, Tensor]:  # empty if there are none
     "Take off wrappers and prefixes"
-    while isinstance(found, dict) and (w := next((w for w in WRAPPERS if isinstance(found.get(w), dict)), None)): found = found[w]
-    if not isinstance(found, dict): return {}
+    while isinstance(found, dict) and (
+        w := next((w for w in WRAPPERS if isinstance(found.get(w), dict)), None)
+    ):
+        found = found[w]
+    if not isinstance(found, dict):
+        return {}
     state = {str(k): t for k, t in found.items() if isinstance(t, Tensor)}
     for prefix in ('module.', '_orig_mod.'):
-        if state and all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: t for k, t in state.items()}
+        if state and all(k.startswith(prefix) for k in state):
+            state = {k[len(prefix) :]: t for k, t in state.items()}
     return state
 
 # %% ../nbs/34_checkpoint.ipynb #69fc9988
 def read_state(
-    path:str|Path, # a weight file
-)->tuple[dict[str,Tensor],dict[str,str]]: # name to tensor as they stand in the file, and the file's metadata
+    path: str | Path,  # a weight file
+) -> tuple[
+    dict[str, Tensor], dict[str, str]
+]:  # name to tensor as they stand in the file, and the file's metadata
     "Read tensors, and only tensors, from a file"
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"No weight file {str(path)!r}; pass a path to one, a tag, or 'hf-hub:ORG/REPO'")
-    try: found, meta = _load(path)
-    except Exception as e:                              # each library has its own exceptions for damaged bytes
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No weight file {str(path)!r}; pass a path to one, a tag, or 'hf-hub:ORG/REPO'"
+        )
+    try:
+        found, meta = _load(path)
+    except Exception as e:  # each library has its own exceptions for damaged bytes
         said = str(e)
-        if 'TorchScript' in said or re.search(r'(?i)unsupported (global|class)|trying to (call|instantiate)', said):
-            raise ValueError(f"{str(path)!r} holds code, not only tensors, and is not opened. Have its maker save `model.state_dict()`, best as safetensors") from e
-        raise ValueError(f"{str(path)!r} is no weight file, a pickle that torch does not read without running it, or was cut short ({type(e).__name__}); fetch it again and compare sizes, or ask its maker for safetensors") from e
+        if 'TorchScript' in said or re.search(
+            r'(?i)unsupported (global|class)|trying to (call|instantiate)', said
+        ):
+            raise ValueError(
+                f"{str(path)!r} holds code, not only tensors, and is not opened. Have its maker save `model.state_dict()`, best as safetensors"
+            ) from e
+        raise ValueError(
+            f"{str(path)!r} is no weight file, a pickle that torch does not read without running it, or was cut short ({type(e).__name__}); fetch it again and compare sizes, or ask its maker for safetensors"
+        ) from e
     state = _tensors(found)
-    if not state: raise ValueError(f"{str(path)!r} holds no tensors by name; a weight file is a dictionary of them")
+    if not state:
+        raise ValueError(
+            f"{str(path)!r} holds no tensors by name; a weight file is a dictionary of them"
+        )
     return state, meta
 
 # %% ../nbs/34_checkpoint.ipynb #0288a0db
 def hub_names(
-    repo:str, # `ORG/REPO`
-)->list[str]: # file names, the likeliest first
+    repo: str,  # `ORG/REPO`
+) -> list[str]:  # file names, the likeliest first
     "Names under which a hub repository may keep its weights"
     name = repo.partition('/')[2]
     apple = re.sub(r'_(lt|14)$', r'\1', name.lower().removesuffix('-openclip').replace('-', '_'))
     own = [name, 'mobileclip2_coca'] if name.startswith('mobileclip2_coca_') else [apple]
-    shared = ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin'] # what open_clip tries
+    shared = ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin']  # what open_clip tries
     return [*shared, *(f'{n}.pt' for n in own), 'model.safetensors']
 
-def _download(repo:str, names:list[str])->Path: # of the first name that the repository has
+
+def _download(repo: str, names: list[str]) -> Path:  # of the first name that the repository has
     "Ask the hub for one name after the other; FileNotFoundError if it has none of them"
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     for f in names:
-        try: return Path(huggingface_hub.hf_hub_download(repo, f))
-        except LocalEntryNotFoundError: raise # offline; it is also an EntryNotFoundError
-        except EntryNotFoundError: continue
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, f))
+        except LocalEntryNotFoundError:
+            raise  # offline; it is also an EntryNotFoundError
+        except EntryNotFoundError:
+            continue
     raise FileNotFoundError('the repository has none of them')
 
+
 def fetch_hub(
-    place:str, # `hf-hub:ORG/REPO` or `hf-hub:ORG/REPO/FILE`
-)->Path: # of the file in the hub's cache
+    place: str,  # `hf-hub:ORG/REPO` or `hf-hub:ORG/REPO/FILE`
+) -> Path:  # of the file in the hub's cache
     "Fetch weights from the hub, or find them in its cache"
     from huggingface_hub import try_to_load_from_cache
+
     parts = place.removeprefix('hf-hub:').strip('/').split('/')
     if len(parts) < 2:
-        raise ValueError(f"{place!r} names no repository; "
-                         "write 'hf-hub:ORG/REPO' or 'hf-hub:ORG/REPO/FILE'")
+        raise ValueError(
+            f"{place!r} names no repository; write 'hf-hub:ORG/REPO' or 'hf-hub:ORG/REPO/FILE'"
+        )
     repo, file = '/'.join(parts[:2]), '/'.join(parts[2:])
     names = [file] if file else hub_names(repo)
     try:
@@ -101,188 +141,281 @@ def fetch_hub(
     except (OSError, ValueError) as e:
         said = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
         other = f"name its file, 'hf-hub:{repo}/FILE'"
-        if file: other = f"leave out the file name to try {', '.join(hub_names(repo))}"
-        raise OSError(f"Cannot get weights from the hub repository {repo!r}: "
-                      f"tried {', '.join(names)} ({said}). Check name and connection, {other}, "
-                      "or download the file by other means and pass its path") from e
+        if file:
+            other = f"leave out the file name to try {', '.join(hub_names(repo))}"
+        raise OSError(
+            f"Cannot get weights from the hub repository {repo!r}: "
+            f"tried {', '.join(names)} ({said}). Check name and connection, {other}, "
+            "or download the file by other means and pass its path"
+        ) from e
 
 # %% ../nbs/34_checkpoint.ipynb #479b1461
 def locate(
-    place:str|Path, # a path, `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
-)->Path: # of a file on this machine
+    place: str | Path,  # a path, `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
+) -> Path:  # of a file on this machine
     "Find a weight file, fetching it if need be"
-    if str(place).startswith('hf-hub:'): return fetch_hub(str(place))
-    if not str(place).startswith('package:'): return Path(place)
-    f = Path(str(files('mobileclip_nb')/str(place).removeprefix('package:')))
-    if not f.is_file(): raise FileNotFoundError(f"The weights {f.name!r} are not part of this installation; reinstall mobileclip_nb, or train them with `make weights`")
+    if str(place).startswith('hf-hub:'):
+        return fetch_hub(str(place))
+    if not str(place).startswith('package:'):
+        return Path(place)
+    f = Path(str(files('mobileclip_nb') / str(place).removeprefix('package:')))
+    if not f.is_file():
+        raise FileNotFoundError(
+            f"The weights {f.name!r} are not part of this installation; reinstall mobileclip_nb, or train them with `make weights`"
+        )
     return f
 
 # %% ../nbs/34_checkpoint.ipynb #158794dd
-def _listed(what:str, lines:list[str], cap:int=100)->list[str]: # of a report
+def _listed(what: str, lines: list[str], cap: int = 100) -> list[str]:  # of a report
     "A headed list, cut where it gets long"
-    more = [f'  ... and {len(lines)-cap} more'] if len(lines) > cap else []
+    more = [f'  ... and {len(lines) - cap} more'] if len(lines) > cap else []
     return [f'{len(lines)} {what}:', *(f'  {l}' for l in lines[:cap]), *more] if lines else []
 
+
 def complaint(
-    offered:dict[str,Tensor], # native names, the model's form
-    wanted:dict[str,Tensor], # the model's tensors
-    unknown:list[str]=(), # names in the file that no rule translates
-    names:dict[str,str]|None=None, # native name to name in the file
-)->str: # empty if all is well
+    offered: dict[str, Tensor],  # native names, the model's form
+    wanted: dict[str, Tensor],  # the model's tensors
+    unknown: list[str] = (),  # names in the file that no rule translates
+    names: dict[str, str] | None = None,  # native name to name in the file
+) -> str:  # empty if all is well
     "Everything that keeps a file from filling a model"
     names = names or {}
-    def both(k:str)->str: return f'{names[k]} ({k})' if names.get(k, k) != k else k
+
+    def both(k: str) -> str:
+        return f'{names[k]} ({k})' if names.get(k, k) != k else k
+
     missing = [k for k in wanted if k not in offered]
     extra = [*unknown, *(k for k in offered if k not in wanted)]
-    shapes = [f'{both(k)}: {tuple(offered[k].shape)} in the file, {tuple(t.shape)} in the model'
-              for k, t in wanted.items() if k in offered and offered[k].shape != t.shape]
+    shapes = [
+        f'{both(k)}: {tuple(offered[k].shape)} in the file, {tuple(t.shape)} in the model'
+        for k, t in wanted.items()
+        if k in offered and offered[k].shape != t.shape
+    ]
     extra = [names.get(k, k) + (near(k, missing) if i < 8 else '') for i, k in enumerate(extra)]
-    return '\n'.join(_listed('missing', missing) + _listed('left over', extra) + _listed('of another shape', shapes))
+    return '\n'.join(
+        _listed('missing', missing)
+        + _listed('left over', extra)
+        + _listed('of another shape', shapes)
+    )
 
 # %% ../nbs/34_checkpoint.ipynb #7d5677ae
-def _check_stem(r:Record|None, naming:str, what:str)->None: # of a model; of a file; how the file is called in the error
+def _check_stem(
+    r: Record | None, naming: str, what: str
+) -> None:  # of a model; of a file; how the file is called in the error
     "Refuse a conv-stem ViT in the form that does not go with a naming"
     spec = image_spec(r) if r else None
-    if not isinstance(spec, ViTSpec) or not spec.conv_stem or naming == 'native': return
+    if not isinstance(spec, ViTSpec) or not spec.conv_stem or naming == 'native':
+        return
     want = 1 if naming == 'apple' else 0
     if spec.pad != want:
-        raise ValueError(f"{what}: the naming {naming!r} goes with a first convolution padded by {want}, this model pads by {spec.pad}. Build it from "
-                         f"record({r.name!r}).but(image={'vit_b16_v1' if want else 'vit_b16'!r}), or use naming='native'")
+        raise ValueError(
+            f"{what}: the naming {naming!r} goes with a first convolution padded by {want}, this model pads by {spec.pad}. Build it from "
+            f"record({r.name!r}).but(image={'vit_b16_v1' if want else 'vit_b16'!r}), or use naming='native'"
+        )
 
-def _fill(model:CLIP, path:Path, state:dict[str,Tensor])->CLIP: # `model` itself
+
+def _fill(model: CLIP, path: Path, state: dict[str, Tensor]) -> CLIP:  # `model` itself
     "Fill `model` from tensors read from `path`"
-    try: naming = naming_of(list(state))
-    except ValueError as e: raise ValueError(f"{str(path)!r}: {e}") from None
+    try:
+        naming = naming_of(list(state))
+    except ValueError as e:
+        raise ValueError(f"{str(path)!r}: {e}") from None
     _check_stem(model.record, naming, str(path))
     got, wanted = to_native(state, naming), model.state_dict()
     have, want = form_of(got.state), form_of(wanted)
     ready = got.state
-    if have != 'train' and want == 'train': ready = unfold(got.state, wanted)
+    if have != 'train' and want == 'train':
+        ready = unfold(got.state, wanted)
     if want == 'folded' and have != 'folded':
-        if model.record is None: raise ValueError("A folded model without a record cannot be filled from an unfolded file; fill the unfolded one, then fold")
+        if model.record is None:
+            raise ValueError(
+                "A folded model without a record cannot be filled from an unfolded file; fill the unfolded one, then fold"
+            )
         ready = fold(_fill(build(model.record, empty=True), path, state).eval()).state_dict()
     if said := complaint(ready, wanted, got.unknown, got.names):
         seen = recognize(state)
         looks = ' or '.join(seen.models) or 'no model of the zoo'
-        raise ValueError(f"{str(path)!r} does not fit {getattr(model.record, 'name', '') or 'this model'}.\n{said}\n"
-                         f"The file has {seen.naming} names in {seen.form} form and looks like {looks}")
+        raise ValueError(
+            f"{str(path)!r} does not fit {getattr(model.record, 'name', '') or 'this model'}.\n{said}\n"
+            f"The file has {seen.naming} names in {seen.form} form and looks like {looks}"
+        )
     model.load_state_dict(ready)
     return model
 
 # %% ../nbs/34_checkpoint.ipynb #02cd75c7
 def load_weights(
-    model:CLIP, # train form or folded; train or eval mode
-    place:str|Path, # a path, `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
-)->CLIP: # `model` itself
+    model: CLIP,  # train form or folded; train or eval mode
+    place: str | Path,  # a path, `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
+) -> CLIP:  # `model` itself
     "Fill `model` in place; every tensor is accounted for, or one error lists all that are not"
     path = locate(place)
     state, meta = read_state(path)
     stored, r = stored_record(meta, path), model.record
-    if stored and r and (other := [k for k in ('image', 'text', 'embed_dim') if _tower(stored, k) != _tower(r, k)]):
-        raise ValueError(f"{str(path)!r} holds {stored.name} with another {' and '.join(other)} than this model, and some of the difference does not show "
-                         f"in the shapes; let the file tell: create_model({str(place)!r})")
+    if (
+        stored
+        and r
+        and (
+            other := [
+                k for k in ('image', 'text', 'embed_dim') if _tower(stored, k) != _tower(r, k)
+            ]
+        )
+    ):
+        raise ValueError(
+            f"{str(path)!r} holds {stored.name} with another {' and '.join(other)} than this model, and some of the difference does not show "
+            f"in the shapes; let the file tell: create_model({str(place)!r})"
+        )
     _fill(model, path, state)
-    if stored: model.record = stored
+    if stored:
+        model.record = stored
     return model
 
-def _tower(r:Record, part:str)->object: # comparable
+
+def _tower(r: Record, part: str) -> object:  # comparable
     "One of the fields that make a model's towers"
     return image_spec(r) if part == 'image' else getattr(r, part)
 
+
 def stored_record(
-    meta:dict[str,str], # that came with a file's tensors
-    path:str|Path='this file', # for the error
-)->Record|None: # None if it holds none
+    meta: dict[str, str],  # that came with a file's tensors
+    path: str | Path = 'this file',  # for the error
+) -> Record | None:  # None if it holds none
     "The record that a native file carries"
-    if ABOUT not in meta: return None
-    try: return Record.from_dict(json.loads(meta[ABOUT])['record'])
+    if ABOUT not in meta:
+        return None
+    try:
+        return Record.from_dict(json.loads(meta[ABOUT])['record'])
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{str(path)!r} carries a record that cannot be read ({type(e).__name__}: {e}); a newer mobileclip_nb may have written it, update yours") from e
+        raise ValueError(
+            f"{str(path)!r} carries a record that cannot be read ({type(e).__name__}: {e}); a newer mobileclip_nb may have written it, update yours"
+        ) from e
 
 # %% ../nbs/34_checkpoint.ipynb #ebb352a6
 def tensors_of(
-    model:CLIP, # train form or folded
-    naming:str='native', # `native`, `open_clip` or `apple`
-)->dict[str,Tensor]: # contiguous, on the CPU
+    model: CLIP,  # train form or folded
+    naming: str = 'native',  # `native`, `open_clip` or `apple`
+) -> dict[str, Tensor]:  # contiguous, on the CPU
     "The tensors of a model under the names of a naming"
     state = model.state_dict()
     _check_stem(model.record, naming, 'Saving')
     if naming != 'native' and form_of(state) == 'folded':
-        if model.record is None: raise ValueError("A folded model without a record can only be saved with naming='native'")
+        if model.record is None:
+            raise ValueError(
+                "A folded model without a record can only be saved with naming='native'"
+            )
         twin = build(model.record, empty=True)
         twin.load_state_dict(unfold(state, twin.state_dict()))
         state = publish(twin.eval())
     return {k: t.detach().cpu().contiguous() for k, t in from_native(state, naming).items()}
 
+
 def save_weights(
-    model:CLIP, # train form or folded
-    path:str|Path, # ends in .safetensors, .pt, .pth or .bin
-    naming:str='native', # or `open_clip`, `apple`
-    dtype:torch.dtype|None=None, # of floating-point tensors in the file; None keeps the model's
-    run:dict[str,object]|None=None, # JSON: what made the weights; kept beside the record
-)->Path: # `path`
+    model: CLIP,  # train form or folded
+    path: str | Path,  # ends in .safetensors, .pt, .pth or .bin
+    naming: str = 'native',  # or `open_clip`, `apple`
+    dtype: torch.dtype
+    | None = None,  # of floating-point tensors in the file; None keeps the model's
+    run: dict[str, object] | None = None,  # JSON: what made the weights; kept beside the record
+) -> Path:  # `path`
     "Write a weight file, whole or not at all"
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES: raise ValueError(f"Cannot tell how to write {path.name!r}; end it in {', '.join(SUFFIXES)}")
-    state = {k: t.to(dtype) if dtype and t.is_floating_point() else t for k, t in tensors_of(model, naming).items()}
-    said = dict(record=model.record.to_dict()) | (dict(run=run) if run else {}) if model.record else {}
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"Cannot tell how to write {path.name!r}; end it in {', '.join(SUFFIXES)}")
+    state = {
+        k: t.to(dtype) if dtype and t.is_floating_point() else t
+        for k, t in tensors_of(model, naming).items()
+    }
+    said = (
+        dict(record=model.record.to_dict()) | (dict(run=run) if run else {}) if model.record else {}
+    )
     about = {ABOUT: json.dumps(said, sort_keys=True)} if naming == 'native' and said else {}
     with whole(path) as tmp:
         if path.suffix.lower() == '.safetensors':
             from safetensors.torch import save_file
+
             save_file(state, tmp, dict(format='pt') | about)
-        else: torch.save(dict(state_dict=state) | about if about else state, tmp)
+        else:
+            torch.save(dict(state_dict=state) | about if about else state, tmp)
     return path
 
 # %% ../nbs/34_checkpoint.ipynb #adb96d02
 def is_place(
-    name:str|Path, # of a model, or a place of weights
-)->bool: # True for `hf-hub:...`, `package:...` and whatever ends like a weight file, there or not
+    name: str | Path,  # of a model, or a place of weights
+) -> (
+    bool
+):  # True for `hf-hub:...`, `package:...` and whatever ends like a weight file, there or not
     "Tell a place of weights from a name"
-    return str(name).startswith(('hf-hub:', 'package:')) or Path(str(name)).suffix.lower() in SUFFIXES
+    return (
+        str(name).startswith(('hf-hub:', 'package:')) or Path(str(name)).suffix.lower() in SUFFIXES
+    )
+
 
 def clean_tag(
-    tag:str|Path, # of weights, in any spelling; a place goes through as well and matches no tag
-)->str: # lower case, with underscores
+    tag: str | Path,  # of weights, in any spelling; a place goes through as well and matches no tag
+) -> str:  # lower case, with underscores
     "Spell a tag of weights as open_clip's tables do"
     return str(tag).lower().replace('-', '_')
 
-def _told(place:str|Path)->tuple[Record,str|Path]: # a record, and the place of the weights
+
+def _told(place: str | Path) -> tuple[Record, str | Path]:  # a record, and the place of the weights
     "Ask a place which model it holds"
     if str(place).startswith('hf-hub:'):
-        try: return record('/'.join(str(place).split('/')[:2])), place
-        except KeyError: pass                           # no repository of the zoo's; its file must tell
-    path = locate(place); state, meta = read_state(path)
+        try:
+            return record('/'.join(str(place).split('/')[:2])), place
+        except KeyError:
+            pass  # no repository of the zoo's; its file must tell
+    path = locate(place)
+    state, meta = read_state(path)
     stored = stored_record(meta, path)
     fit = [stored] if stored else [record(n) for n in recognize(state).models]
-    if len(fit) != 1: raise ValueError(f"{str(place)!r} fits {' or '.join(r.name for r in fit) or 'no model of the zoo'}; name one: create_model(NAME, {str(place)!r})")
+    if len(fit) != 1:
+        raise ValueError(
+            f"{str(place)!r} fits {' or '.join(r.name for r in fit) or 'no model of the zoo'}; name one: create_model(NAME, {str(place)!r})"
+        )
     return fit[0], path
 
-def _wanted(name:str|Path, weights:str|Path|None)->tuple[Record,str|Path|None]: # a record, and the place of the weights
+
+def _wanted(
+    name: str | Path, weights: str | Path | None
+) -> tuple[Record, str | Path | None]:  # a record, and the place of the weights
     "Resolve name and weights"
-    if weights is None and is_place(name): return _told(name)
+    if weights is None and is_place(name):
+        return _told(name)
     tag = None if weights is None else clean_tag(weights)
     r = record(str(name), tag)
-    if tag is None or tag in r.weights: return r, r.weights.get(tag)
-    if is_place(weights) or Path(weights).exists(): return r, weights
-    raise KeyError(f"No weights {weights!r} for {r.name}.{near(weights, r.weights)} Tags: {', '.join(r.weights)}; or pass a path or 'hf-hub:ORG/REPO'")
+    if tag is None or tag in r.weights:
+        return r, r.weights.get(tag)
+    if is_place(weights) or Path(weights).exists():
+        return r, weights
+    raise KeyError(
+        f"No weights {weights!r} for {r.name}.{near(weights, r.weights)} Tags: {', '.join(r.weights)}; or pass a path or 'hf-hub:ORG/REPO'"
+    )
 
-def _as_found(r:Record, state:dict[str,Tensor], meta:dict[str,str], path:Path)->Record: # the record to build from
+
+def _as_found(
+    r: Record, state: dict[str, Tensor], meta: dict[str, str], path: Path
+) -> Record:  # the record to build from
     "Let the file correct the record where it knows better"
     stored = stored_record(meta, path)
-    if stored and stored.name != r.name: raise ValueError(f"{str(path)!r} holds {stored.name}, not {r.name}; create_model({stored.name!r}, ...) or create_model({str(path)!r})")
-    if stored: return stored
+    if stored and stored.name != r.name:
+        raise ValueError(
+            f"{str(path)!r} holds {stored.name}, not {r.name}; create_model({stored.name!r}, ...) or create_model({str(path)!r})"
+        )
+    if stored:
+        return stored
     apple_vit = r.image == 'vit_b16' and any(k.startswith('image_encoder.') for k in state)
     return r.but(image='vit_b16_v1') if apple_vit else r
 
 # %% ../nbs/34_checkpoint.ipynb #8f99559a
 def create_model(
-    name:str|Path, # of a model in any spelling, or a weight file or `hf-hub:ORG/REPO[/FILE]` that tells its model
-    weights:str|Path|None=None, # a tag (`datacompdr`, `dfndr2b`, `emoji`, ...), a path, `hf-hub:ORG/REPO[/FILE]`; None is random
-    folded:bool=False, # without branches and batch normalization: faster, for inference only
-    device:str|None=None, # `cpu`, `cuda`, `mps`; None is the CPU
-    dtype:torch.dtype|None=None, # None is float32
-)->CLIP: # in eval mode, with its record
+    name: str
+    | Path,  # of a model in any spelling, or a weight file or `hf-hub:ORG/REPO[/FILE]` that tells its model
+    weights: str
+    | Path
+    | None = None,  # a tag (`datacompdr`, `dfndr2b`, `emoji`, ...), a path, `hf-hub:ORG/REPO[/FILE]`; None is random
+    folded: bool = False,  # without branches and batch normalization: faster, for inference only
+    device: str | None = None,  # `cpu`, `cuda`, `mps`; None is the CPU
+    dtype: torch.dtype | None = None,  # None is float32
+) -> CLIP:  # in eval mode, with its record
     "Make a model by name, with weights if asked (MobileCLIP; MobileCLIP2)"
     r, place = _wanted(name, weights)
     if place is None:
@@ -296,11 +429,18 @@ def create_model(
     model = fold(model.eval()) if folded else model.eval()
     return model.to(device=pick_device(device or 'cpu'), dtype=dtype)
 
+
 def preprocess(
-    name_or_model:str|Path|CLIP, # a name in any spelling, a weight file that tells its model, or a model
-)->Pixels: # call it on an image
+    name_or_model: str
+    | Path
+    | CLIP,  # a name in any spelling, a weight file that tells its model, or a model
+) -> Pixels:  # call it on an image
     "The preprocessing that belongs to a model (MobileCLIP §4.1)"
-    if isinstance(name_or_model, (str, Path)): return _wanted(name_or_model, None)[0].pixels
+    if isinstance(name_or_model, (str, Path)):
+        return _wanted(name_or_model, None)[0].pixels
     r = getattr(name_or_model, 'record', None)
-    if r is None: raise ValueError(f"This {type(name_or_model).__name__} carries no record; pass the model's name instead")
+    if r is None:
+        raise ValueError(
+            f"This {type(name_or_model).__name__} carries no record; pass the model's name instead"
+        )
     return r.pixels

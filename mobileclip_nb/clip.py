@@ -16,51 +16,63 @@ import torch.nn.functional as F
 # %% ../nbs/30_clip.ipynb #5098489f
 class Embeds(NamedTuple):
     "What a model answers to a batch of images and texts (CLIP §2.3)"
-    image:Tensor # `(B, D)`, unit rows
-    text:Tensor # `(N, D)`, unit rows
-    scale:Tensor # scalar, already exponentiated
 
-    def logits(self)->Tensor: # `(B, N)`, each image's row against all texts
+    image: Tensor  # `(B, D)`, unit rows
+    text: Tensor  # `(N, D)`, unit rows
+    scale: Tensor  # scalar, already exponentiated
+
+    def logits(self) -> Tensor:  # `(B, N)`, each image's row against all texts
         "Scaled cosines; a softmax over a row gives the probabilities of its labels"
-        return self.scale*self.image@self.text.T
+        return self.scale * self.image @ self.text.T
 
 # %% ../nbs/30_clip.ipynb #38d227c8
-SCALE_START = math.log(1/.07) # first `logit_scale`
-SCALE_LIMIT = math.log(100) # training keeps `logit_scale` below
+SCALE_START = math.log(1 / 0.07)  # first `logit_scale`
+SCALE_LIMIT = math.log(100)  # training keeps `logit_scale` below
+
 
 class CLIP(nn.Module):
     "Two towers, one space, one temperature (CLIP §2.3)"
-    def __init__(self,
-        image:nn.Module, # `(B, 3, H, W)` to `(B, D)`
-        text:nn.Module, # `(N, T)` token ids to `(N, D)`
-        record:object=None, # the model's record: name, preprocessing, licence
+
+    def __init__(
+        self,
+        image: nn.Module,  # `(B, 3, H, W)` to `(B, D)`
+        text: nn.Module,  # `(N, T)` token ids to `(N, D)`
+        record: object = None,  # the model's record: name, preprocessing, licence
     ):
         super().__init__()
         self.image, self.text, self.record = image, text, record
         self.logit_scale = nn.Parameter(torch.tensor(SCALE_START))
 
-    def encode_image(self,
-        x:Tensor, # `(B, 3, H, W)`, preprocessed
-        normalize:bool=False, # scale rows to length 1
-    )->Tensor: # `(B, D)`
+    def encode_image(
+        self,
+        x: Tensor,  # `(B, 3, H, W)`, preprocessed
+        normalize: bool = False,  # scale rows to length 1
+    ) -> Tensor:  # `(B, D)`
         "Embed images"
-        if not x.is_floating_point(): raise ValueError(f"Images come preprocessed, as floats (B, 3, H, W); got {x.dtype} {tuple(x.shape)}. Use the model's own preprocessing")
+        if not x.is_floating_point():
+            raise ValueError(
+                f"Images come preprocessed, as floats (B, 3, H, W); got {x.dtype} {tuple(x.shape)}. Use the model's own preprocessing"
+            )
         y = self.image(x)
         return F.normalize(y, dim=-1) if normalize else y
 
-    def encode_text(self,
-        tokens:Tensor, # `(N, T)` ids
-        normalize:bool=False, # scale rows to length 1
-    )->Tensor: # `(N, D)`
+    def encode_text(
+        self,
+        tokens: Tensor,  # `(N, T)` ids
+        normalize: bool = False,  # scale rows to length 1
+    ) -> Tensor:  # `(N, D)`
         "Embed texts"
         y = self.text(tokens)
         return F.normalize(y, dim=-1) if normalize else y
 
-    def forward(self,
-        image:Tensor, # `(B, 3, H, W)`
-        text:Tensor, # `(N, T)` ids
-    )->Embeds: # unit rows and the exponentiated scale
+    def forward(
+        self,
+        image: Tensor,  # `(B, 3, H, W)`
+        text: Tensor,  # `(N, T)` ids
+    ) -> Embeds:  # unit rows and the exponentiated scale
         rows, cols = self.encode_image(image, True), self.encode_text(text, True)
         if rows.shape[-1] != cols.shape[-1]:
-            raise ValueError(f"The towers end in different widths, image {rows.shape[-1]} and text {cols.shape[-1]}; build both with the same `out`")
+            raise ValueError(
+                f"The towers end in different widths, image {rows.shape[-1]} and text {cols.shape[-1]}; build both with the same `out`"
+            )
         return Embeds(rows, cols, self.logit_scale.exp())

@@ -16,140 +16,185 @@ from types import ModuleType
 
 # %% ../nbs/00_core.ipynb #b3daf22a
 def near(
-    name:str, # what was asked for
-    known:Iterable[str], # what there is
-)->str: # `" Did you mean 'x'?"` with a leading space, or an empty string
+    name: str,  # what was asked for
+    known: Iterable[str],  # what there is
+) -> str:  # `" Did you mean 'x'?"` with a leading space, or an empty string
     "Name the known word closest to `name`, as the tail of an error message"
     known = {str(k).lower(): str(k) for k in known}
-    close = difflib.get_close_matches(str(name).lower(), list(known), 1, cutoff=.5)
+    close = difflib.get_close_matches(str(name).lower(), list(known), 1, cutoff=0.5)
     return f" Did you mean {known[close[0]]!r}?" if close else ''
 
 # %% ../nbs/00_core.ipynb #870865ea
 def need(
-    package:str, # importable name, dots allowed
-    extra:str, # the extra of ours that installs it: `emoji`, `train`, `lab`, ...
-)->ModuleType:
+    package: str,  # importable name, dots allowed
+    extra: str,  # the extra of ours that installs it: `emoji`, `train`, `lab`, ...
+) -> ModuleType:
     "Import an optional package, or say which extra brings it"
-    try: return importlib.import_module(package)
+    try:
+        return importlib.import_module(package)
     except ModuleNotFoundError as e:
-        if e.name and not package.startswith(e.name): raise
-        raise ModuleNotFoundError(f"`{package}` is not installed; this needs the extra {extra!r}: "
-                                  f"pip install 'mobileclip_nb[{extra}]'", name=e.name) from e
+        if e.name and not package.startswith(e.name):
+            raise
+        raise ModuleNotFoundError(
+            f"`{package}` is not installed; this needs the extra {extra!r}: "
+            f"pip install 'mobileclip_nb[{extra}]'",
+            name=e.name,
+        ) from e
 
 # %% ../nbs/00_core.ipynb #a3fd2985
 @cache
 def jitted(
-    f:Callable[...,object], # loops over numbers and numpy arrays
-)->Callable[...,object]|None: # the same in machine code; None where numba does not work
+    f: Callable[..., object],  # loops over numbers and numpy arrays
+) -> Callable[..., object] | None:  # the same in machine code; None where numba does not work
     "Translate a function, if that can be done here; arguments are not checked, so the caller must"
-    try: njit = importlib.import_module('numba').njit
-    except ImportError: return None
+    try:
+        njit = importlib.import_module('numba').njit
+    except ImportError:
+        return None
     anew = njit(f, nogil=True)
-    try: kept = njit(f, nogil=True, cache=True)
-    except RuntimeError: return anew # no folder to keep it in
-    def run(*arguments:object)->object:
+    try:
+        kept = njit(f, nogil=True, cache=True)
+    except RuntimeError:
+        return anew  # no folder to keep it in
+
+    def run(*arguments: object) -> object:
         "Call what was kept, or translate again"
-        try: return kept(*arguments)
-        except (OSError, EOFError, pickle.UnpicklingError): return anew(*arguments)
+        try:
+            return kept(*arguments)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            return anew(*arguments)
+
     return run
 
 # %% ../nbs/00_core.ipynb #4be8ab0f
 def seed_all(
-    seed:int, # 0 to 2**32-1
-)->None:
+    seed: int,  # 0 to 2**32-1
+) -> None:
     "Seed Python's, numpy's and torch's global generators, where loaded"
     random.seed(seed)
-    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed(seed % 2**32)
-    if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
+    if 'numpy' in sys.modules:
+        sys.modules['numpy'].random.seed(seed % 2**32)
+    if 'torch' in sys.modules:
+        sys.modules['torch'].manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #e055bfb1
 def pick_device(
-    wish:str|None=None, # `cpu`, `cuda`, `cuda:1`, `mps`; `auto` or None takes the best there is
-)->str: # a name for `Tensor.to`
+    wish: str
+    | None = None,  # `cpu`, `cuda`, `cuda:1`, `mps`; `auto` or None takes the best there is
+) -> str:  # a name for `Tensor.to`
     "Choose a device: cuda, then mps, then cpu; one that is asked for but absent is an error"
     import torch
+
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if wish is None or wish == 'auto':
         return next(kind for kind, available in there.items() if available)
     kind, colon, number = str(wish).partition(':')
     if kind not in there:
-        raise ValueError(f"No device {wish!r}.{near(kind, ['auto', *there])} Known: auto, {', '.join(there)}.")
+        raise ValueError(
+            f"No device {wish!r}.{near(kind, ['auto', *there])} Known: auto, {', '.join(there)}."
+        )
     count = torch.cuda.device_count() if there['cuda'] and kind == 'cuda' else int(there[kind])
     if not count:
-        raise ValueError(f"Device {wish!r} is not available here. Use device='cpu' or leave it out.")
+        raise ValueError(
+            f"Device {wish!r} is not available here. Use device='cpu' or leave it out."
+        )
     if colon and not (number.isdecimal() and int(number) < count):
-        raise ValueError(f"Device {wish!r} is not available here; there is {kind}:0 to {kind}:{count-1}. "
-                         "Use one of these or leave it out.")
+        raise ValueError(
+            f"Device {wish!r} is not available here; there is {kind}:0 to {kind}:{count - 1}. "
+            "Use one of these or leave it out."
+        )
     return str(wish)
 
 # %% ../nbs/00_core.ipynb #7409f349
 def set_threads(
-    n:int|None, # threads of one operation, 1 or more; None leaves torch's choice
-)->None:
+    n: int | None,  # threads of one operation, 1 or more; None leaves torch's choice
+) -> None:
     "Set the number of threads that torch computes on, on a CPU"
-    if n is None: return
-    if n < 1: raise ValueError(f"threads={n} must be 1 or more")
+    if n is None:
+        return
+    if n < 1:
+        raise ValueError(f"threads={n} must be 1 or more")
     import torch
+
     torch.set_num_threads(n)
 
 # %% ../nbs/00_core.ipynb #43296484
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3 # of glibc's malloc.h
-_MOST = 1 << 30 # bytes; larger allocations are still mapped and unmapped one by one
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_MOST = 1 << 30  # bytes; larger allocations are still mapped and unmapped one by one
 
-def tune_allocator()->bool: # whether it took effect; False where the C library is not glibc
+
+def tune_allocator() -> bool:  # whether it took effect; False where the C library is not glibc
     "Let the C library keep freed memory for the next batch instead of returning it to the system"
-    try: library = ctypes.CDLL(None)
-    except (OSError, TypeError): return False # Windows
-    if not hasattr(library, 'gnu_get_libc_version'): return False
-    mapped = library.mallopt(_M_MMAP_THRESHOLD, _MOST) or library.mallopt(_M_MMAP_THRESHOLD, 1 << 25) # older glibc takes 32 MiB
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return False  # Windows
+    if not hasattr(library, 'gnu_get_libc_version'):
+        return False
+    mapped = library.mallopt(_M_MMAP_THRESHOLD, _MOST) or library.mallopt(
+        _M_MMAP_THRESHOLD, 1 << 25
+    )  # older glibc takes 32 MiB
     return bool(mapped and library.mallopt(_M_TRIM_THRESHOLD, _MOST))
 
 # %% ../nbs/00_core.ipynb #9c787473
 @contextmanager
 def whole(
-    path:str|Path, # the final name; its folder is made if need be
-)->Iterator[Path]: # a temporary name beside it, to write to
+    path: str | Path,  # the final name; its folder is made if need be
+) -> Iterator[Path]:  # a temporary name beside it, to write to
     "Write a file whole or not at all: it takes its name only if the block ends well"
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix='.', suffix=f'.part{path.suffix}', dir=path.parent)
     except OSError as e:
-        raise type(e)(e.errno, f"cannot write to the folder {str(path.parent)!r} ({e.strerror}); choose another or mend its permissions") from e
-    os.close(fd); tmp = Path(name)
+        raise type(e)(
+            e.errno,
+            f"cannot write to the folder {str(path.parent)!r} ({e.strerror}); choose another or mend its permissions",
+        ) from e
+    os.close(fd)
+    tmp = Path(name)
     try:
         yield tmp
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
-def _umask()->int: # permission bits that new files lack
+
+def _umask() -> int:  # permission bits that new files lack
     "Read the process's umask, which can only be read by setting it"
-    mask = os.umask(0); os.umask(mask)
+    mask = os.umask(0)
+    os.umask(mask)
     return mask
 
 # %% ../nbs/00_core.ipynb #1a1ea413
 def sha256(
-    path:str|Path, # any file
-)->str: # 64 hexadecimal digits
+    path: str | Path,  # any file
+) -> str:  # 64 hexadecimal digits
     "Hash a file's bytes"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_core.ipynb #af89a219
 def cache_dir(
-    *parts:str, # folders below the cache
-)->Path: # not created
+    *parts: str,  # folders below the cache
+) -> Path:  # not created
     "Where things that can be made again are kept: `MOBILECLIP_CACHE`, else the user's cache folder"
-    base = os.environ.get('MOBILECLIP_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'mobileclip_nb'
+    base = (
+        os.environ.get('MOBILECLIP_CACHE')
+        or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mobileclip_nb'
+    )
     return Path(base, *parts)
 
 # %% ../nbs/00_core.ipynb #d49be2b9
 SCALES = ('smoke', 'nano', 'full')
 
+
 def scale(
-    default:str='smoke', # when `SCALE` is not set
-)->str: # `smoke` (seconds), `nano` (minutes on a laptop) or `full` (the papers' size)
+    default: str = 'smoke',  # when `SCALE` is not set
+) -> str:  # `smoke` (seconds), `nano` (minutes on a laptop) or `full` (the papers' size)
     "Read the size of this run from the environment variable `SCALE`"
     s = os.environ.get('SCALE') or default
-    if s not in SCALES: raise ValueError(f"SCALE={s!r} is not one of {', '.join(SCALES)}.{near(s, SCALES)}")
+    if s not in SCALES:
+        raise ValueError(f"SCALE={s!r} is not one of {', '.join(SCALES)}.{near(s, SCALES)}")
     return s

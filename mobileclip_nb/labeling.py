@@ -32,210 +32,309 @@ from .workers import Ahead
 from .zoo import Record, build, record
 
 # %% ../nbs/35_labeling.ipynb #202ff40a
-IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff') # endings looked for in folders
+IMAGES = (
+    '.png',
+    '.jpg',
+    '.jpeg',
+    '.webp',
+    '.bmp',
+    '.gif',
+    '.tif',
+    '.tiff',
+)  # endings looked for in folders
+
 
 def in_folder(
-    folder:str|Path, # looked through with all its subfolders
-)->list[Path]: # sorted
+    folder: str | Path,  # looked through with all its subfolders
+) -> list[Path]:  # sorted
     "All files in a folder whose names say they are images"
     folder = Path(folder)
-    if not folder.is_dir(): raise NotADirectoryError(f"{str(folder)!r} is no folder; give one that holds images")
-    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMAGES and not p.name.startswith('.'))
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{str(folder)!r} is no folder; give one that holds images")
+    return sorted(
+        p for p in folder.rglob('*') if p.suffix.lower() in IMAGES and not p.name.startswith('.')
+    )
+
 
 def pictures(
-    images:object, # a path, a folder, a PIL image, a uint8 array `(H, W, 3)`, or a sequence of these
-)->list[tuple[str,object]]: # name and thing to open
+    images: object,  # a path, a folder, a PIL image, a uint8 array `(H, W, 3)`, or a sequence of these
+) -> list[tuple[str, object]]:  # name and thing to open
     "List what was asked about, by name"
     if isinstance(images, (str, Path)):
-        if not Path(images).is_dir(): return [(str(images), images)]
+        if not Path(images).is_dir():
+            return [(str(images), images)]
         return [(str(p), p) for p in in_folder(images) or [images]]
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim != 4): return [('image 0', images)]
-    if isinstance(images, Tensor) or not isinstance(images, Iterable): raise TypeError(f"Cannot read pictures from {type(images).__name__}; pass paths, a folder, PIL images or uint8 arrays")
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim != 4):
+        return [('image 0', images)]
+    if isinstance(images, Tensor) or not isinstance(images, Iterable):
+        raise TypeError(
+            f"Cannot read pictures from {type(images).__name__}; pass paths, a folder, PIL images or uint8 arrays"
+        )
     out = []
-    for im in images: out += [(f'image {len(out)}', im)] if isinstance(im, (Image.Image, np.ndarray)) else pictures(im)
+    for im in images:
+        out += (
+            [(f'image {len(out)}', im)]
+            if isinstance(im, (Image.Image, np.ndarray))
+            else pictures(im)
+        )
     return out
 
-def _open(thing:object)->Image.Image: # RGB
+
+def _open(thing: object) -> Image.Image:  # RGB
     "Open one picture, or raise an error that names it"
-    if not isinstance(thing, (str, Path)): return rgb(thing)
-    if Path(thing).is_dir(): raise ValueError(f"The folder {str(thing)!r} holds no images ({', '.join(IMAGES)})")
+    if not isinstance(thing, (str, Path)):
+        return rgb(thing)
+    if Path(thing).is_dir():
+        raise ValueError(f"The folder {str(thing)!r} holds no images ({', '.join(IMAGES)})")
     return open_image(thing)
 
 # %% ../nbs/35_labeling.ipynb #05d1f69c
 def opened(
-    todo:Sequence[tuple[str,object]], # what `pictures` made
-    skipped:list[tuple[str,str]], # grows by name and reason
-    on_error:str='raise', # or `skip`
-)->Iterator[tuple[str,Image.Image]]: # name and image
+    todo: Sequence[tuple[str, object]],  # what `pictures` made
+    skipped: list[tuple[str, str]],  # grows by name and reason
+    on_error: str = 'raise',  # or `skip`
+) -> Iterator[tuple[str, Image.Image]]:  # name and image
     "Open pictures one by one"
-    if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'skip'")
+    if on_error not in ('raise', 'skip'):
+        raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'skip'")
     for name, thing in todo:
-        try: im = _open(thing)
+        try:
+            im = _open(thing)
         except (ValueError, OSError) as e:
-            if on_error == 'raise': raise
+            if on_error == 'raise':
+                raise
             skipped.append((name, str(e)))
-        else: yield name, im
+        else:
+            yield name, im
 
 # %% ../nbs/35_labeling.ipynb #fa063597
 def sentences(
-    labels:Sequence[str], # at least one
-    templates:Sequence[str], # with `{}` where the label goes
-)->list[list[str]]: # one list a label
+    labels: Sequence[str],  # at least one
+    templates: Sequence[str],  # with `{}` where the label goes
+) -> list[list[str]]:  # one list a label
     "Put labels into sentences"
     for name, given in dict(labels=labels, templates=templates).items():
-        if isinstance(given, str) or not isinstance(given, Iterable): raise TypeError(f"{name}={given!r} is no list of texts; pass a list, such as {['cat', 'dog'] if name == 'labels' else ['a photo of a {}.']}")
-    if not (labels := list(labels)): raise ValueError("The list of labels is empty; a picture can only be told from something")
-    if not (templates := list(templates)): raise ValueError("The list of templates is empty; pass ['{}'] for the bare labels, or None for what suits the model")
-    if wrong := [t for t in templates if '{}' not in t]: raise ValueError(f"The template {wrong[0]!r} has no place for the label; write '{{}}' there")
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(
+                f"{name}={given!r} is no list of texts; pass a list, such as {['cat', 'dog'] if name == 'labels' else ['a photo of a {}.']}"
+            )
+    if not (labels := list(labels)):
+        raise ValueError("The list of labels is empty; a picture can only be told from something")
+    if not (templates := list(templates)):
+        raise ValueError(
+            "The list of templates is empty; pass ['{}'] for the bare labels, or None for what suits the model"
+        )
+    if wrong := [t for t in templates if '{}' not in t]:
+        raise ValueError(
+            f"The template {wrong[0]!r} has no place for the label; write '{{}}' there"
+        )
     return [[t.replace('{}', str(l)) for t in templates] for l in labels]
 
+
 def default_templates(
-    r:Record|None, # of a model
-)->tuple[str,...]: # for `sentences`
+    r: Record | None,  # of a model
+) -> tuple[str, ...]:  # for `sentences`
     "Sentences like those a model was trained on"
     return ('{}',) if r is None or r.pixels.side < 128 else ('a photo of a {}.',)
 
+
 @torch.inference_mode()
 def label_rows(
-    model:CLIP, # in eval mode, with a record
-    texts:list[list[str]], # sentences of each label
-)->Tensor: # `(N, D)`, unit rows
+    model: CLIP,  # in eval mode, with a record
+    texts: list[list[str]],  # sentences of each label
+) -> Tensor:  # `(N, D)`, unit rows
     "One embedding a label: the mean of its sentences' (CLIP §3.1.4)"
-    flat = tokenize([t for ts in texts for t in ts], model.record.context_length).to(model.logit_scale.device)
+    flat = tokenize([t for ts in texts for t in ts], model.record.context_length).to(
+        model.logit_scale.device
+    )
     rows = torch.cat([model.encode_text(b, normalize=True) for b in flat.split(256)])
-    return F.normalize(torch.stack([r.mean(0) for r in rows.split([len(ts) for ts in texts])]), dim=-1)
+    return F.normalize(
+        torch.stack([r.mean(0) for r in rows.split([len(ts) for ts in texts])]), dim=-1
+    )
 
 # %% ../nbs/35_labeling.ipynb #9a692ce6
 def unknown_words(
-    model:CLIP, # any
-    texts:Iterable[str], # labels or captions
-)->list[str]: # in order of appearance; empty if the model has all rows
+    model: CLIP,  # any
+    texts: Iterable[str],  # labels or captions
+) -> list[str]:  # in order of appearance; empty if the model has all rows
     "Words for which a model has no embedding rows of their own"
     ids = getattr(model.text.token, 'ids', None)
-    if ids is None: return []
+    if ids is None:
+        return []
     kept = set(ids.tolist())
-    return list(dict.fromkeys(w for t in texts for w in clean(t).split() if not kept.issuperset(encode(w))))
+    return list(
+        dict.fromkeys(w for t in texts for w in clean(t).split() if not kept.issuperset(encode(w)))
+    )
 
 # %% ../nbs/35_labeling.ipynb #f4b448dd
 @lru_cache(4)
-def _kept(name:str, tag:str, device:str)->CLIP: # in eval mode, folded
+def _kept(name: str, tag: str, device: str) -> CLIP:  # in eval mode, folded
     "Make a model once"
     return create_model(name, tag, folded=True, device=device)
 
-def _model(model:str|Path|CLIP, weights:str|None, device:str|None)->CLIP: # in eval mode, with a record
+
+def _model(
+    model: str | Path | CLIP, weights: str | None, device: str | None
+) -> CLIP:  # in eval mode, with a record
     "A model by name, or the one given"
     if isinstance(model, (str, Path)):
         device = pick_device(device)
-        if weights is None and is_place(model): return create_model(model, folded=True, device=device)
+        if weights is None and is_place(model):
+            return create_model(model, folded=True, device=device)
         tags = record(str(model), weights).weights
         tag = next(iter(tags), None) if weights is None else str(weights)
-        if tag in tags: return _kept(str(model), tag, device)
+        if tag in tags:
+            return _kept(str(model), tag, device)
         return create_model(str(model), tag, folded=True, device=device)
-    if weights is not None or device is not None: raise ValueError("weights= and device= belong to a model by name; this model is made already: move it with .to(device)")
-    if model.training: raise ValueError("The model is in train mode, where its answers depend on the batch; pass model.eval()")
-    if model.record is None: raise ValueError("The model carries no record, so its preprocessing is unknown; make it with create_model or build")
+    if weights is not None or device is not None:
+        raise ValueError(
+            "weights= and device= belong to a model by name; this model is made already: move it with .to(device)"
+        )
+    if model.training:
+        raise ValueError(
+            "The model is in train mode, where its answers depend on the batch; pass model.eval()"
+        )
+    if model.record is None:
+        raise ValueError(
+            "The model carries no record, so its preprocessing is unknown; make it with create_model or build"
+        )
     return model
+
 
 class Prediction(NamedTuple):
     "What a model says about one picture"
-    path:str # or `image N` for a picture that has none
-    labels:list[str] # the likeliest first
-    probs:list[float] # in that order, 0–1; they sum to 1 before `top` cuts
+
+    path: str  # or `image N` for a picture that has none
+    labels: list[str]  # the likeliest first
+    probs: list[float]  # in that order, 0–1; they sum to 1 before `top` cuts
+
 
 class Predictions(list):
     "A list of `Prediction`s that knows what it left out"
-    def __init__(self, found:Iterable[Prediction]=(), skipped:Iterable[tuple[str,str]]=()): # predictions; names and reasons
+
+    def __init__(
+        self, found: Iterable[Prediction] = (), skipped: Iterable[tuple[str, str]] = ()
+    ):  # predictions; names and reasons
         super().__init__(found)
         self.skipped = list(skipped)
 
 # %% ../nbs/35_labeling.ipynb #3eafbad9
-def _at_least_one(**numbers:int|None)->None: # None is allowed
+def _at_least_one(**numbers: int | None) -> None:  # None is allowed
     "Refuse what cannot count anything"
     for k, n in numbers.items():
-        if n is not None and n < 1: raise ValueError(f"{k}={n} must be 1 or more")
+        if n is not None and n < 1:
+            raise ValueError(f"{k}={n} must be 1 or more")
 
-def _batches(rows:Iterable, n:int)->Iterator[list]: # of at most `n`
+
+def _batches(rows: Iterable, n: int) -> Iterator[list]:  # of at most `n`
     "Cut a stream into lists"
     part = []
     for r in rows:
         part.append(r)
-        if len(part) == n: yield part; part = []
-    if part: yield part
+        if len(part) == n:
+            yield part
+            part = []
+    if part:
+        yield part
+
 
 def default_batch(
-    model:CLIP, # with a record
-)->int: # pictures
+    model: CLIP,  # with a record
+) -> int:  # pictures
     "Choose how many pictures a model computes at a time: 2**20 pixels on a CPU, four times that elsewhere"
     pixels = 1 << (20 if model.logit_scale.device.type == 'cpu' else 22)
-    return max(1, pixels//model.record.pixels.side**2)
+    return max(1, pixels // model.record.pixels.side**2)
 
 # %% ../nbs/35_labeling.ipynb #8ef7aebe
 class _Prepared(NamedTuple):
     "One batch of pictures, resized"
-    names:list[str] # of those that could be read
-    squares:np.ndarray # `(B, S, S, 3)` uint8
-    bad:list[tuple[str,str]] # name and reason of the others
+
+    names: list[str]  # of those that could be read
+    squares: np.ndarray  # `(B, S, S, 3)` uint8
+    bad: list[tuple[str, str]]  # name and reason of the others
+
 
 def _prepare(
-    todo:Sequence[tuple[str,object]], # what `pictures` made
-    pixels:Pixels, # of the model
-    batch:int, # pictures at a time
-    on_error:str, # as `opened` takes it
-)->Iterator[_Prepared]:
+    todo: Sequence[tuple[str, object]],  # what `pictures` made
+    pixels: Pixels,  # of the model
+    batch: int,  # pictures at a time
+    on_error: str,  # as `opened` takes it
+) -> Iterator[_Prepared]:
     "Open and resize pictures, batch by batch"
     for some in _batches(todo, batch):
         names, squares, bad = [], [], []
         for name, image in opened(some, bad, on_error):
             names.append(name)
             squares.append(pixels.square(image))
-        yield _Prepared(names, np.array(squares, np.uint8).reshape(-1, pixels.side, pixels.side, 3), bad)
+        yield _Prepared(
+            names, np.array(squares, np.uint8).reshape(-1, pixels.side, pixels.side, 3), bad
+        )
+
 
 def _embed_batches(
-    net:CLIP, # in eval mode, with a record
-    todo:Sequence[tuple[str,object]], # what `pictures` made
-    batch:int|None, # pictures at a time; None takes `default_batch`
-    on_error:str, # as `opened` takes it
-    progress:bool, # draw a bar on standard error, if that is a terminal and it takes more than two seconds
-)->Iterator[tuple[_Prepared,Tensor]]: # a batch, and its unit rows `(B, D)` on the model's device
+    net: CLIP,  # in eval mode, with a record
+    todo: Sequence[tuple[str, object]],  # what `pictures` made
+    batch: int | None,  # pictures at a time; None takes `default_batch`
+    on_error: str,  # as `opened` takes it
+    progress: bool,  # draw a bar on standard error, if that is a terminal and it takes more than two seconds
+) -> Iterator[
+    tuple[_Prepared, Tensor]
+]:  # a batch, and its unit rows `(B, D)` on the model's device
     "Embed pictures batch by batch, while a thread prepares the next ones"
     pixels, at = net.record.pixels, net.logit_scale
     source = _prepare(todo, pixels, batch or default_batch(net), on_error)
-    bar = tqdm(total=len(todo), unit=' images', disable=None if progress else True, delay=2, leave=False)
+    bar = tqdm(
+        total=len(todo), unit=' images', disable=None if progress else True, delay=2, leave=False
+    )
     with Ahead(source, 2) as prepared, bar:
         for part in prepared:
             with torch.inference_mode():
                 x = pixels.normalize(part.squares).to(at.device, at.dtype)
-                rows = net.encode_image(x, normalize=True) if len(x) else x.new_zeros(0, net.record.embed_dim)
+                rows = (
+                    net.encode_image(x, normalize=True)
+                    if len(x)
+                    else x.new_zeros(0, net.record.embed_dim)
+                )
             yield part, rows
-            bar.update(len(part.names)+len(part.bad))
+            bar.update(len(part.names) + len(part.bad))
 
 # %% ../nbs/35_labeling.ipynb #aa7ac1d9
 @torch.inference_mode()
 def predict(
-    images:object, # path, folder, PIL image, uint8 array `(H, W, 3)`, or a sequence of these
-    labels:Sequence[str], # at least one
-    model:str|Path|CLIP='mobileclip_nano', # a name, a weight file or `hf-hub:ORG/REPO` that tells its model, or a model in eval mode
-    templates:Sequence[str]|None=None, # with `{}` where the label goes; None takes what suits the model
-    top:int|None=None, # labels kept a picture; None keeps all
-    batch:int|None=None, # pictures at a time; None takes `default_batch`
-    device:str|None=None, # for a model asked for by name, as `pick_device` takes it
-    weights:str|None=None, # a tag or place, for a model asked for by name
-    on_error:str='raise', # or `skip`: leave out pictures that cannot be read
-    progress:bool=False, # draw a progress bar on a terminal
-)->Predictions: # one `Prediction` a picture, in order; `.skipped` names the others
+    images: object,  # path, folder, PIL image, uint8 array `(H, W, 3)`, or a sequence of these
+    labels: Sequence[str],  # at least one
+    model: str
+    | Path
+    | CLIP = 'mobileclip_nano',  # a name, a weight file or `hf-hub:ORG/REPO` that tells its model, or a model in eval mode
+    templates: Sequence[str]
+    | None = None,  # with `{}` where the label goes; None takes what suits the model
+    top: int | None = None,  # labels kept a picture; None keeps all
+    batch: int | None = None,  # pictures at a time; None takes `default_batch`
+    device: str | None = None,  # for a model asked for by name, as `pick_device` takes it
+    weights: str | None = None,  # a tag or place, for a model asked for by name
+    on_error: str = 'raise',  # or `skip`: leave out pictures that cannot be read
+    progress: bool = False,  # draw a progress bar on a terminal
+) -> Predictions:  # one `Prediction` a picture, in order; `.skipped` names the others
     "Label pictures with words chosen by the caller (CLIP §3.1)"
     _at_least_one(top=top, batch=batch)
-    labels = [l for l, in sentences(labels, ('{}',))]                  # bad ones are an error before anything is loaded
+    labels = [
+        l for (l,) in sentences(labels, ('{}',))
+    ]  # bad ones are an error before anything is loaded
     templates = None if templates is None or not sentences(labels, templates) else list(templates)
     net = _model(model, weights, device)
     if words := unknown_words(net, labels):
-        warnings.warn(f"{net.record.name} has no rows for the words {', '.join(words)}; do not trust it on them", stacklevel=2)
+        warnings.warn(
+            f"{net.record.name} has no rows for the words {', '.join(words)}; do not trust it on them",
+            stacklevel=2,
+        )
     text = label_rows(net, sentences(labels, templates or default_templates(net.record)))
     out = Predictions()
     with closing(_embed_batches(net, pictures(images), batch, on_error, progress)) as batches:
         for part, rows in batches:
             out.skipped += part.bad
-            for name, p in zip(part.names, (net.logit_scale.exp()*rows@text.T).float().softmax(-1)):
+            for name, p in zip(
+                part.names, (net.logit_scale.exp() * rows @ text.T).float().softmax(-1)
+            ):
                 v, i = p.sort(descending=True, stable=True)
                 out.append(Prediction(name, [labels[j] for j in i[:top]], v[:top].tolist()))
     return out
@@ -243,158 +342,246 @@ def predict(
 # %% ../nbs/35_labeling.ipynb #06f20e78
 class Table(NamedTuple):
     "Embeddings of a folder"
-    paths:list[str] # relative to the folder
-    rows:np.ndarray # `(N, D)` float32, unit rows
-    skipped:dict[str,str] # path to reason
-    model:str # fingerprint
-    seen:dict[str,str]={} # path to what the file looked like when it was read
-    folder:str='' # resolved path; empty in tables written before it was stored
+
+    paths: list[str]  # relative to the folder
+    rows: np.ndarray  # `(N, D)` float32, unit rows
+    skipped: dict[str, str]  # path to reason
+    model: str  # fingerprint
+    seen: dict[str, str] = {}  # path to what the file looked like when it was read
+    folder: str = ''  # resolved path; empty in tables written before it was stored
+
 
 def fingerprint(
-    model:CLIP, # any
-)->str: # name, and 12 hexadecimal digits of record and weights
+    model: CLIP,  # any
+) -> str:  # name, and 12 hexadecimal digits of record and weights
     "Tell models apart, their weights included"
     h = hashlib.sha256((model.record.id if model.record else '').encode())
-    for k, t in sorted(model.image.state_dict().items()): h.update(k.encode() + t.detach().float().cpu().contiguous().numpy().tobytes())
+    for k, t in sorted(model.image.state_dict().items()):
+        h.update(k.encode() + t.detach().float().cpu().contiguous().numpy().tobytes())
     return f"{getattr(model.record, 'name', 'model')}-{h.hexdigest()[:12]}"
 
+
 def save_table(
-    t:Table, # embeddings
-    path:Path, # ends in .npz or .parquet
-)->None:
+    t: Table,  # embeddings
+    path: Path,  # ends in .npz or .parquet
+) -> None:
     "Write a table whole or not at all"
     about = json.dumps(dict(model=t.model, skipped=t.skipped, seen=t.seen, folder=t.folder))
     with whole(path) as tmp:
         if path.suffix == '.npz':
-            with open(tmp, 'wb') as f: np.savez(f, paths=np.array(t.paths, str), rows=t.rows, about=np.array(about))
+            with open(tmp, 'wb') as f:
+                np.savez(f, paths=np.array(t.paths, str), rows=t.rows, about=np.array(about))
         else:
             pa, pq = need('pyarrow', extra='lab'), need('pyarrow.parquet', extra='lab')
-            cols = pa.table({'path': pa.array(t.paths, pa.string()), 'embedding': pa.array(list(t.rows), pa.list_(pa.float32()))})
+            cols = pa.table(
+                {
+                    'path': pa.array(t.paths, pa.string()),
+                    'embedding': pa.array(list(t.rows), pa.list_(pa.float32())),
+                }
+            )
             pq.write_table(cols.replace_schema_metadata({'mobileclip_nb': about}), tmp)
 
 # %% ../nbs/35_labeling.ipynb #35961b95
 def load_table(
-    path:str|Path, # what `save_table` wrote
-)->Table: # embeddings
+    path: str | Path,  # what `save_table` wrote
+) -> Table:  # embeddings
     "Read a table"
     path = Path(path)
     pq = need('pyarrow.parquet', extra='lab') if path.suffix == '.parquet' else None
     try:
         if pq is None:
-            with np.load(path, allow_pickle=False) as d: paths, rows, about = d['paths'].tolist(), d['rows'], str(d['about'])
+            with np.load(path, allow_pickle=False) as d:
+                paths, rows, about = d['paths'].tolist(), d['rows'], str(d['about'])
         else:
             cols = pq.ParquetFile(path).read()
-            paths, rows = cols['path'].to_pylist(), np.array(cols['embedding'].to_pylist(), np.float32)
+            paths, rows = (
+                cols['path'].to_pylist(),
+                np.array(cols['embedding'].to_pylist(), np.float32),
+            )
             about = cols.schema.metadata[b'mobileclip_nb'].decode()
         said = json.loads(about)
-        return Table(paths, rows, said['skipped'], said['model'], said.get('seen', {}), said.get('folder', ''))
-    except FileNotFoundError: raise FileNotFoundError(f"No table {str(path)!r}; make one with embed(FOLDER, {str(path)!r})") from None
-    except Exception as e:                              # zip, numpy, pyarrow and json have their own exceptions for damaged bytes
-        raise ValueError(f"{str(path)!r} is no table of embeddings, or is damaged ({type(e).__name__}); remove it and embed again, or choose another file") from e
+        return Table(
+            paths,
+            rows,
+            said['skipped'],
+            said['model'],
+            said.get('seen', {}),
+            said.get('folder', ''),
+        )
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"No table {str(path)!r}; make one with embed(FOLDER, {str(path)!r})"
+        ) from None
+    except (
+        Exception
+    ) as e:  # zip, numpy, pyarrow and json have their own exceptions for damaged bytes
+        raise ValueError(
+            f"{str(path)!r} is no table of embeddings, or is damaged ({type(e).__name__}); remove it and embed again, or choose another file"
+        ) from e
 
 # %% ../nbs/35_labeling.ipynb #cec2bcfe
-def _joined(tables:list[Table])->Table: # sorted by path
+def _joined(tables: list[Table]) -> Table:  # sorted by path
     "Put tables of one model together"
     rows = {p: r for t in tables for p, r in zip(t.paths, t.rows)}
-    names, wide = sorted(rows), max(t.rows.shape[-1] for t in tables)     # parquet forgets the width of no rows
-    skipped, seen = ({k: v for t in tables for k, v in part(t).items()} for part in (lambda t: t.skipped, lambda t: t.seen))
-    return Table(names, np.array([rows[p] for p in names], np.float32).reshape(-1, wide), skipped, tables[0].model, {p: seen[p] for p in names}, tables[0].folder)
+    names, wide = (
+        sorted(rows),
+        max(t.rows.shape[-1] for t in tables),
+    )  # parquet forgets the width of no rows
+    skipped, seen = (
+        {k: v for t in tables for k, v in part(t).items()}
+        for part in (lambda t: t.skipped, lambda t: t.seen)
+    )
+    return Table(
+        names,
+        np.array([rows[p] for p in names], np.float32).reshape(-1, wide),
+        skipped,
+        tables[0].model,
+        {p: seen[p] for p in names},
+        tables[0].folder,
+    )
 
-def _look(path:Path)->str: # empty if the file cannot be reached
+
+def _look(path: Path) -> str:  # empty if the file cannot be reached
     "What tells a file from the one it was: time of change in nanoseconds, and bytes"
-    try: s = path.stat()
-    except OSError: return ''
+    try:
+        s = path.stat()
+    except OSError:
+        return ''
     return f'{s.st_mtime_ns}-{s.st_size}'
 
-def _current(t:Table, now:dict[str,str])->Table: # without skipped files
+
+def _current(t: Table, now: dict[str, str]) -> Table:  # without skipped files
     "The rows whose files look as they did"
     keep = [i for i, p in enumerate(t.paths) if p in now and now[p] == t.seen.get(p)]
     return t._replace(paths=[t.paths[i] for i in keep], rows=t.rows[keep], skipped={})
 
-def _check_folder(t:Table, folder:Path, now:dict[str,str], place:str)->None:
+
+def _check_folder(t: Table, folder: Path, now: dict[str, str], place: str) -> None:
     "Raise an error if the table at a place is another folder's; a folder that was moved takes its table along"
     home = str(folder.resolve())
-    if t.folder == home: return
+    if t.folder == home:
+        return
     unchanged = any(now.get(p) and now[p] == t.seen.get(p) for p in t.paths)
-    if unchanged and not (t.folder and Path(t.folder).exists()): return
-    if not t.folder: why = f"does not say of which folder it is, and no picture that it lists lies unchanged in {home!r}"
-    elif unchanged: why = f"holds embeddings of the folder {t.folder!r}, which is still there, not of {home!r}"
-    else: why = f"holds embeddings of the folder {t.folder!r}, not of {home!r}"
-    raise ValueError(f"{place!r} {why}; choose another file, or remove {place!r} if it is not needed")
+    if unchanged and not (t.folder and Path(t.folder).exists()):
+        return
+    if not t.folder:
+        why = f"does not say of which folder it is, and no picture that it lists lies unchanged in {home!r}"
+    elif unchanged:
+        why = f"holds embeddings of the folder {t.folder!r}, which is still there, not of {home!r}"
+    else:
+        why = f"holds embeddings of the folder {t.folder!r}, not of {home!r}"
+    raise ValueError(
+        f"{place!r} {why}; choose another file, or remove {place!r} if it is not needed"
+    )
 
 # %% ../nbs/35_labeling.ipynb #f7a8bc2d
-PART = 64 # pictures that a part of an interrupted run has, at least; a batch of the model may be smaller
+PART = 64  # pictures that a part of an interrupted run has, at least; a batch of the model may be smaller
 
-def _part_files(parts:Path)->list[Path]: # in the order they were written
+
+def _part_files(parts: Path) -> list[Path]:  # in the order they were written
     "Files of an interrupted run"
-    return sorted(parts.glob('[0-9]'*6+'.npz'))
+    return sorted(parts.glob('[0-9]' * 6 + '.npz'))
 
-def _read_parts(parts:Path)->list[Table]: # in the order they were written
+
+def _read_parts(parts: Path) -> list[Table]:  # in the order they were written
     "Parts of an interrupted run; a damaged one is removed, since its pictures can be embedded again"
     found = []
     for p in _part_files(parts):
-        try: found.append(load_table(p))
-        except ValueError: p.unlink()
+        try:
+            found.append(load_table(p))
+        except ValueError:
+            p.unlink()
     return found
 
-def _save_part(tables:list[Table], parts:Path)->Table:
+
+def _save_part(tables: list[Table], parts: Path) -> Table:
     "Write the batches of one part as one file"
     made = _joined(tables)
-    number = max((int(p.stem) for p in _part_files(parts)), default=-1)+1
-    save_table(made, parts/f'{number:06d}.npz')
+    number = max((int(p.stem) for p in _part_files(parts)), default=-1) + 1
+    save_table(made, parts / f'{number:06d}.npz')
     return made
 
-def _remove_parts(parts:Path)->None:
-    "Remove the parts; what else lies there stays"
-    for p in (*_part_files(parts), *parts.glob('.*.part.npz')): p.unlink()
-    if parts.is_dir() and not any(parts.iterdir()): parts.rmdir()
 
-def _earlier(out:Path, parts:Path, folder:Path, now:dict[str,str])->tuple[Table|None,list[Table]]:
+def _remove_parts(parts: Path) -> None:
+    "Remove the parts; what else lies there stays"
+    for p in (*_part_files(parts), *parts.glob('.*.part.npz')):
+        p.unlink()
+    if parts.is_dir() and not any(parts.iterdir()):
+        parts.rmdir()
+
+
+def _earlier(
+    out: Path, parts: Path, folder: Path, now: dict[str, str]
+) -> tuple[Table | None, list[Table]]:
     "The table that is there and the parts of an interrupted run, if they are this folder's"
     before = load_table(out) if out.exists() else None
-    if before: _check_folder(before, folder, now, str(out))
+    if before:
+        _check_folder(before, folder, now, str(out))
     found = _read_parts(parts)
-    for t in found: _check_folder(t, folder, now, str(parts))
+    for t in found:
+        _check_folder(t, folder, now, str(parts))
     return before, found
 
 # %% ../nbs/35_labeling.ipynb #4e2a447c
 def embed(
-    folder:str|Path, # of images, subfolders included
-    out:str|Path, # ends in .npz or .parquet
-    model:str|Path|CLIP='mobileclip_nano', # a name, a weight file or `hf-hub:ORG/REPO` that tells its model, or a model in eval mode
-    batch:int|None=None, # pictures at a time; None takes `default_batch`
-    device:str|None=None, # for a model asked for by name, as `pick_device` takes it
-    weights:str|None=None, # a tag or place, for a model asked for by name
-    progress:bool=False, # draw a progress bar on a terminal
-)->Table: # all rows, also those of earlier runs
+    folder: str | Path,  # of images, subfolders included
+    out: str | Path,  # ends in .npz or .parquet
+    model: str
+    | Path
+    | CLIP = 'mobileclip_nano',  # a name, a weight file or `hf-hub:ORG/REPO` that tells its model, or a model in eval mode
+    batch: int | None = None,  # pictures at a time; None takes `default_batch`
+    device: str | None = None,  # for a model asked for by name, as `pick_device` takes it
+    weights: str | None = None,  # a tag or place, for a model asked for by name
+    progress: bool = False,  # draw a progress bar on a terminal
+) -> Table:  # all rows, also those of earlier runs
     "Embed all images of a folder into a file; an interrupted run goes on where it stopped"
     folder, out = Path(folder), Path(out)
     _at_least_one(batch=batch)
-    if out.suffix not in ('.npz', '.parquet'): raise ValueError(f"Cannot tell how to write {out.name!r}; end it in .npz or .parquet")
-    if out.suffix == '.parquet': need('pyarrow', extra='lab')          # now, not after hours of work
-    if device is not None: pick_device(device)
+    if out.suffix not in ('.npz', '.parquet'):
+        raise ValueError(f"Cannot tell how to write {out.name!r}; end it in .npz or .parquet")
+    if out.suffix == '.parquet':
+        need('pyarrow', extra='lab')  # now, not after hours of work
+    if device is not None:
+        pick_device(device)
     now = {str(p.relative_to(folder)): _look(p) for p in in_folder(folder)}
-    if not now: raise ValueError(f"The folder {str(folder)!r} holds no images ({', '.join(IMAGES)})")
+    if not now:
+        raise ValueError(f"The folder {str(folder)!r} holds no images ({', '.join(IMAGES)})")
     parts, home = out.with_name(f'.{out.name}.parts'), str(folder.resolve())
     before, found = _earlier(out, parts, folder, now)
     net = _model(model, weights, device)
     who, old = fingerprint(net), [before, *found] if before else found
     if other := next((t.model for t in old if t.model != who), None):
-        raise ValueError(f"{out.name!r} holds rows of {other}, not of {who}; choose another file, or remove it and {parts.name!r}")
+        raise ValueError(
+            f"{out.name!r} holds rows of {other}, not of {who}; choose another file, or remove it and {parts.name!r}"
+        )
     old = [_current(t, now) for t in old]
     done, held = {n for t in old for n in t.paths}, []
-    todo = [(n, folder/n) for n in now if n not in done]
+    todo = [(n, folder / n) for n in now if n not in done]
     with closing(_embed_batches(net, todo, batch, 'skip', progress)) as batches:
         try:
             for part, rows in batches:
-                bad = {n: why.replace(str(folder/n), n) for n, why in part.bad}
-                held.append(Table(part.names, rows.float().cpu().numpy(), bad, who, {n: now[n] for n in part.names}, home))
-                if sum(len(t.paths)+len(t.skipped) for t in held) < PART: continue
+                bad = {n: why.replace(str(folder / n), n) for n, why in part.bad}
+                held.append(
+                    Table(
+                        part.names,
+                        rows.float().cpu().numpy(),
+                        bad,
+                        who,
+                        {n: now[n] for n in part.names},
+                        home,
+                    )
+                )
+                if sum(len(t.paths) + len(t.skipped) for t in held) < PART:
+                    continue
                 old.append(_save_part(held, parts))
                 held = []
         finally:
-            if held: old.append(_save_part(held, parts))               # an interrupt loses nothing that was computed
+            if held:
+                old.append(_save_part(held, parts))  # an interrupt loses nothing that was computed
     table = _joined(old)._replace(folder=home)
-    if before is None or any(getattr(before, k) != getattr(table, k) for k in ('paths', 'skipped', 'seen', 'folder')): save_table(table, out)
+    if before is None or any(
+        getattr(before, k) != getattr(table, k) for k in ('paths', 'skipped', 'seen', 'folder')
+    ):
+        save_table(table, out)
     _remove_parts(parts)
     return table

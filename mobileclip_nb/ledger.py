@@ -21,42 +21,62 @@ from .core import SCALES, near, scale as scale_now
 from .spec import Spec
 
 # %% ../nbs/02_ledger.ipynb #481938b6
-def _here()->Path: # the folder of the package
+def _here() -> Path:  # the folder of the package
     "Find our own files"
     return Path(str(files('mobileclip_nb')))
 
+
 def _git(
-    *words:str, # after `git`
-)->str|None: # what it prints, None if it fails
+    *words: str,  # after `git`
+) -> str | None:  # what it prints, None if it fails
     "Ask git about the folder of the package"
-    try: out = subprocess.run(['git', '-C', str(_here()), *words], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired): return None
+    try:
+        out = subprocess.run(
+            ['git', '-C', str(_here()), *words], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return out.stdout.strip() if out.returncode == 0 else None
 
-def code_version()->str: # `git:<commit>`, with `-dirty` if something is not committed, or `v<version>`
+
+def code_version() -> (
+    str
+):  # `git:<commit>`, with `-dirty` if something is not committed, or `v<version>`
     "Name the code that runs"
     tracked = _git('ls-files', '--error-unmatch', '__init__.py')
     if tracked and (commit := _git('rev-parse', '--short=10', 'HEAD')):
         return f"git:{commit}{'-dirty' if _git('status', '--porcelain', '--untracked-files=no') else ''}"
-    try: return f"v{version('mobileclip_nb')}"
-    except PackageNotFoundError: return 'unknown'
+    try:
+        return f"v{version('mobileclip_nb')}"
+    except PackageNotFoundError:
+        return 'unknown'
 
 # %% ../nbs/02_ledger.ipynb #27d76a3a
 PACKAGES = ('torch', 'torchvision', 'timm', 'open_clip_torch', 'numpy', 'pillow')
 
-def packages()->dict[str,str]: # name: version
+
+def packages() -> dict[str, str]:  # name: version
     "Versions of Python and of the installed packages that a result may depend on"
     found = dict(python=platform.python_version())
     for p in PACKAGES:
-        try: found[p] = version(p)
-        except PackageNotFoundError: pass
+        try:
+            found[p] = version(p)
+        except PackageNotFoundError:
+            pass
     return found
 
-def host()->dict[str,Any]: # `cpu`, `cores`, `system`
+
+def host() -> dict[str, Any]:  # `cpu`, `cores`, `system`
     "The machine, without its name"
     cpu = platform.processor() or platform.machine()
-    try: cpu = next(l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): pass
+    try:
+        cpu = next(
+            l.split(':', 1)[1].strip()
+            for l in Path('/proc/cpuinfo').read_text().splitlines()
+            if l.startswith('model name')
+        )
+    except (OSError, StopIteration):
+        pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(cpu=cpu, cores=cores, system=f'{platform.system()} {platform.machine()}')
 
@@ -64,154 +84,246 @@ def host()->dict[str,Any]: # `cpu`, `cores`, `system`
 @dataclass(frozen=True)
 class Run:
     "One finished run: what was asked for, with what, on what, and what came out"
-    run:str # name of the recipe
-    spec:dict[str,Any] # the whole configuration, in JSON's own types
-    spec_id:str # its hash
-    seed:int
-    code:str # `code_version()`
-    packages:dict[str,str] # `packages()`
-    host:dict[str,Any] # `host()`
-    device:str # `cpu`, `cuda`, ...
-    started:str # UTC, ISO 8601
-    seconds:float
-    scale:str # `smoke`, `nano` or `full`
-    metrics:dict[str,float|None]=field(default_factory=dict) # unit in the name; None: not a finite number
+
+    run: str  # name of the recipe
+    spec: dict[str, Any]  # the whole configuration, in JSON's own types
+    spec_id: str  # its hash
+    seed: int
+    code: str  # `code_version()`
+    packages: dict[str, str]  # `packages()`
+    host: dict[str, Any]  # `host()`
+    device: str  # `cpu`, `cuda`, ...
+    started: str  # UTC, ISO 8601
+    seconds: float
+    scale: str  # `smoke`, `nano` or `full`
+    metrics: dict[str, float | None] = field(
+        default_factory=dict
+    )  # unit in the name; None: not a finite number
+
 
 def _measured(
-    metrics:Mapping[str,Any], # numbers, or scalars that `float` takes
-)->dict[str,float|int|None]: # plain numbers
+    metrics: Mapping[str, Any],  # numbers, or scalars that `float` takes
+) -> dict[str, float | int | None]:  # plain numbers
     "Check the names of metrics and make plain numbers of the values"
     for k in metrics:
-        if not re.fullmatch(r'[a-z][a-z0-9_]*', k): raise ValueError(f"Metric {k!r}: use lower case, digits and _, with the unit in the name, as in 'heldout_i2t_r1' or 'latency_ms_p50'")
-    plain = {k: v if isinstance(v, int) and not isinstance(v, bool) else float(v) for k, v in metrics.items()}
+        if not re.fullmatch(r'[a-z][a-z0-9_]*', k):
+            raise ValueError(
+                f"Metric {k!r}: use lower case, digits and _, with the unit in the name, as in 'heldout_i2t_r1' or 'latency_ms_p50'"
+            )
+    plain = {
+        k: v if isinstance(v, int) and not isinstance(v, bool) else float(v)
+        for k, v in metrics.items()
+    }
     return {k: v if math.isfinite(v) else None for k, v in plain.items()}
 
 # %% ../nbs/02_ledger.ipynb #403c6623
 def record(
-    run:str, # name of the recipe; the same for all its seeds
-    spec:Spec|Mapping[str,Any], # the configuration
-    metrics:Mapping[str,Any], # what came out, unit in the name
-    seed:int=0, # of this run
-    seconds:float=0., # how long it took
-    device:str='cpu', # where
-    scale:str|None=None, # None reads the environment variable `SCALE`
-    started:str|None=None, # UTC; None: `seconds` ago
-)->Run: # ready to append
+    run: str,  # name of the recipe; the same for all its seeds
+    spec: Spec | Mapping[str, Any],  # the configuration
+    metrics: Mapping[str, Any],  # what came out, unit in the name
+    seed: int = 0,  # of this run
+    seconds: float = 0.0,  # how long it took
+    device: str = 'cpu',  # where
+    scale: str | None = None,  # None reads the environment variable `SCALE`
+    started: str | None = None,  # UTC; None: `seconds` ago
+) -> Run:  # ready to append
     "Make a run's record, finding out code, packages, host and time"
     scale = scale or scale_now()
-    if scale not in SCALES: raise ValueError(f"scale={scale!r} is not one of {', '.join(SCALES)}.{near(scale, SCALES)}")
-    whole = spec.to_dict() if isinstance(spec, Spec) else json.loads(json.dumps(dict(spec), sort_keys=True))
-    spec_id = spec.id if isinstance(spec, Spec) else Anonymous(fields=json.dumps(whole, sort_keys=True)).id
-    begun = started or datetime.fromtimestamp(datetime.now().timestamp() - seconds, timezone.utc).isoformat(timespec='seconds')
-    return Run(run, whole, spec_id, int(seed), code_version(), packages(), host(), str(device), begun, round(float(seconds), 3), scale, _measured(metrics))
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is not one of {', '.join(SCALES)}.{near(scale, SCALES)}")
+    whole = (
+        spec.to_dict()
+        if isinstance(spec, Spec)
+        else json.loads(json.dumps(dict(spec), sort_keys=True))
+    )
+    spec_id = (
+        spec.id
+        if isinstance(spec, Spec)
+        else Anonymous(fields=json.dumps(whole, sort_keys=True)).id
+    )
+    begun = started or datetime.fromtimestamp(
+        datetime.now().timestamp() - seconds, timezone.utc
+    ).isoformat(timespec='seconds')
+    return Run(
+        run,
+        whole,
+        spec_id,
+        int(seed),
+        code_version(),
+        packages(),
+        host(),
+        str(device),
+        begun,
+        round(float(seconds), 3),
+        scale,
+        _measured(metrics),
+    )
+
 
 @dataclass(frozen=True, repr=False)
 class Anonymous(Spec, id_name='Anonymous'):
     "Gives a plain dictionary the id a spec would have"
-    fields:str='' # JSON, keys sorted
+
+    fields: str = ''  # JSON, keys sorted
 
 # %% ../nbs/02_ledger.ipynb #12454306
 LEDGER = 'runs/ledger.jsonl'
 
+
 def _lock(
-    fd:int, # an open file
-)->None:
+    fd: int,  # an open file
+) -> None:
     "Wait for the file's lock, where the system has locks; closing the file lifts it"
-    try: import fcntl
-    except ImportError: return
-    try: fcntl.flock(fd, fcntl.LOCK_EX)
-    except OSError: pass # a file system without locks
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
+
 
 def append(
-    path:str|Path, # the ledger; made if need be
-    run:Run, # a finished run
-)->Run: # the same
+    path: str | Path,  # the ledger; made if need be
+    run: Run,  # a finished run
+) -> Run:  # the same
     "Append one line to a ledger, in one write"
-    path = Path(path); line = (json.dumps(dataclasses.asdict(run), ensure_ascii=False, allow_nan=False) + '\n').encode()
+    path = Path(path)
+    line = (
+        json.dumps(dataclasses.asdict(run), ensure_ascii=False, allow_nan=False) + '\n'
+    ).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
-    except OSError as e: raise type(e)(e.errno, f"cannot write the ledger {str(path)!r} ({e.strerror}); choose another or mend its permissions") from e
+    except OSError as e:
+        raise type(e)(
+            e.errno,
+            f"cannot write the ledger {str(path)!r} ({e.strerror}); choose another or mend its permissions",
+        ) from e
     try:
-        _lock(fd); end = os.lseek(fd, 0, os.SEEK_END)
-        if end: os.lseek(fd, end-1, os.SEEK_SET)
-        if end and os.read(fd, 1) != b'\n': line = b'\n' + line
-        if (n := os.write(fd, line)) != len(line): raise OSError(f"Only {n} of {len(line)} bytes were written to {str(path)!r}; is the disk full?")
-    finally: os.close(fd)
+        _lock(fd)
+        end = os.lseek(fd, 0, os.SEEK_END)
+        if end:
+            os.lseek(fd, end - 1, os.SEEK_SET)
+        if end and os.read(fd, 1) != b'\n':
+            line = b'\n' + line
+        if (n := os.write(fd, line)) != len(line):
+            raise OSError(
+                f"Only {n} of {len(line)} bytes were written to {str(path)!r}; is the disk full?"
+            )
+    finally:
+        os.close(fd)
     return run
 
 # %% ../nbs/02_ledger.ipynb #12033d78
 def _run(
-    line:str, # one line of a ledger
-)->Run:
+    line: str,  # one line of a ledger
+) -> Run:
     "Parse one line, or raise ValueError"
-    d = json.loads(line); names = [f.name for f in dataclasses.fields(Run)]
-    if not isinstance(d, dict): raise ValueError('not an object')
+    d = json.loads(line)
+    names = [f.name for f in dataclasses.fields(Run)]
+    if not isinstance(d, dict):
+        raise ValueError('not an object')
     lacking = [n for n in names if n not in d]
-    if lacking: raise ValueError(f"without {', '.join(lacking)}")
+    if lacking:
+        raise ValueError(f"without {', '.join(lacking)}")
     return Run(**{n: d[n] for n in names})
 
+
 def read(
-    path:str|Path, # a ledger
-    **filters:Any, # fields of `Run` and the values they must have
-)->list[Run]: # in the order of the file
+    path: str | Path,  # a ledger
+    **filters: Any,  # fields of `Run` and the values they must have
+) -> list[Run]:  # in the order of the file
     "Read runs back; damaged lines are skipped with a warning that names them"
-    path = Path(path); names = [f.name for f in dataclasses.fields(Run)]
+    path = Path(path)
+    names = [f.name for f in dataclasses.fields(Run)]
     for k in filters:
-        if k not in names: raise TypeError(f"A run has no field {k!r}.{near(k, names)} It has: {', '.join(names)}.")
-    if not path.exists(): raise FileNotFoundError(f"No ledger {str(path)!r} yet; the first finished run makes it")
+        if k not in names:
+            raise TypeError(
+                f"A run has no field {k!r}.{near(k, names)} It has: {', '.join(names)}."
+            )
+    if not path.exists():
+        raise FileNotFoundError(f"No ledger {str(path)!r} yet; the first finished run makes it")
     runs = []
     for n, line in enumerate(path.read_bytes().decode('utf-8', 'replace').split('\n'), 1):
-        if not line.strip(): continue
-        try: runs.append(_run(line))
-        except ValueError as e: warnings.warn(f"{path.name}, line {n} is damaged and skipped: {e}", stacklevel=2)
+        if not line.strip():
+            continue
+        try:
+            runs.append(_run(line))
+        except ValueError as e:
+            warnings.warn(f"{path.name}, line {n} is damaged and skipped: {e}", stacklevel=2)
     return [r for r in runs if all(getattr(r, k) == v for k, v in filters.items())]
 
 # %% ../nbs/02_ledger.ipynb #a89311c6
 def _cell(
-    run:Run,
-    column:str, # a field, a metric, or `spec.name`
-)->Any: # None if the run has no such thing
+    run: Run,
+    column: str,  # a field, a metric, or `spec.name`
+) -> Any:  # None if the run has no such thing
     "Look up one column of one run"
-    if column.startswith('spec.'): return run.spec.get(column[5:])
+    if column.startswith('spec.'):
+        return run.spec.get(column[5:])
     return run.metrics[column] if column in run.metrics else getattr(run, column, None)
 
+
 def _shown(
-    v:Any, # a number, a text, None
-)->str:
+    v: Any,  # a number, a text, None
+) -> str:
     "Write a value for a table: floats with four significant digits"
     return '–' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v).replace('|', '\\|')
 
+
 def table(
-    runs:Iterable[Run],
-    columns:Iterable[str]=('run', 'seed', 'seconds'), # fields, metrics, or `spec.name`
-)->str: # Markdown
+    runs: Iterable[Run],
+    columns: Iterable[str] = ('run', 'seed', 'seconds'),  # fields, metrics, or `spec.name`
+) -> str:  # Markdown
     "Show runs as a Markdown table"
     runs, columns = list(runs), list(columns)
-    if len(scales := sorted({r.scale for r in runs})) > 1: raise ValueError(f"Runs of different scales share no table: {', '.join(scales)}. Filter with read(..., scale=...).")
-    known = {f.name for f in dataclasses.fields(Run)} | {m for r in runs for m in r.metrics} | {f'spec.{s}' for r in runs for s in r.spec}
+    if len(scales := sorted({r.scale for r in runs})) > 1:
+        raise ValueError(
+            f"Runs of different scales share no table: {', '.join(scales)}. Filter with read(..., scale=...)."
+        )
+    known = (
+        {f.name for f in dataclasses.fields(Run)}
+        | {m for r in runs for m in r.metrics}
+        | {f'spec.{s}' for r in runs for s in r.spec}
+    )
     for c in columns:
-        if runs and c not in known: raise KeyError(f"No run has {c!r}.{near(c, known)}")
+        if runs and c not in known:
+            raise KeyError(f"No run has {c!r}.{near(c, known)}")
     rows = [[_shown(_cell(r, c)) for c in columns] for r in runs]
-    right = [bool(runs) and all(isinstance(_cell(r, c), (int, float, type(None))) for r in runs) for c in columns]
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [columns, ['---:' if a else '---' for a in right], *rows])
+    right = [
+        bool(runs) and all(isinstance(_cell(r, c), (int, float, type(None))) for r in runs)
+        for c in columns
+    ]
+    return '\n'.join(
+        '| ' + ' | '.join(row) + ' |'
+        for row in [columns, ['---:' if a else '---' for a in right], *rows]
+    )
 
 # %% ../nbs/02_ledger.ipynb #dccdfbf4
 class Spread(NamedTuple):
     "A metric over the runs of one recipe"
-    mean:float
-    std:float|None # over seeds; None for a single run
-    n:int # runs that have the metric
+
+    mean: float
+    std: float | None  # over seeds; None for a single run
+    n: int  # runs that have the metric
+
 
 def spread(
-    runs:Iterable[Run],
-    metric:str, # its name
-)->dict[str,Spread]: # by name of the recipe, in order of appearance
+    runs: Iterable[Run],
+    metric: str,  # its name
+) -> dict[str, Spread]:  # by name of the recipe, in order of appearance
     "Mean and standard deviation of a metric over the runs of each recipe"
     got, known, runs = {}, set(), list(runs)
-    if len(scales := sorted({r.scale for r in runs})) > 1: raise ValueError(f"Runs of different scales share no mean: {', '.join(scales)}. Filter with read(..., scale=...).")
+    if len(scales := sorted({r.scale for r in runs})) > 1:
+        raise ValueError(
+            f"Runs of different scales share no mean: {', '.join(scales)}. Filter with read(..., scale=...)."
+        )
     for r in runs:
         known |= set(r.metrics)
-        if r.metrics.get(metric) is not None: got.setdefault(r.run, []).append(r.metrics[metric])
-    if not got: raise KeyError(f"No run has the metric {metric!r}.{near(metric, known)}")
+        if r.metrics.get(metric) is not None:
+            got.setdefault(r.run, []).append(r.metrics[metric])
+    if not got:
+        raise KeyError(f"No run has the metric {metric!r}.{near(metric, known)}")
     return {k: Spread(fmean(v), stdev(v) if len(v) > 1 else None, len(v)) for k, v in got.items()}

@@ -17,123 +17,169 @@ from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/50_losses.ipynb #4012b304
 def exact(
-    x:Tensor, # of any floating type
-)->Tensor: # the same in float32, or in float64 if it was
+    x: Tensor,  # of any floating type
+) -> Tensor:  # the same in float32, or in float64 if it was
     "Leave half precision behind"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+
 def cosines(
-    rows:Tensor, # `(b, D)` unit rows
-    cols:Tensor, # `(B, D)` unit rows
-)->Tensor: # `(b, B)`, float32 at least
+    rows: Tensor,  # `(b, D)` unit rows
+    cols: Tensor,  # `(B, D)` unit rows
+) -> Tensor:  # `(b, B)`, float32 at least
     "Inner products of all rows with all columns, never in half precision"
-    with torch.autocast(rows.device.type, enabled=False): return exact(rows) @ exact(cols).T
+    with torch.autocast(rows.device.type, enabled=False):
+        return exact(rows) @ exact(cols).T
 
 # %% ../nbs/50_losses.ipynb #b0e6ce0b
 def contrast(
-    rows:Tensor, # `(b, D)` unit rows that choose
-    cols:Tensor, # `(B, D)` unit rows to choose from
-    scale:Tensor|float, # logit scale, exponentiated, 1–100
-    start:int=0, # row `i` belongs to column `start+i`
-    targets:Tensor|None=None, # `(b, B)` probabilities, rows sum to 1; replaces `start`
-)->Tensor: # scalar, nats a row
+    rows: Tensor,  # `(b, D)` unit rows that choose
+    cols: Tensor,  # `(B, D)` unit rows to choose from
+    scale: Tensor | float,  # logit scale, exponentiated, 1–100
+    start: int = 0,  # row `i` belongs to column `start+i`
+    targets: Tensor | None = None,  # `(b, B)` probabilities, rows sum to 1; replaces `start`
+) -> Tensor:  # scalar, nats a row
     "Cross-entropy of rows against all columns (CLIP §2.3)"
-    if targets is None and start+len(rows) > len(cols):
-        raise ValueError(f"Rows {start} to {start+len(rows)-1} have no column among {len(cols)}. Gather all columns first, or mend `start`")
-    return F.cross_entropy(scale*cosines(rows, cols), torch.arange(len(rows), device=rows.device)+start if targets is None else targets)
+    if targets is None and start + len(rows) > len(cols):
+        raise ValueError(
+            f"Rows {start} to {start + len(rows) - 1} have no column among {len(cols)}. Gather all columns first, or mend `start`"
+        )
+    return F.cross_entropy(
+        scale * cosines(rows, cols),
+        torch.arange(len(rows), device=rows.device) + start if targets is None else targets,
+    )
 
 # %% ../nbs/50_losses.ipynb #900fe6df
 class Rows(NamedTuple):
     "Rows that stand here, and those of all ranks"
-    own:Tensor # `(b, ...)` of this rank
-    all:Tensor # `(B, ...)` of all ranks, in their order
-    start:int=0 # `own` is `all[start:start+b]`
+
+    own: Tensor  # `(b, ...)` of this rank
+    all: Tensor  # `(B, ...)` of all ranks, in their order
+    start: int = 0  # `own` is `all[start:start+b]`
+
 
 def as_rows(
-    x:Tensor|Rows, # a tensor stands alone
-)->Rows: # the very tensor twice, or what was given
+    x: Tensor | Rows,  # a tensor stands alone
+) -> Rows:  # the very tensor twice, or what was given
     "Take a tensor for all there is"
     return x if isinstance(x, Rows) else Rows(x, x)
 
 # %% ../nbs/50_losses.ipynb #c944864c
 def chunked(
-    part:Callable[[slice],Tensor], # rows to the mean over them
-    n:int, # rows in all
-    chunk:int=0, # rows at a time; 0 for all at once
-)->Tensor: # the mean over all rows
+    part: Callable[[slice], Tensor],  # rows to the mean over them
+    n: int,  # rows in all
+    chunk: int = 0,  # rows at a time; 0 for all at once
+) -> Tensor:  # the mean over all rows
     "A mean over rows, made in parts whose intermediate results are not kept but recomputed"
-    if not 0 < chunk < n: return part(slice(0, n))
-    cuts = [slice(k, min(k+chunk, n)) for k in range(0, n, chunk)]
-    return sum(checkpoint(part, c, use_reentrant=False, preserve_rng_state=False)*((c.stop-c.start)/n) for c in cuts)
+    if not 0 < chunk < n:
+        return part(slice(0, n))
+    cuts = [slice(k, min(k + chunk, n)) for k in range(0, n, chunk)]
+    return sum(
+        checkpoint(part, c, use_reentrant=False, preserve_rng_state=False)
+        * ((c.stop - c.start) / n)
+        for c in cuts
+    )
 
 # %% ../nbs/50_losses.ipynb #2eecfae2
 class ClipLoss(NamedTuple):
     "The contrastive loss and its halves, scalars in nats a row"
-    total:Tensor # mean of the halves; what is differentiated
-    image:Tensor # images choose among texts
-    text:Tensor # texts choose among images
+
+    total: Tensor  # mean of the halves; what is differentiated
+    image: Tensor  # images choose among texts
+    text: Tensor  # texts choose among images
+
 
 def same_targets(
-    rows:Tensor, # `(b,)` integers
-    cols:Tensor, # `(B,)` integers; every label of `rows` is among them
-)->Tensor: # `(b, B)` probabilities
+    rows: Tensor,  # `(b,)` integers
+    cols: Tensor,  # `(B,)` integers; every label of `rows` is among them
+) -> Tensor:  # `(b, B)` probabilities
     "Share each row's probability equally among the columns of its label"
     same = (rows[:, None] == cols).float()
-    return same/same.sum(1, keepdim=True)
+    return same / same.sum(1, keepdim=True)
+
 
 def paired(
-    image:Tensor|Rows,
-    text:Tensor|Rows, # as many
-)->tuple[Rows,Rows]: # the same, as `Rows`
+    image: Tensor | Rows,
+    text: Tensor | Rows,  # as many
+) -> tuple[Rows, Rows]:  # the same, as `Rows`
     "Refuse images and texts that are not pairs"
     i, t = as_rows(image), as_rows(text)
-    if i.own.shape != t.own.shape or i.all.shape != t.all.shape or i.start != t.start: raise ValueError(f"One text an image: got {tuple(i.own.shape)} and {tuple(t.own.shape)}, of {len(i.all)} and {len(t.all)} in all")
+    if i.own.shape != t.own.shape or i.all.shape != t.all.shape or i.start != t.start:
+        raise ValueError(
+            f"One text an image: got {tuple(i.own.shape)} and {tuple(t.own.shape)}, of {len(i.all)} and {len(t.all)} in all"
+        )
     return i, t
 
+
 def clip_loss(
-    image:Tensor|Rows, # `(B, D)` unit rows
-    text:Tensor|Rows, # `(B, D)` unit rows, row `i` belongs to image `i`
-    scale:Tensor|float, # logit scale, exponentiated
-    labels:Tensor|Rows|None=None, # `(B,)` integers; pairs of one label count as each other's positives
-    chunk:int=0, # rows at a time; 0 for all at once
-)->ClipLoss:
+    image: Tensor | Rows,  # `(B, D)` unit rows
+    text: Tensor | Rows,  # `(B, D)` unit rows, row `i` belongs to image `i`
+    scale: Tensor | float,  # logit scale, exponentiated
+    labels: Tensor
+    | Rows
+    | None = None,  # `(B,)` integers; pairs of one label count as each other's positives
+    chunk: int = 0,  # rows at a time; 0 for all at once
+) -> ClipLoss:
     "InfoNCE over a batch of pairs, both ways (CLIP §2.3, Figure 3)"
     image, text = paired(image, text)
     same = None if labels is None else as_rows(labels)
-    def choose(rows:Rows, cols:Rows)->Tensor:
+
+    def choose(rows: Rows, cols: Rows) -> Tensor:
         "One way"
-        def part(c:slice)->Tensor: return contrast(rows.own[c], cols.all, scale, rows.start+c.start, None if same is None else same_targets(same.own[c], same.all))
+
+        def part(c: slice) -> Tensor:
+            return contrast(
+                rows.own[c],
+                cols.all,
+                scale,
+                rows.start + c.start,
+                None if same is None else same_targets(same.own[c], same.all),
+            )
+
         return chunked(part, len(rows.own), chunk)
+
     a, b = choose(image, text), choose(text, image)
-    return ClipLoss((a+b)/2, a, b)
+    return ClipLoss((a + b) / 2, a, b)
 
 # %% ../nbs/50_losses.ipynb #5a19899c
 def sigmoid_contrast(
-    rows:Tensor, # `(b, D)` unit rows
-    cols:Tensor, # `(B, D)` unit rows
-    scale:Tensor|float, # logit scale, exponentiated; SigLIP starts at 10
-    bias:Tensor|float, # added to each logit; SigLIP starts at -10
-    start:int=0, # row `i` belongs to column `start+i`
-    targets:Tensor|None=None, # `(b, B)`, each cell's probability of a yes, 0–1; replaces `start`
-)->Tensor: # scalar, nats a row, summed over its columns
+    rows: Tensor,  # `(b, D)` unit rows
+    cols: Tensor,  # `(B, D)` unit rows
+    scale: Tensor | float,  # logit scale, exponentiated; SigLIP starts at 10
+    bias: Tensor | float,  # added to each logit; SigLIP starts at -10
+    start: int = 0,  # row `i` belongs to column `start+i`
+    targets: Tensor
+    | None = None,  # `(b, B)`, each cell's probability of a yes, 0–1; replaces `start`
+) -> Tensor:  # scalar, nats a row, summed over its columns
     "Cross-entropy of each cell's yes or no (SigLIP §3.2)"
-    if targets is None and start+len(rows) > len(cols): raise ValueError(f"Rows {start} to {start+len(rows)-1} have no column among {len(cols)}. Gather all columns first, or mend `start`")
-    logits = scale*cosines(rows, cols) + bias
-    if targets is None: targets = F.one_hot(torch.arange(len(rows), device=rows.device)+start, len(cols))
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction='sum')/len(rows)
+    if targets is None and start + len(rows) > len(cols):
+        raise ValueError(
+            f"Rows {start} to {start + len(rows) - 1} have no column among {len(cols)}. Gather all columns first, or mend `start`"
+        )
+    logits = scale * cosines(rows, cols) + bias
+    if targets is None:
+        targets = F.one_hot(torch.arange(len(rows), device=rows.device) + start, len(cols))
+    return F.binary_cross_entropy_with_logits(
+        logits, targets.to(logits.dtype), reduction='sum'
+    ) / len(rows)
+
 
 def sigmoid_loss(
-    image:Tensor|Rows, # `(B, D)` unit rows
-    text:Tensor|Rows, # `(B, D)` unit rows, row `i` belongs to image `i`
-    scale:Tensor|float, # logit scale, exponentiated
-    bias:Tensor|float, # added to each logit
-    labels:Tensor|Rows|None=None, # `(B,)` integers; pairs of one label count as each other's positives
-    chunk:int=0, # rows at a time; 0 for all at once
-)->Tensor: # scalar, nats a row
+    image: Tensor | Rows,  # `(B, D)` unit rows
+    text: Tensor | Rows,  # `(B, D)` unit rows, row `i` belongs to image `i`
+    scale: Tensor | float,  # logit scale, exponentiated
+    bias: Tensor | float,  # added to each logit
+    labels: Tensor
+    | Rows
+    | None = None,  # `(B,)` integers; pairs of one label count as each other's positives
+    chunk: int = 0,  # rows at a time; 0 for all at once
+) -> Tensor:  # scalar, nats a row
     "The sigmoid loss over a batch of pairs (SigLIP §3.2)"
     image, text = paired(image, text)
     same = None if labels is None else as_rows(labels)
-    def part(c:slice)->Tensor:
+
+    def part(c: slice) -> Tensor:
         targets = None if same is None else same.own[c, None] == same.all
-        return sigmoid_contrast(image.own[c], text.all, scale, bias, image.start+c.start, targets)
+        return sigmoid_contrast(image.own[c], text.all, scale, bias, image.start + c.start, targets)
+
     return chunked(part, len(image.own), chunk)

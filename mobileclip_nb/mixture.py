@@ -18,101 +18,139 @@ from .batches import Batch
 # %% ../nbs/53_mixture.ipynb #edc45515
 class Part(NamedTuple):
     "One source of a mixture"
-    place:str # a folder, file, url, or the name of data
-    weight:float=1. # above 0
+
+    place: str  # a folder, file, url, or the name of data
+    weight: float = 1.0  # above 0
+
 
 def parts(
-    text:str, # `A`, or `A:3,B:1`
-)->tuple[Part,...]: # at least one
+    text: str,  # `A`, or `A:3,B:1`
+) -> tuple[Part, ...]:  # at least one
     "Take a mixture apart"
     found = []
     for piece in re.split(r',(?![^{]*\})', str(text)):
         m = re.fullmatch(r'(.+):(\d*\.?\d+)', piece.strip())
-        place, weight = (m[1], float(m[2])) if m else (piece.strip(), 1.)
-        if not place: raise ValueError(f"A source without a name in {str(text)!r}; write PLACE:WEIGHT,PLACE:WEIGHT")
-        if weight <= 0: raise ValueError(f"{place!r} has weight 0; leave it out")
+        place, weight = (m[1], float(m[2])) if m else (piece.strip(), 1.0)
+        if not place:
+            raise ValueError(
+                f"A source without a name in {str(text)!r}; write PLACE:WEIGHT,PLACE:WEIGHT"
+            )
+        if weight <= 0:
+            raise ValueError(f"{place!r} has weight 0; leave it out")
         found.append(Part(place, weight))
     return tuple(found)
 
 # %% ../nbs/53_mixture.ipynb #f901c102
 def shares(
-    batch:int, # pairs in all
-    weights:Sequence[float], # one a source
-)->list[int]: # pairs of each source; their sum is `batch`
+    batch: int,  # pairs in all
+    weights: Sequence[float],  # one a source
+) -> list[int]:  # pairs of each source; their sum is `batch`
     "Divide a batch by weight, in whole pairs, at least one each"
-    if batch < len(weights): raise ValueError(f"A batch of {batch} has no room for {len(weights)} sources; use a larger batch")
-    spare = batch - len(weights)                            # each has one already
-    due = [spare*w/sum(weights) for w in weights]
+    if batch < len(weights):
+        raise ValueError(
+            f"A batch of {batch} has no room for {len(weights)} sources; use a larger batch"
+        )
+    spare = batch - len(weights)  # each has one already
+    due = [spare * w / sum(weights) for w in weights]
     whole = [int(d) for d in due]
-    late = sorted(range(len(due)), key=lambda i: (whole[i]-due[i], i))[:spare-sum(whole)]
+    late = sorted(range(len(due)), key=lambda i: (whole[i] - due[i], i))[: spare - sum(whole)]
     return [1 + n + (i in late) for i, n in enumerate(whole)]
 
 # %% ../nbs/53_mixture.ipynb #ebf66079
-APART = 1 << 40 # between the numbers of two sources
+APART = 1 << 40  # between the numbers of two sources
+
 
 def together(
-    batches:Sequence[Batch], # one a source
-    names:Sequence[str], # of the sources, for the error
-)->Batch:
+    batches: Sequence[Batch],  # one a source
+    names: Sequence[str],  # of the sources, for the error
+) -> Batch:
     "Lay the rows of several batches below each other"
     out = {}
     for field in batches[0]._fields:
         rows = [getattr(b, field) for b in batches]
         if any((r is None) != (rows[0] is None) for r in rows):
-            has, lacks = (next(n for n, r in zip(names, rows) if (r is None) == empty) for empty in (False, True))
-            raise ValueError(f"{has!r} has {field} and {lacks!r} has none, so their rows cannot stand in one batch. Reinforce {lacks!r} with the same recipe, or train without distillation")
+            has, lacks = (
+                next(n for n, r in zip(names, rows) if (r is None) == empty)
+                for empty in (False, True)
+            )
+            raise ValueError(
+                f"{has!r} has {field} and {lacks!r} has none, so their rows cannot stand in one batch. Reinforce {lacks!r} with the same recipe, or train without distillation"
+            )
         if rows[0] is not None and len({r.shape[1:] for r in rows}) > 1:
-            raise ValueError(f"The sources differ in the shape of {field}: " + ', '.join(f'{n!r} {tuple(r.shape[1:])}' for n, r in zip(names, rows)))
-        if field in ('index', 'label', 'syn_label') and rows[0] is not None: rows = [r + i*APART for i, r in enumerate(rows)]
+            raise ValueError(
+                f"The sources differ in the shape of {field}: "
+                + ', '.join(f'{n!r} {tuple(r.shape[1:])}' for n, r in zip(names, rows))
+            )
+        if field in ('index', 'label', 'syn_label') and rows[0] is not None:
+            rows = [r + i * APART for i, r in enumerate(rows)]
         out[field] = None if rows[0] is None else torch.cat(rows)
     return type(batches[0])(**out)
 
 # %% ../nbs/53_mixture.ipynb #5ed07429
 class Mixture:
     "Several sources as one: each gives its share to every batch"
-    def __init__(self,
-        sources:Sequence[Any], # each with `batch`, `id` and `since`
-        names:Sequence[str]=(), # for errors; numbers if not given
+
+    def __init__(
+        self,
+        sources: Sequence[Any],  # each with `batch`, `id` and `since`
+        names: Sequence[str] = (),  # for errors; numbers if not given
     ):
-        self.sources, self.names = tuple(sources), tuple(names) or tuple(str(i) for i in range(len(sources)))
-        if not sources: raise ValueError("A mixture needs at least one source")
+        self.sources, self.names = (
+            tuple(sources),
+            tuple(names) or tuple(str(i) for i in range(len(sources))),
+        )
+        if not sources:
+            raise ValueError("A mixture needs at least one source")
         self.batch = sum(s.batch for s in sources)
 
     @property
-    def id(self)->str:
+    def id(self) -> str:
         "Ten hexadecimal digits that change with any source and its share"
-        return hashlib.sha256(json.dumps([[s.id, s.batch] for s in self.sources]).encode()).hexdigest()[:10]
+        return hashlib.sha256(
+            json.dumps([[s.id, s.batch] for s in self.sources]).encode()
+        ).hexdigest()[:10]
 
     @property
-    def skips(self)->Any: # None if no part counts any
+    def skips(self) -> Any:  # None if no part counts any
         "What the parts refused, together"
         counted = [s.skips for s in self.sources if getattr(s, 'skips', None) is not None]
-        if not counted: return None
+        if not counted:
+            return None
         total = type(counted[0])()
-        for c in counted: total.merge(c)
+        for c in counted:
+            total.merge(c)
         return total
 
-    def since(self,
-        step:int=0, # the first that is wanted
-    )->Iterator[Batch]:
+    def since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[Batch]:
         "Batches from a step on, without end"
-        for found in zip(*(s.since(step) for s in self.sources)): yield together(found, self.names)
+        for found in zip(*(s.since(step) for s in self.sources)):
+            yield together(found, self.names)
 
 # %% ../nbs/53_mixture.ipynb #1d74fece
 class Slice:
     "What one rank sees of a source that makes whole batches"
-    def __init__(self,
-        whole:Any, # a source; its batch is that of all ranks
-        rank:int, # from 0
-        world:int, # ranks
+
+    def __init__(
+        self,
+        whole: Any,  # a source; its batch is that of all ranks
+        rank: int,  # from 0
+        world: int,  # ranks
     ):
-        if whole.batch % world: raise ValueError(f"A batch of {whole.batch} does not divide among {world} ranks; use a multiple of {world}")
-        self.whole, self.rank, self.batch, self.id = whole, rank, whole.batch//world, whole.id
+        if whole.batch % world:
+            raise ValueError(
+                f"A batch of {whole.batch} does not divide among {world} ranks; use a multiple of {world}"
+            )
+        self.whole, self.rank, self.batch, self.id = whole, rank, whole.batch // world, whole.id
         self.data, self.per_epoch = getattr(whole, 'data', None), getattr(whole, 'per_epoch', None)
 
-    def since(self,
-        step:int=0, # the first that is wanted
-    )->Iterator[Batch]:
+    def since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[Batch]:
         "This rank's rows, without end"
-        rows = slice(self.rank*self.batch, (self.rank+1)*self.batch)
-        for b in self.whole.since(step): yield type(b)(*(None if t is None else t[rows] for t in b))
+        rows = slice(self.rank * self.batch, (self.rank + 1) * self.batch)
+        for b in self.whole.since(step):
+            yield type(b)(*(None if t is None else t[rows] for t in b))

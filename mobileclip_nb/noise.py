@@ -16,58 +16,92 @@ from .spec import Spec
 
 # %% ../nbs/03_noise.ipynb #467550fe
 KINDS = ('wrong', 'generic', 'file', 'part')
-GENERIC = ('image', 'untitled', 'emoji', 'icon', 'click here', 'free download', 'best emoji of the year', 'picture', 'logo', 'screenshot')
+GENERIC = (
+    'image',
+    'untitled',
+    'emoji',
+    'icon',
+    'click here',
+    'free download',
+    'best emoji of the year',
+    'picture',
+    'logo',
+    'screenshot',
+)
+
 
 def mistaken(
-    caption:str, # the true one
-    others:Sequence[str], # captions to be wrong with
-    rng:random.Random, # drawn from
-    kinds:Sequence[str]=KINDS, # of which one is drawn; one named twice is drawn twice as often
-    templates:Sequence[str]=('{}',), # phrases for a wrong caption, with `{}` for it
-)->tuple[str,str]: # kind, and the text
+    caption: str,  # the true one
+    others: Sequence[str],  # captions to be wrong with
+    rng: random.Random,  # drawn from
+    kinds: Sequence[str] = KINDS,  # of which one is drawn; one named twice is drawn twice as often
+    templates: Sequence[str] = ('{}',),  # phrases for a wrong caption, with `{}` for it
+) -> tuple[str, str]:  # kind, and the text
     "Draw a caption that does not describe its picture"
     kind = rng.choice(kinds)
-    if kind == 'wrong': return kind, rng.choice(templates).replace('{}', rng.choice(others))
-    if kind == 'generic': return kind, rng.choice(GENERIC)
-    return kind, f'img {rng.randrange(10000)}.png' if kind == 'file' else rng.choice(caption.split())
+    if kind == 'wrong':
+        return kind, rng.choice(templates).replace('{}', rng.choice(others))
+    if kind == 'generic':
+        return kind, rng.choice(GENERIC)
+    return kind, f'img {rng.randrange(10000)}.png' if kind == 'file' else rng.choice(
+        caption.split()
+    )
 
 # %% ../nbs/03_noise.ipynb #8fe584cc
 @dataclass(frozen=True, repr=False)
 class NoiseSpec(Spec, id_name='NoiseSpec'):
     "How captions are spoiled"
-    share:float=.6 # of captions that are spoiled, 0–1
-    kinds:tuple[str,...]=('wrong',) # of `KINDS`, drawn evenly; one named twice is drawn twice as often
-    seed:int=0 # of which captions, and what they become
 
-    def __post_init__(self)->None:
-        if not 0 <= self.share <= 1: raise ValueError(f"share={self.share} is not in 0 to 1")
-        if not self.kinds: raise ValueError(f"Name at least one kind of noise: {', '.join(KINDS)}")
+    share: float = 0.6  # of captions that are spoiled, 0–1
+    kinds: tuple[str, ...] = (
+        'wrong',
+    )  # of `KINDS`, drawn evenly; one named twice is drawn twice as often
+    seed: int = 0  # of which captions, and what they become
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share={self.share} is not in 0 to 1")
+        if not self.kinds:
+            raise ValueError(f"Name at least one kind of noise: {', '.join(KINDS)}")
         for k in self.kinds:
-            if k not in KINDS: raise ValueError(f"No kind of noise {k!r}.{near(k, KINDS)} There are {', '.join(KINDS)}")
+            if k not in KINDS:
+                raise ValueError(
+                    f"No kind of noise {k!r}.{near(k, KINDS)} There are {', '.join(KINDS)}"
+                )
 
-CLEAN = NoiseSpec(share=0.)
+
+CLEAN = NoiseSpec(share=0.0)
 
 # %% ../nbs/03_noise.ipynb #9925b89c
 class Noised(NamedTuple):
     "Captions after noise"
-    captions:list[str]
-    kinds:list[str] # of each: one of `KINDS`, or empty if it is the true one
+
+    captions: list[str]
+    kinds: list[str]  # of each: one of `KINDS`, or empty if it is the true one
+
 
 def noised(
-    captions:Sequence[str], # N true ones
-    spec:NoiseSpec=NoiseSpec(),
-    keys:Sequence[str]|None=None, # N names of the pictures; None numbers them
-)->Noised:
+    captions: Sequence[str],  # N true ones
+    spec: NoiseSpec = NoiseSpec(),
+    keys: Sequence[str] | None = None,  # N names of the pictures; None numbers them
+) -> Noised:
     "Replace a share of captions, each by a draw that depends on nothing but seed and key"
     keys = [str(i) for i in range(len(captions))] if keys is None else keys
-    if len(keys) != len(captions): raise ValueError(f"{len(keys)} keys for {len(captions)} captions")
+    if len(keys) != len(captions):
+        raise ValueError(f"{len(keys)} keys for {len(captions)} captions")
     unique = sorted(set(captions))
-    if spec.share and 'wrong' in spec.kinds and len(unique) < 2: raise ValueError("A wrong caption needs another one to be taken from; all captions are equal")
+    if spec.share and 'wrong' in spec.kinds and len(unique) < 2:
+        raise ValueError(
+            "A wrong caption needs another one to be taken from; all captions are equal"
+        )
     out = []
     for text, key in zip(captions, keys):
         rng = random.Random(json.dumps([spec.seed, key]))
-        if rng.random() >= spec.share: out.append(('', text)); continue
+        if rng.random() >= spec.share:
+            out.append(('', text))
+            continue
         kind, new = mistaken(text, unique, rng, spec.kinds)
-        while new == text and kind == 'wrong': new = rng.choice(unique)
+        while new == text and kind == 'wrong':
+            new = rng.choice(unique)
         out.append((kind, new))
     return Noised([t for _, t in out], [k for k, _ in out])

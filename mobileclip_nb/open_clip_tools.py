@@ -26,175 +26,276 @@ from .zoo import ZOO, Record, build, record
 # %% ../nbs/36_open_clip_tools.ipynb #4c414bbf
 class Tower(nn.Module):
     "What both towers have in common under open_clip"
-    def __init__(self, trunk:nn.Module): # a tower of ours
+
+    def __init__(self, trunk: nn.Module):  # a tower of ours
         super().__init__()
         self.trunk = trunk
 
-    def forward(self,
-        x:Tensor, # `(B, 3, side, side)` images or `(B, T)` ids
-    )->Tensor: # `(B, D)`
+    def forward(
+        self,
+        x: Tensor,  # `(B, 3, side, side)` images or `(B, T)` ids
+    ) -> Tensor:  # `(B, D)`
         return self.trunk(x)
 
-    def freeze(self, **unlocked:int)->None: # the parts that should stay free, by open_clip's word for them
+    def freeze(
+        self, **unlocked: int
+    ) -> None:  # the parts that should stay free, by open_clip's word for them
         "Freeze the tower as a whole"
-        if any(unlocked.values()): raise ValueError(f"Our towers freeze as a whole; use {next(iter(unlocked))}=0")
+        if any(unlocked.values()):
+            raise ValueError(f"Our towers freeze as a whole; use {next(iter(unlocked))}=0")
         self.requires_grad_(False)
 
-    def set_grad_checkpointing(self, enable:bool=True)->None:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         "Refuse what these towers do not have"
-        if enable: raise NotImplementedError("Our towers have no gradient checkpointing; leave it off")
+        if enable:
+            raise NotImplementedError("Our towers have no gradient checkpointing; leave it off")
+
 
 class Visual(Tower):
     "Our image tower with the attributes open_clip's have"
-    def __init__(self, trunk:nn.Module, pixels:Pixels): # a tower; its preprocessing
+
+    def __init__(self, trunk: nn.Module, pixels: Pixels):  # a tower; its preprocessing
         super().__init__(trunk)
         self.image_size = (pixels.side, pixels.side)
 
-    def lock(self, unlocked_groups:int=0, freeze_bn_stats:bool=False)->None:
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         "Freeze the tower"
         self.freeze(unlocked_groups=unlocked_groups)
-        if freeze_bn_stats: self.eval()
+        if freeze_bn_stats:
+            self.eval()
+
 
 class Text(Tower):
     "Our text tower with the attributes open_clip's have"
-    def __init__(self, trunk:nn.Module): # a tower
+
+    def __init__(self, trunk: nn.Module):  # a tower
         super().__init__(trunk)
         self.context_length, self.vocab_size = trunk.spec.context, trunk.spec.vocab
 
-    def lock(self, unlocked_layers:int=0, freeze_layer_norm:bool=True)->None:
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         "Freeze the tower"
         self.freeze(unlocked_layers=unlocked_layers)
 
 # %% ../nbs/36_open_clip_tools.ipynb #bf1187eb
 def clothe(
-    model:CLIP, # with a record
-    output_dict:bool=False, # answer with a dictionary instead of a tuple
-)->nn.Module: # an `open_clip.model.CustomTextCLIP`
+    model: CLIP,  # with a record
+    output_dict: bool = False,  # answer with a dictionary instead of a tuple
+) -> nn.Module:  # an `open_clip.model.CustomTextCLIP`
     "Our model as one of open_clip's"
     from open_clip.model import CustomTextCLIP
+
     class Clothed(CustomTextCLIP):
         "A MobileCLIP whose towers are ours"
-        def __init__(self): nn.Module.__init__(self)
+
+        def __init__(self):
+            nn.Module.__init__(self)
+
     m = Clothed()
-    m.output_dict, m.visual, m.text = output_dict, Visual(model.image, model.record.pixels), Text(model.text)
+    m.output_dict, m.visual, m.text = (
+        output_dict,
+        Visual(model.image, model.record.pixels),
+        Text(model.text),
+    )
     m.context_length, m.vocab_size = m.text.context_length, m.text.vocab_size
     m.logit_scale, m.logit_bias = model.logit_scale, None
     m.visual.preprocess_cfg = preprocess_cfg(model.record.pixels)
     m.visual.image_mean, m.visual.image_std = model.record.pixels.mean, model.record.pixels.std
     return m.train(model.training)
 
+
 def preprocess_cfg(
-    p:Pixels, # of a model
-)->dict[str,Any]: # fields of open_clip's `PreprocessCfg`
+    p: Pixels,  # of a model
+) -> dict[str, Any]:  # fields of open_clip's `PreprocessCfg`
     "A model's preprocessing as open_clip writes it"
-    return dict(size=(p.side, p.side), mode='RGB', mean=p.mean, std=p.std, interpolation=p.resize, resize_mode='shortest', fill_color=0)
+    return dict(
+        size=(p.side, p.side),
+        mode='RGB',
+        mean=p.mean,
+        std=p.std,
+        interpolation=p.resize,
+        resize_mode='shortest',
+        fill_color=0,
+    )
 
 # %% ../nbs/36_open_clip_tools.ipynb #650b2547
-TESTED = ('3.3',) # open_clip's versions this adapter was run with
-OURS = {'MobileCLIP-S0': 'mobileclip_s0', 'mobileclip_nano': 'mobileclip_nano'} # name there to name here
+TESTED = ('3.3',)  # open_clip's versions this adapter was run with
+OURS = {
+    'MobileCLIP-S0': 'mobileclip_s0',
+    'mobileclip_nano': 'mobileclip_nano',
+}  # name there to name here
+
 
 def check_version(
-    version:str, # of open_clip
-    untested:bool=False, # go on with any
-)->None:
+    version: str,  # of open_clip
+    untested: bool = False,  # go on with any
+) -> None:
     "Refuse a version of open_clip the adapter was not run with"
     if not untested and '.'.join(version.split('.')[:2]) not in TESTED:
-        raise RuntimeError(f"open_clip {version} is not among the versions this adapter was tested with ({', '.join(TESTED)}). "
-                           f"Install open_clip_torch=={TESTED[-1]}.*, or pass untested=True to try")
+        raise RuntimeError(
+            f"open_clip {version} is not among the versions this adapter was tested with ({', '.join(TESTED)}). "
+            f"Install open_clip_torch=={TESTED[-1]}.*, or pass untested=True to try"
+        )
+
 
 def announce(
-    names:dict[str,str], # name there to name here
-    folder:Path, # for the configuration files
-)->None:
+    names: dict[str, str],  # name there to name here
+    folder: Path,  # for the configuration files
+) -> None:
     "Write configuration files and show them to open_clip"
     from open_clip import add_model_config
+
     for there, here in names.items():
         r = record(here)
-        cfg = dict(embed_dim=r.embed_dim, vision_cfg=dict(image_size=r.pixels.side), custom_text=True,
-                   text_cfg=dict(context_length=r.context_length, vocab_size=r.text.vocab, width=r.text.width, heads=r.text.heads, layers=r.text.layers))
-        with whole(folder/f'{there}.json') as tmp: tmp.write_text(json.dumps(cfg, indent=1))
+        cfg = dict(
+            embed_dim=r.embed_dim,
+            vision_cfg=dict(image_size=r.pixels.side),
+            custom_text=True,
+            text_cfg=dict(
+                context_length=r.context_length,
+                vocab_size=r.text.vocab,
+                width=r.text.width,
+                heads=r.text.heads,
+                layers=r.text.layers,
+            ),
+        )
+        with whole(folder / f'{there}.json') as tmp:
+            tmp.write_text(json.dumps(cfg, indent=1))
     add_model_config(folder)
 
 # %% ../nbs/36_open_clip_tools.ipynb #48aa3c58
-IGNORED = ('pretrained_image', 'pretrained_text', 'pretrained_hf', 'cache_dir', 'weights_only', 'force_custom_text') # say nothing about our models
+IGNORED = (
+    'pretrained_image',
+    'pretrained_text',
+    'pretrained_hf',
+    'cache_dir',
+    'weights_only',
+    'force_custom_text',
+)  # say nothing about our models
+
 
 def create_ours(
-    r:Record, # which model
-    pretrained:str|None=None, # a tag of the record, a path, `hf-hub:ORG/REPO`
-    load_weights_:bool=True, # open_clip's `load_weights`
-    precision:str='fp32', # `fp32`, `fp16`, `bf16`, `pure_fp16`, `pure_bf16` or `amp`
-    device:str|torch.device='cpu', # where to
-    output_dict:bool|None=None, # answer with a dictionary
-    require_pretrained:bool=False, # random weights are an error
-    force_preprocess_cfg:dict[str,Any]|None=None, # fields that win over the record's
-    others:dict[str,Any]|None=None, # whatever else was asked for
-)->nn.Module: # in train mode, as open_clip has it
+    r: Record,  # which model
+    pretrained: str | None = None,  # a tag of the record, a path, `hf-hub:ORG/REPO`
+    load_weights_: bool = True,  # open_clip's `load_weights`
+    precision: str = 'fp32',  # `fp32`, `fp16`, `bf16`, `pure_fp16`, `pure_bf16` or `amp`
+    device: str | torch.device = 'cpu',  # where to
+    output_dict: bool | None = None,  # answer with a dictionary
+    require_pretrained: bool = False,  # random weights are an error
+    force_preprocess_cfg: dict[str, Any] | None = None,  # fields that win over the record's
+    others: dict[str, Any] | None = None,  # whatever else was asked for
+) -> nn.Module:  # in train mode, as open_clip has it
     "Make one of our models as open_clip would"
-    if odd := [k for k, v in (others or {}).items() if v and k not in IGNORED]: raise ValueError(f"{r.name} has no option {', '.join(odd)} under open_clip; leave it out")
+    if odd := [k for k, v in (others or {}).items() if v and k not in IGNORED]:
+        raise ValueError(f"{r.name} has no option {', '.join(odd)} under open_clip; leave it out")
     wanted = bool(pretrained) and load_weights_
-    if require_pretrained and not wanted: raise RuntimeError(f"Pretrained weights are required for {r.name}; pass pretrained=, one of {', '.join(r.weights)} or a path")
+    if require_pretrained and not wanted:
+        raise RuntimeError(
+            f"Pretrained weights are required for {r.name}; pass pretrained=, one of {', '.join(r.weights)} or a path"
+        )
     model = create_model(r.name, pretrained).train() if wanted else build(r)
     if model.record.context_length != r.context_length:
-        raise ValueError(f"{str(pretrained)!r} reads {model.record.context_length} tokens and open_clip's tokenizer for {r.name} gives {r.context_length}; use create_model({str(pretrained)!r}) without open_clip")
+        raise ValueError(
+            f"{str(pretrained)!r} reads {model.record.context_length} tokens and open_clip's tokenizer for {r.name} gives {r.context_length}; use create_model({str(pretrained)!r}) without open_clip"
+        )
     m = clothe(model, bool(output_dict))
-    m.visual.preprocess_cfg |= {k: v for k, v in (force_preprocess_cfg or {}).items() if v is not None}
+    m.visual.preprocess_cfg |= {
+        k: v for k, v in (force_preprocess_cfg or {}).items() if v is not None
+    }
     m.visual.image_mean, m.visual.image_std = (m.visual.preprocess_cfg[k] for k in ('mean', 'std'))
-    dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16}.get(precision.removeprefix('pure_'), torch.float32)
+    dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16}.get(
+        precision.removeprefix('pure_'), torch.float32
+    )
     return m.to(device=device, dtype=dtype)
 
 # %% ../nbs/36_open_clip_tools.ipynb #e2dc3662
 def register_open_clip(
-    names:dict[str,str]|None=None, # name there to name here; None takes `OURS`
-    untested:bool=False, # try with a version of open_clip we have not tested
-)->list[str]: # names open_clip knows from now on
+    names: dict[str, str] | None = None,  # name there to name here; None takes `OURS`
+    untested: bool = False,  # try with a version of open_clip we have not tested
+) -> list[str]:  # names open_clip knows from now on
     "Replace `open_clip.create_model` by one that also makes our models; once or many times"
     import open_clip
+
     check_version(open_clip.__version__, untested)
     names = dict(OURS if names is None else names)
-    announce(names, cache_dir('open_clip_configs', hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:12]))
+    announce(
+        names,
+        cache_dir(
+            'open_clip_configs',
+            hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:12],
+        ),
+    )
     original = getattr(open_clip.factory.create_model, 'original', open_clip.factory.create_model)
     known = getattr(open_clip.factory.create_model, 'known', {}) | names
 
     @functools.wraps(original)
-    def create_model(model_name:str, pretrained:str|None=None, load_weights:bool=True, precision:str='fp32',
-                     device:str|torch.device='cpu', **options:Any)->nn.Module:
-        if str(model_name) not in known: return original(model_name, pretrained, load_weights, precision, device, **options)
-        mine = {k: options.pop(k) for k in ('output_dict', 'require_pretrained', 'force_preprocess_cfg') if k in options}
-        return create_ours(record(known[model_name]), pretrained, load_weights, precision, device, **mine, others=options)
+    def create_model(
+        model_name: str,
+        pretrained: str | None = None,
+        load_weights: bool = True,
+        precision: str = 'fp32',
+        device: str | torch.device = 'cpu',
+        **options: Any,
+    ) -> nn.Module:
+        if str(model_name) not in known:
+            return original(model_name, pretrained, load_weights, precision, device, **options)
+        mine = {
+            k: options.pop(k)
+            for k in ('output_dict', 'require_pretrained', 'force_preprocess_cfg')
+            if k in options
+        }
+        return create_ours(
+            record(known[model_name]),
+            pretrained,
+            load_weights,
+            precision,
+            device,
+            **mine,
+            others=options,
+        )
+
     create_model.original, create_model.known = original, known
     open_clip.factory.create_model = open_clip.create_model = create_model
     return list(names)
 
 # %% ../nbs/36_open_clip_tools.ipynb #168f30b0
 def run_tool(
-    tool:str, # a console command or a module
-    args:list[str], # its arguments
-)->Any: # what the command returns; a module returns its names
+    tool: str,  # a console command or a module
+    args: list[str],  # its arguments
+) -> Any:  # what the command returns; a module returns its names
     "Register our models with open_clip, then run an existing tool"
     register_open_clip()
     sys.argv = [tool, *args]
-    if found := list(metadata.entry_points(group='console_scripts', name=tool)): return found[0].load()()
-    try: there = util.find_spec(tool)
-    except ModuleNotFoundError: there = None
+    if found := list(metadata.entry_points(group='console_scripts', name=tool)):
+        return found[0].load()()
+    try:
+        there = util.find_spec(tool)
+    except ModuleNotFoundError:
+        there = None
     if there is None:
         package = tool.split('.')[0]
-        raise ModuleNotFoundError(f"No console command and no module named {tool!r}; "
-                                  f"install the package that brings it (pip install {package})")
+        raise ModuleNotFoundError(
+            f"No console command and no module named {tool!r}; "
+            f"install the package that brings it (pip install {package})"
+        )
     return run_module(tool, run_name='__main__', alter_sys=True)
 
+
 def main(
-    argv:Sequence[str]|None=None, # the tool and its arguments; None takes the process's
-)->int: # exit status: that of the tool, or 2 where it could not be run
+    argv: Sequence[str] | None = None,  # the tool and its arguments; None takes the process's
+) -> int:  # exit status: that of the tool, or 2 where it could not be run
     "Run a tool from a shell; one that is missing, or lacks a package, is one line"
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         sys.stderr.write('usage: python -m mobileclip_nb.open_clip_tools TOOL [ARGUMENT ...]\n')
         return 2
-    try: done = run_tool(words[0], words[1:])
+    try:
+        done = run_tool(words[0], words[1:])
     except ModuleNotFoundError as e:
         lacks = f'; {words[0]} needs it: pip install {e.name}' if e.name else ''
         sys.stderr.write(f'{words[0]}: {e}{lacks}\n')
         return 2
     return done if isinstance(done, int) else 0
 
-if __name__ == '__main__' and __package__: raise SystemExit(main())
+
+if __name__ == '__main__' and __package__:
+    raise SystemExit(main())

@@ -20,322 +20,508 @@ from .resize import FILTERS, resample
 from .spec import Spec, plain
 
 # %% ../nbs/07_operations.ipynb #92c2c53b
-Size = tuple[int, int] # width, height, pixels
+Size = tuple[int, int]  # width, height, pixels
+
 
 def below(
-    rng:random.Random, # advanced by one draw
-    n:int, # at least 1
-)->int: # 0 to n-1
+    rng: random.Random,  # advanced by one draw
+    n: int,  # at least 1
+) -> int:  # 0 to n-1
     "Draw a whole number"
-    return int(rng.random()*n)
+    return int(rng.random() * n)
+
 
 def between(
-    rng:random.Random, # advanced by one draw
-    span:tuple[float,...], # low, high
-)->float:
+    rng: random.Random,  # advanced by one draw
+    span: tuple[float, ...],  # low, high
+) -> float:
     "Draw a number"
-    return span[0] + (span[1]-span[0])*rng.random()
+    return span[0] + (span[1] - span[0]) * rng.random()
 
 # %% ../nbs/07_operations.ipynb #0ea5a926
 def _numbers(
-    v:Any, # what was given
-    n:int, # how many there should be
-)->bool:
+    v: Any,  # what was given
+    n: int,  # how many there should be
+) -> bool:
     "Whether `v` is a tuple of `n` numbers"
     return isinstance(v, tuple) and len(v) == n and all(type(x) in (int, float) for x in v)
 
+
 _RULES = dict(
     p=(lambda v: _numbers((v,), 1) and 0 <= v <= 1, 'a share from 0 to 1'),
-    size=(lambda v: all(type(x) is int and x > 0 for x in (v if isinstance(v, tuple) else (v,))), 'whole pixels from 1'),
-    scale=(lambda v: _numbers(v, 2) and 0 < v[0] <= v[1] <= 1, 'two shares of the area, low and high'),
+    size=(
+        lambda v: all(type(x) is int and x > 0 for x in (v if isinstance(v, tuple) else (v,))),
+        'whole pixels from 1',
+    ),
+    scale=(
+        lambda v: _numbers(v, 2) and 0 < v[0] <= v[1] <= 1,
+        'two shares of the area, low and high',
+    ),
     ratio=(lambda v: _numbers(v, 2) and 0 < v[0] <= v[1], 'two ratios, low and high'),
     interpolation=(lambda v: v in FILTERS, f"one of {', '.join(FILTERS)}"),
-    mean=(lambda v: _numbers(v, 3), 'three numbers, one a channel'), std=(lambda v: _numbers(v, 3), 'three numbers, one a channel'))
+    mean=(lambda v: _numbers(v, 3), 'three numbers, one a channel'),
+    std=(lambda v: _numbers(v, 3), 'three numbers, one a channel'),
+)
+
 
 def _ints(
-    value:Any, # what was read
-    n:int, # how many there should be
-)->bool:
+    value: Any,  # what was read
+    n: int,  # how many there should be
+) -> bool:
     "Whether `value` is a list of `n` whole numbers; true and 1.0 are none"
-    return isinstance(value, (list, tuple)) and len(value) == n and all(type(v) is int for v in value)
+    return (
+        isinstance(value, (list, tuple)) and len(value) == n and all(type(v) is int for v in value)
+    )
+
 
 def _written(
-    name:str, # of the argument
-    value:Any, # as the configuration has it
-    square:bool, # whether two equal sides mean one
-)->Any: # as our specs have it
+    name: str,  # of the argument
+    value: Any,  # as the configuration has it
+    square: bool,  # whether two equal sides mean one
+) -> Any:  # as our specs have it
     "Read one argument: lists as tuples, filters by name, a square as one side"
-    if name == 'interpolation' and type(value) is int: return next((k for k, f in FILTERS.items() if f == value), value)
+    if name == 'interpolation' and type(value) is int:
+        return next((k for k, f in FILTERS.items() if f == value), value)
     value = tuple(value) if isinstance(value, list) else value
-    return value[0] if square and name == 'size' and isinstance(value, tuple) and len(value) == 2 and value[0] == value[1] else value
+    return (
+        value[0]
+        if square
+        and name == 'size'
+        and isinstance(value, tuple)
+        and len(value) == 2
+        and value[0] == value[1]
+        else value
+    )
 
 # %% ../nbs/07_operations.ipynb #6076b45f
 @dataclass(frozen=True, repr=False)
 class Op(Spec, id_name='Op'):
     "One operation of the pipeline; this one does nothing and stores nothing"
-    stored:ClassVar[bool] = False # whether its parameter is kept
-    said:ClassVar[tuple[str,...]] = () # arguments written even where they are the default
-    square:ClassVar[bool] = True # whether a size of two equal sides means one
 
-    def __post_init__(self)->None:
+    stored: ClassVar[bool] = False  # whether its parameter is kept
+    said: ClassVar[tuple[str, ...]] = ()  # arguments written even where they are the default
+    square: ClassVar[bool] = True  # whether a size of two equal sides means one
+
+    def __post_init__(self) -> None:
         for f in fields(self):
             ok, what = _RULES.get(f.name, (lambda v: True, ''))
             if not ok(v := getattr(self, f.name)):
-                raise ValueError(f"{type(self).__name__}: {f.name}={v!r} is not {what}.{near(v, FILTERS) if f.name == 'interpolation' else ''}")
+                raise ValueError(
+                    f"{type(self).__name__}: {f.name}={v!r} is not {what}.{near(v, FILTERS) if f.name == 'interpolation' else ''}"
+                )
 
     @classmethod
-    def read(cls, name:str, arguments:dict[str,Any])->Self:
+    def read(cls, name: str, arguments: dict[str, Any]) -> Self:
         "The operation that a configuration asks for; arguments we cannot honor are refused"
         known = [f.name for f in fields(cls)]
         for k in arguments:
-            if k not in known: raise ValueError(f"{name} takes no argument {k!r} here.{near(k, known)} It takes: {', '.join(known) or 'none'}")
+            if k not in known:
+                raise ValueError(
+                    f"{name} takes no argument {k!r} here.{near(k, known)} It takes: {', '.join(known) or 'none'}"
+                )
         return cls(**{k: _written(k, v, cls.square) for k, v in arguments.items()})
 
-    def write(self)->dict[str,Any]:
+    def write(self) -> dict[str, Any]:
         "Its entry in a configuration, in the published manner"
         bare = {} if {'size', 'mean'} & set(self.said) else {'enable': True}
-        return dict(sorted((bare | {f.name: plain(v) for f in fields(self) if (v := getattr(self, f.name)) != f.default or f.name in self.said}).items()))
+        return dict(
+            sorted(
+                (
+                    bare
+                    | {
+                        f.name: plain(v)
+                        for f in fields(self)
+                        if (v := getattr(self, f.name)) != f.default or f.name in self.said
+                    }
+                ).items()
+            )
+        )
 
-    def sample(self, size:Size, rng:random.Random)->Any: return None
-    def fault(self, value:Any, side:int)->str: return ''
-    def after(self, size:Size)->Size: return size
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image: return image
+    def sample(self, size: Size, rng: random.Random) -> Any:
+        return None
+
+    def fault(self, value: Any, side: int) -> str:
+        return ''
+
+    def after(self, size: Size) -> Size:
+        return size
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
+        return image
 
 # %% ../nbs/07_operations.ipynb #094abe47
-class ToRGB(Op, id_name='ToRGB'): "The caller's part: the picture is RGB before it comes here"
-class Uint8(Op, id_name='Uint8'): "Only for tensors; a PIL picture has eight bits already"
-class ToTensor(Op, id_name='ToTensor'): "The caller's part: numbers of 0–1"
+class ToRGB(Op, id_name='ToRGB'):
+    "The caller's part: the picture is RGB before it comes here"
+
+
+class Uint8(Op, id_name='Uint8'):
+    "Only for tensors; a PIL picture has eight bits already"
+
+
+class ToTensor(Op, id_name='ToTensor'):
+    "The caller's part: numbers of 0–1"
+
 
 @dataclass(frozen=True, repr=False)
 class Normalize(Op, id_name='Normalize'):
     "The caller's part, since each teacher and each student has its own"
-    mean:tuple[float,...]=(0., 0., 0.) # per channel, 0–1
-    std:tuple[float,...]=(1., 1., 1.) # per channel
-    said:ClassVar[tuple[str,...]] = ('mean', 'std')
+
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # per channel, 0–1
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)  # per channel
+    said: ClassVar[tuple[str, ...]] = ('mean', 'std')
 
 # %% ../nbs/07_operations.ipynb #cdf9d6a5
 @dataclass(frozen=True, repr=False)
 class Resize(Op, id_name='Resize'):
     "Resize the shortest side, or both"
-    size:int|tuple[int,...]=256 # the shortest side, or height and width, pixels
-    interpolation:str='bilinear' # a key of `FILTERS`
-    stored:ClassVar[bool] = True
-    said:ClassVar[tuple[str,...]] = ('size',)
-    square:ClassVar[bool] = False
 
-    def sample(self, size:Size, rng:random.Random)->Any: return plain(self.size)
-    def fault(self, value:Any, side:int)->str:
+    size: int | tuple[int, ...] = 256  # the shortest side, or height and width, pixels
+    interpolation: str = 'bilinear'  # a key of `FILTERS`
+    stored: ClassVar[bool] = True
+    said: ClassVar[tuple[str, ...]] = ('size',)
+    square: ClassVar[bool] = False
+
+    def sample(self, size: Size, rng: random.Random) -> Any:
+        return plain(self.size)
+
+    def fault(self, value: Any, side: int) -> str:
         return '' if type(value) is int or _ints(value, 2) else 'is not a size'
-    def after(self, size:Size)->Size:
-        if isinstance(self.size, tuple): return self.size[-1], self.size[0]
+
+    def after(self, size: Size) -> Size:
+        if isinstance(self.size, tuple):
+            return self.size[-1], self.size[0]
         short, long = sorted(size)
-        return tuple(self.size if n == short else int(self.size*long/short) for n in size)
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
+        return tuple(self.size if n == short else int(self.size * long / short) for n in size)
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
         return resample(image, self.after(image.size), self.interpolation)
+
 
 @dataclass(frozen=True, repr=False)
 class CenterCrop(Op, id_name='CenterCrop'):
     "Keep the middle"
-    size:int=224 # pixels
-    said:ClassVar[tuple[str,...]] = ('size',)
 
-    def after(self, size:Size)->Size: return self.size, self.size
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
-        left, top = (round((n-self.size)/2) if n >= self.size else -((self.size-n)//2) for n in image.size)
-        return image.crop((left, top, left+self.size, top+self.size))
+    size: int = 224  # pixels
+    said: ClassVar[tuple[str, ...]] = ('size',)
+
+    def after(self, size: Size) -> Size:
+        return self.size, self.size
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
+        left, top = (
+            round((n - self.size) / 2) if n >= self.size else -((self.size - n) // 2)
+            for n in image.size
+        )
+        return image.crop((left, top, left + self.size, top + self.size))
 
 # %% ../nbs/07_operations.ipynb #2f8c2e48
 def _cut(
-    image:Image.Image, # any size
-    top:int, left:int, height:int, width:int, # pixels
-    name:str, # of the operation, for the message
-)->Image.Image: # `(width, height)`
+    image: Image.Image,  # any size
+    top: int,
+    left: int,
+    height: int,
+    width: int,  # pixels
+    name: str,  # of the operation, for the message
+) -> Image.Image:  # `(width, height)`
     "Cut a rectangle that must lie inside the picture"
-    if min(top, left) < 0 or min(height, width) < 1 or top+height > image.height or left+width > image.width:
-        raise ValueError(f"{name}: rows {top} to {top+height} and columns {left} to {left+width} reach outside this picture of {image.width}x{image.height}: "
-                         "the teacher saw another image. Compare its sha256, or reinforce this file anew")
-    return image.crop((left, top, left+width, top+height))
+    if (
+        min(top, left) < 0
+        or min(height, width) < 1
+        or top + height > image.height
+        or left + width > image.width
+    ):
+        raise ValueError(
+            f"{name}: rows {top} to {top + height} and columns {left} to {left + width} reach outside this picture of {image.width}x{image.height}: "
+            "the teacher saw another image. Compare its sha256, or reinforce this file anew"
+        )
+    return image.crop((left, top, left + width, top + height))
+
 
 @dataclass(frozen=True, repr=False)
 class RandomCrop(Op, id_name='RandomCrop'):
     "A square of fixed size, anywhere"
-    size:int=224 # pixels
-    stored:ClassVar[bool] = True
-    said:ClassVar[tuple[str,...]] = ('size',)
 
-    def sample(self, size:Size, rng:random.Random)->Any:
-        if min(size) < self.size: raise ValueError(f"random_crop of {self.size} pixels does not fit a picture of {size[0]}x{size[1]}; resize first, or leave such pictures out")
-        return [below(rng, n-self.size+1) for n in size[::-1]]
-    def fault(self, value:Any, side:int)->str:
+    size: int = 224  # pixels
+    stored: ClassVar[bool] = True
+    said: ClassVar[tuple[str, ...]] = ('size',)
+
+    def sample(self, size: Size, rng: random.Random) -> Any:
+        if min(size) < self.size:
+            raise ValueError(
+                f"random_crop of {self.size} pixels does not fit a picture of {size[0]}x{size[1]}; resize first, or leave such pictures out"
+            )
+        return [below(rng, n - self.size + 1) for n in size[::-1]]
+
+    def fault(self, value: Any, side: int) -> str:
         return '' if _ints(value, 2) and min(value) >= 0 else 'is not [top, left] in whole pixels'
-    def after(self, size:Size)->Size: return self.size, self.size
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
+
+    def after(self, size: Size) -> Size:
+        return self.size, self.size
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
         return _cut(image, *value, self.size, self.size, 'random_crop')
 
 # %% ../nbs/07_operations.ipynb #7940e080
 @dataclass(frozen=True, repr=False)
 class RandomResizedCrop(Op, id_name='RandomResizedCrop'):
     "A rectangle of random area and shape, resized to a square"
-    size:int=224 # pixels
-    scale:tuple[float,...]=(.08, 1.) # share of the picture's area
-    ratio:tuple[float,...]=(3/4, 4/3) # width over height
-    interpolation:str='bilinear' # a key of `FILTERS`
-    stored:ClassVar[bool] = True
-    said:ClassVar[tuple[str,...]] = ('size', 'interpolation')
 
-    def sample(self, size:Size, rng:random.Random)->Any:
+    size: int = 224  # pixels
+    scale: tuple[float, ...] = (0.08, 1.0)  # share of the picture's area
+    ratio: tuple[float, ...] = (3 / 4, 4 / 3)  # width over height
+    interpolation: str = 'bilinear'  # a key of `FILTERS`
+    stored: ClassVar[bool] = True
+    said: ClassVar[tuple[str, ...]] = ('size', 'interpolation')
+
+    def sample(self, size: Size, rng: random.Random) -> Any:
         w, h = size
         for _ in range(10):
-            area, shape = between(rng, self.scale)*w*h, math.exp(between(rng, tuple(map(math.log, self.ratio))))
-            cw, ch = round(math.sqrt(area*shape)), round(math.sqrt(area/shape))
-            if 0 < cw <= w and 0 < ch <= h: return [below(rng, h-ch+1), below(rng, w-cw+1), ch, cw]
+            area, shape = (
+                between(rng, self.scale) * w * h,
+                math.exp(between(rng, tuple(map(math.log, self.ratio)))),
+            )
+            cw, ch = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            if 0 < cw <= w and 0 < ch <= h:
+                return [below(rng, h - ch + 1), below(rng, w - cw + 1), ch, cw]
         cw, ch = w, h
-        if w/h < self.ratio[0]: ch = round(w/self.ratio[0])
-        elif w/h > self.ratio[1]: cw = round(h*self.ratio[1])
-        return [(h-ch)//2, (w-cw)//2, ch, cw]
-    def fault(self, value:Any, side:int)->str:
-        return '' if _ints(value, 4) and min(value) >= 0 and min(value[2:]) > 0 else 'is not [top, left, height, width] in whole pixels'
-    def after(self, size:Size)->Size: return self.size, self.size
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
+        if w / h < self.ratio[0]:
+            ch = round(w / self.ratio[0])
+        elif w / h > self.ratio[1]:
+            cw = round(h * self.ratio[1])
+        return [(h - ch) // 2, (w - cw) // 2, ch, cw]
+
+    def fault(self, value: Any, side: int) -> str:
+        return (
+            ''
+            if _ints(value, 4) and min(value) >= 0 and min(value[2:]) > 0
+            else 'is not [top, left, height, width] in whole pixels'
+        )
+
+    def after(self, size: Size) -> Size:
+        return self.size, self.size
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
         return resample(_cut(image, *value, 'random_resized_crop'), self.size, self.interpolation)
 
 # %% ../nbs/07_operations.ipynb #24f7b533
 @dataclass(frozen=True, repr=False)
 class RandomHorizontalFlip(Op, id_name='RandomHorizontalFlip'):
     "Left for right, sometimes"
-    p:float=.5 # share of pictures turned
-    stored:ClassVar[bool] = True
-    said:ClassVar[tuple[str,...]] = ('p',)
 
-    def sample(self, size:Size, rng:random.Random)->Any: return rng.random() < self.p
-    def fault(self, value:Any, side:int)->str: return '' if isinstance(value, bool) else 'is neither true nor false'
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
+    p: float = 0.5  # share of pictures turned
+    stored: ClassVar[bool] = True
+    said: ClassVar[tuple[str, ...]] = ('p',)
+
+    def sample(self, size: Size, rng: random.Random) -> Any:
+        return rng.random() < self.p
+
+    def fault(self, value: Any, side: int) -> str:
+        return '' if isinstance(value, bool) else 'is neither true nor false'
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if value else image
+
 
 @dataclass(frozen=True, repr=False)
 class RandomErase(Op, id_name='RandomErase'):
     "A black rectangle, sometimes"
-    p:float=.5 # share of pictures that lose something
-    scale:tuple[float,...]=(.02, .33) # share of the area
-    ratio:tuple[float,...]=(.3, 3.3) # height over width
-    stored:ClassVar[bool] = True
-    said:ClassVar[tuple[str,...]] = ('p',)
 
-    def sample(self, size:Size, rng:random.Random)->Any:
-        if rng.random() >= self.p: return None
+    p: float = 0.5  # share of pictures that lose something
+    scale: tuple[float, ...] = (0.02, 0.33)  # share of the area
+    ratio: tuple[float, ...] = (0.3, 3.3)  # height over width
+    stored: ClassVar[bool] = True
+    said: ClassVar[tuple[str, ...]] = ('p',)
+
+    def sample(self, size: Size, rng: random.Random) -> Any:
+        if rng.random() >= self.p:
+            return None
         for _ in range(10):
-            area, shape = between(rng, self.scale)*size[0]*size[1], math.exp(between(rng, tuple(map(math.log, self.ratio))))
-            h, w = round(math.sqrt(area*shape)), round(math.sqrt(area/shape))
-            if 0 < h < size[1] and 0 < w < size[0]: return [below(rng, size[1]-h+1), below(rng, size[0]-w+1), h, w]
+            area, shape = (
+                between(rng, self.scale) * size[0] * size[1],
+                math.exp(between(rng, tuple(map(math.log, self.ratio)))),
+            )
+            h, w = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            if 0 < h < size[1] and 0 < w < size[0]:
+                return [below(rng, size[1] - h + 1), below(rng, size[0] - w + 1), h, w]
         return None
-    def fault(self, value:Any, side:int)->str:
-        return '' if _ints(value, 4) and min(value[1:]) >= -1 and max(value) <= 1<<20 else 'is not [top, left, height, width] in whole pixels'
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
-        if value[0] < 0: return image
-        top, left, h, w = (round(v*gain) for v in value)
-        image = image.copy(); image.paste((0, 0, 0), (left, top, left+w, top+h))
+
+    def fault(self, value: Any, side: int) -> str:
+        return (
+            ''
+            if _ints(value, 4) and min(value[1:]) >= -1 and max(value) <= 1 << 20
+            else 'is not [top, left, height, width] in whole pixels'
+        )
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
+        if value[0] < 0:
+            return image
+        top, left, h, w = (round(v * gain) for v in value)
+        image = image.copy()
+        image.paste((0, 0, 0), (left, top, left + w, top + h))
         return image
 
 # %% ../nbs/07_operations.ipynb #b3f9cbee
 class Range(NamedTuple):
     "From the weakest level to the strongest"
-    start:float
-    stop:float
-    signed:bool
 
-_TURN, _TINT = Range(0., .3, True), Range(0., .9, True)
-_MOVE = Range(0., 150/331, True) # times the side
-RANGES = dict(Identity=None, ShearX=_TURN, ShearY=_TURN, TranslateX=_MOVE, TranslateY=_MOVE, Rotate=Range(0., 30., True),
-              Brightness=_TINT, Color=_TINT, Contrast=_TINT, Sharpness=_TINT, Posterize=Range(8., 4., False),
-              Solarize=Range(255., 0., False), AutoContrast=None, Equalize=None) # the order is part of the format
+    start: float
+    stop: float
+    signed: bool
+
+
+_TURN, _TINT = Range(0.0, 0.3, True), Range(0.0, 0.9, True)
+_MOVE = Range(0.0, 150 / 331, True)  # times the side
+RANGES = dict(
+    Identity=None,
+    ShearX=_TURN,
+    ShearY=_TURN,
+    TranslateX=_MOVE,
+    TranslateY=_MOVE,
+    Rotate=Range(0.0, 30.0, True),
+    Brightness=_TINT,
+    Color=_TINT,
+    Contrast=_TINT,
+    Sharpness=_TINT,
+    Posterize=Range(8.0, 4.0, False),
+    Solarize=Range(255.0, 0.0, False),
+    AutoContrast=None,
+    Equalize=None,
+)  # the order is part of the format
 OPS = tuple(RANGES)
 
+
 def magnitude(
-    name:str, # one of `OPS`
-    level:int=9, # 0 to levels-1
-    levels:int=31, # at least 2
-    side:int=224, # pixels, for the translations
-)->float: # the value of 32 bits as a double, as the published data print it
+    name: str,  # one of `OPS`
+    level: int = 9,  # 0 to levels-1
+    levels: int = 31,  # at least 2
+    side: int = 224,  # pixels, for the translations
+) -> float:  # the value of 32 bits as a double, as the published data print it
     "Compute how strong an operation is at a level, before its sign (RandAugment §3)"
-    if name not in RANGES: raise ValueError(f"No operation {name!r}.{near(name, OPS)} Known: {', '.join(OPS)}")
-    if (span := RANGES[name]) is None: return 0.
-    if name == 'Posterize': return float(8 - round(float(np.float32(level)/np.float32((levels-1)/4))))
-    start, stop = (np.float32(v*(side if span is _MOVE else 1)) for v in span[:2])
-    step = float((stop-start)/np.float32(levels-1))
-    return float(np.float32(float(start)+step*level if level < levels//2 else float(stop)-step*(levels-1-level)))
+    if name not in RANGES:
+        raise ValueError(f"No operation {name!r}.{near(name, OPS)} Known: {', '.join(OPS)}")
+    if (span := RANGES[name]) is None:
+        return 0.0
+    if name == 'Posterize':
+        return float(8 - round(float(np.float32(level) / np.float32((levels - 1) / 4))))
+    start, stop = (np.float32(v * (side if span is _MOVE else 1)) for v in span[:2])
+    step = float((stop - start) / np.float32(levels - 1))
+    return float(
+        np.float32(
+            float(start) + step * level
+            if level < levels // 2
+            else float(stop) - step * (levels - 1 - level)
+        )
+    )
 
 # %% ../nbs/07_operations.ipynb #8a204803
 def perform(
-    image:Image.Image, # mode RGB
-    name:str, # one of `OPS`
-    m:float, # its magnitude, signed
-    interpolation:str='nearest', # for what moves pixels
-    fill:tuple[int,...]=(0, 0, 0), # what comes from outside, 0–255
-)->Image.Image: # of the same size
+    image: Image.Image,  # mode RGB
+    name: str,  # one of `OPS`
+    m: float,  # its magnitude, signed
+    interpolation: str = 'nearest',  # for what moves pixels
+    fill: tuple[int, ...] = (0, 0, 0),  # what comes from outside, 0–255
+) -> Image.Image:  # of the same size
     "Perform one of RandAugment's operations, with torchvision's pixels (RandAugment §3)"
     angle = math.radians(math.degrees(math.atan(m)))
     match name:
-        case 'Identity': return image
-        case 'ShearX': matrix = (1., math.tan(angle), 0., 0., 1., 0.)
-        case 'ShearY': matrix = (1., 0., 0., math.sin(angle)/math.cos(angle), 1., 0.)
-        case 'TranslateX': matrix = (1., 0., -int(m), 0., 1., 0.)
-        case 'TranslateY': matrix = (1., 0., 0., 0., 1., -int(m))
-        case 'Rotate': return image.rotate(m, FILTERS[interpolation], fillcolor=fill)
-        case 'Brightness' | 'Color' | 'Contrast' | 'Sharpness': return getattr(ImageEnhance, name)(image).enhance(1+m)
-        case 'Posterize': return ImageOps.posterize(image, int(m))
-        case 'Solarize': return ImageOps.solarize(image, m)
-        case 'AutoContrast': return ImageOps.autocontrast(image)
-        case 'Equalize': return ImageOps.equalize(image)
-        case _: raise ValueError(f"No operation {name!r}.{near(name, OPS)} Known: {', '.join(OPS)}")
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, FILTERS[interpolation], fillcolor=fill)
+        case 'Identity':
+            return image
+        case 'ShearX':
+            matrix = (1.0, math.tan(angle), 0.0, 0.0, 1.0, 0.0)
+        case 'ShearY':
+            matrix = (1.0, 0.0, 0.0, math.sin(angle) / math.cos(angle), 1.0, 0.0)
+        case 'TranslateX':
+            matrix = (1.0, 0.0, -int(m), 0.0, 1.0, 0.0)
+        case 'TranslateY':
+            matrix = (1.0, 0.0, 0.0, 0.0, 1.0, -int(m))
+        case 'Rotate':
+            return image.rotate(m, FILTERS[interpolation], fillcolor=fill)
+        case 'Brightness' | 'Color' | 'Contrast' | 'Sharpness':
+            return getattr(ImageEnhance, name)(image).enhance(1 + m)
+        case 'Posterize':
+            return ImageOps.posterize(image, int(m))
+        case 'Solarize':
+            return ImageOps.solarize(image, m)
+        case 'AutoContrast':
+            return ImageOps.autocontrast(image)
+        case 'Equalize':
+            return ImageOps.equalize(image)
+        case _:
+            raise ValueError(f"No operation {name!r}.{near(name, OPS)} Known: {', '.join(OPS)}")
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, FILTERS[interpolation], fillcolor=fill
+    )
 
 # %% ../nbs/07_operations.ipynb #e29a9795
 @dataclass(frozen=True, repr=False)
 class RandAugment(Op, id_name='RandAugment'):
     "A few operations out of fourteen, all at one level (RandAugment §3)"
-    p:float=1. # share of pictures touched
-    num_ops:int=2 # operations a picture, drawn with replacement
-    magnitude:int=9 # level, 0 to bins-1
-    num_magnitude_bins:int=31 # levels
-    interpolation:str='nearest' # for what moves pixels
-    fill:int|tuple[int,...]|None=None # 0–255; None is black
-    stored:ClassVar[bool] = True
-    said:ClassVar[tuple[str,...]] = ('p',)
 
-    def __post_init__(self)->None:
+    p: float = 1.0  # share of pictures touched
+    num_ops: int = 2  # operations a picture, drawn with replacement
+    magnitude: int = 9  # level, 0 to bins-1
+    num_magnitude_bins: int = 31  # levels
+    interpolation: str = 'nearest'  # for what moves pixels
+    fill: int | tuple[int, ...] | None = None  # 0–255; None is black
+    stored: ClassVar[bool] = True
+    said: ClassVar[tuple[str, ...]] = ('p',)
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         whole = (self.num_ops, self.magnitude, self.num_magnitude_bins)
-        if not _ints(whole, 3) or not (self.num_ops > 0 and 0 <= self.magnitude < self.num_magnitude_bins > 1):
-            raise ValueError(f"RandAugment: num_ops, magnitude, num_magnitude_bins = {whole} must be whole, with 0 <= magnitude < num_magnitude_bins and at least one operation")
-        if self.fill is not None and not (type(self.fill) is int or _ints(self.fill, 3)): raise ValueError(f"RandAugment: fill={self.fill!r} is not a gray or three channels of 0–255")
+        if not _ints(whole, 3) or not (
+            self.num_ops > 0 and 0 <= self.magnitude < self.num_magnitude_bins > 1
+        ):
+            raise ValueError(
+                f"RandAugment: num_ops, magnitude, num_magnitude_bins = {whole} must be whole, with 0 <= magnitude < num_magnitude_bins and at least one operation"
+            )
+        if self.fill is not None and not (type(self.fill) is int or _ints(self.fill, 3)):
+            raise ValueError(
+                f"RandAugment: fill={self.fill!r} is not a gray or three channels of 0–255"
+            )
 
-    def sample(self, size:Size, rng:random.Random)->Any:
-        if rng.random() >= self.p: return None
+    def sample(self, size: Size, rng: random.Random) -> Any:
+        if rng.random() >= self.p:
+            return None
         drawn = []
         for _ in range(self.num_ops):
-            i = below(rng, len(OPS)); span = RANGES[OPS[i]]
+            i = below(rng, len(OPS))
+            span = RANGES[OPS[i]]
             m = magnitude(OPS[i], self.magnitude, self.num_magnitude_bins, size[OPS[i][-1] == 'Y'])
-            drawn.append([i, -m if span and span.signed and rng.random() < .5 else m])
+            drawn.append([i, -m if span and span.signed and rng.random() < 0.5 else m])
         return drawn
-    def fault(self, value:Any, side:int)->str:
-        if not isinstance(value, (list, tuple)) or len(value) != self.num_ops: return f'is not a list of {self.num_ops} operations'
+
+    def fault(self, value: Any, side: int) -> str:
+        if not isinstance(value, (list, tuple)) or len(value) != self.num_ops:
+            return f'is not a list of {self.num_ops} operations'
         return next((f for f in map(lambda v: _unlikely(v, side), value) if f), '')
-    def apply(self, image:Image.Image, value:Any, gain:float=1.)->Image.Image:
-        fill = self.fill if isinstance(self.fill, tuple) else (self.fill or 0,)*3
-        for i, m in value: image = perform(image, OPS[i], m*gain if RANGES[OPS[i]] is _MOVE else m, self.interpolation, fill)
+
+    def apply(self, image: Image.Image, value: Any, gain: float = 1.0) -> Image.Image:
+        fill = self.fill if isinstance(self.fill, tuple) else (self.fill or 0,) * 3
+        for i, m in value:
+            image = perform(
+                image, OPS[i], m * gain if RANGES[OPS[i]] is _MOVE else m, self.interpolation, fill
+            )
         return image
 
 # %% ../nbs/07_operations.ipynb #977c4747
 def _unlikely(
-    value:Any, # what was read for one operation
-    side:int, # pixels, at which it was drawn
-)->str: # what is wrong with it, or nothing
+    value: Any,  # what was read for one operation
+    side: int,  # pixels, at which it was drawn
+) -> str:  # what is wrong with it, or nothing
     "Find fault with an operation and its magnitude"
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or type(value[0]) is not int or type(value[1]) not in (int, float): return 'holds something other than [operation, magnitude]'
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 2
+        or type(value[0]) is not int
+        or type(value[1]) not in (int, float)
+    ):
+        return 'holds something other than [operation, magnitude]'
     i, m = value
-    if not 0 <= i < len(OPS): return f'asks for operation {reprlib.repr(i)}, and there are {len(OPS)}, from 0'
-    span = RANGES[OPS[i]] or Range(0., 0., False)
-    low, high = sorted(v*(side if span is _MOVE else 1) for v in span[:2])
+    if not 0 <= i < len(OPS):
+        return f'asks for operation {reprlib.repr(i)}, and there are {len(OPS)}, from 0'
+    span = RANGES[OPS[i]] or Range(0.0, 0.0, False)
+    low, high = sorted(v * (side if span is _MOVE else 1) for v in span[:2])
     if not (-high if span.signed else low) - 1e-4 <= m <= high + 1e-4:
         return f'has {OPS[i]} by {reprlib.repr(m)}, outside {-high if span.signed else low:g} to {high:g}: was it written at another side than {side}?'
     return ''

@@ -19,80 +19,103 @@ from .spec import Spec
 @dataclass(frozen=True, repr=False)
 class OptimSpec(Spec, id_name='OptimSpec'):
     "How far, how fast and against what pull (MobileCLIP Table 12 and its published scripts)"
-    steps:int=200 # updates in the whole run
-    lr:float=1e-3 # highest learning rate
-    warmup:int=20 # steps of linear climb
-    hold:int=0 # steps at the highest rate before the cosine begins
-    lr_end:float=0. # learning rate at the end of the cosine
-    decay:float=.2 # weight decay
-    decay_scales:bool=True # decay layer scales too, as the published recipes do
-    beta1:float=.9 # AdamW's memory of the gradient, 0–1
-    beta2:float=.95 # AdamW's memory of its square, 0–1
-    eps:float=1e-8 # AdamW's guard against division by zero
-    clip:float=1. # largest norm of the whole gradient; 0 leaves it alone
-    scale_max:float=100. # largest logit scale, exponentiated
 
-    def __post_init__(self)->None:
-        if min(self.steps, self.warmup, self.hold) < 0 or self.warmup+self.hold > self.steps:
-            raise ValueError(f"warmup={self.warmup} and hold={self.hold} do not fit into steps={self.steps}. Shorten them or train longer")
+    steps: int = 200  # updates in the whole run
+    lr: float = 1e-3  # highest learning rate
+    warmup: int = 20  # steps of linear climb
+    hold: int = 0  # steps at the highest rate before the cosine begins
+    lr_end: float = 0.0  # learning rate at the end of the cosine
+    decay: float = 0.2  # weight decay
+    decay_scales: bool = True  # decay layer scales too, as the published recipes do
+    beta1: float = 0.9  # AdamW's memory of the gradient, 0–1
+    beta2: float = 0.95  # AdamW's memory of its square, 0–1
+    eps: float = 1e-8  # AdamW's guard against division by zero
+    clip: float = 1.0  # largest norm of the whole gradient; 0 leaves it alone
+    scale_max: float = 100.0  # largest logit scale, exponentiated
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.warmup, self.hold) < 0 or self.warmup + self.hold > self.steps:
+            raise ValueError(
+                f"warmup={self.warmup} and hold={self.hold} do not fit into steps={self.steps}. Shorten them or train longer"
+            )
         for k in ('lr', 'lr_end', 'decay', 'clip', 'eps'):
-            if not getattr(self, k) >= 0: raise ValueError(f"{k}={getattr(self, k)} is below 0, which would walk uphill or push weights away; use 0 or more")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.scale_max > 0): raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} lie from 0 to 1 (excluded), scale_max={self.scale_max} above 0")
+            if not getattr(self, k) >= 0:
+                raise ValueError(
+                    f"{k}={getattr(self, k)} is below 0, which would walk uphill or push weights away; use 0 or more"
+                )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.scale_max > 0):
+            raise ValueError(
+                f"beta1={self.beta1} and beta2={self.beta2} lie from 0 to 1 (excluded), scale_max={self.scale_max} above 0"
+            )
 
 # %% ../nbs/53_optim.ipynb #0477cba6
 def lr_at(
-    step:int, # counted from 0, before the update
-    spec:OptimSpec,
-)->float: # learning rate of this step
+    step: int,  # counted from 0, before the update
+    spec: OptimSpec,
+) -> float:  # learning rate of this step
     "Climb, hold, and fall along half a cosine (MobileCLIP Table 12 and scripts)"
-    if step < spec.warmup: return spec.lr*(step+1)/spec.warmup
+    if step < spec.warmup:
+        return spec.lr * (step + 1) / spec.warmup
     fall = spec.steps - spec.warmup - spec.hold
-    t = min(max(step - spec.warmup - spec.hold, 0)/max(fall, 1), 1)
-    return spec.lr_end + (spec.lr-spec.lr_end)*(1+math.cos(math.pi*t))/2
+    t = min(max(step - spec.warmup - spec.hold, 0) / max(fall, 1), 1)
+    return spec.lr_end + (spec.lr - spec.lr_end) * (1 + math.cos(math.pi * t)) / 2
 
 # %% ../nbs/53_optim.ipynb #f515a7e1
 def is_decayed(
-    name:str, # of the parameter, dots between modules
-    p:torch.Tensor, # the parameter
-    scales:bool=True, # decay layer scales
-)->bool:
+    name: str,  # of the parameter, dots between modules
+    p: torch.Tensor,  # the parameter
+    scales: bool = True,  # decay layer scales
+) -> bool:
     "Whether the published rule pulls this parameter towards zero"
     last = name.rsplit('.', 1)[-1]
-    if last == 'gamma': return scales
+    if last == 'gamma':
+        return scales
     return p.ndim >= 2 and last not in ('bias', 'logit_scale')
 
+
 def groups(
-    model:nn.Module,
-    decay:float, # weight decay of those that have one
-    decay_scales:bool=True, # decay layer scales too, as the published recipes do
-)->list[dict[str,object]]: # two groups for an optimizer: decayed, not decayed
+    model: nn.Module,
+    decay: float,  # weight decay of those that have one
+    decay_scales: bool = True,  # decay layer scales too, as the published recipes do
+) -> list[dict[str, object]]:  # two groups for an optimizer: decayed, not decayed
     "Split the trainable parameters by weight decay (MobileCLIP's published scripts)"
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not named: raise ValueError("Nothing to train: every parameter is frozen. Call requires_grad_(True) on what should learn")
+    if not named:
+        raise ValueError(
+            "Nothing to train: every parameter is frozen. Call requires_grad_(True) on what should learn"
+        )
     yes = [p for n, p in named if is_decayed(n, p, decay_scales)]
     no = [p for n, p in named if not is_decayed(n, p, decay_scales)]
-    return [dict(params=yes, weight_decay=decay), dict(params=no, weight_decay=0.)]
+    return [dict(params=yes, weight_decay=decay), dict(params=no, weight_decay=0.0)]
 
 # %% ../nbs/53_optim.ipynb #9fe47ee0
 def optimizer(
-    model:nn.Module,
-    spec:OptimSpec,
-)->torch.optim.AdamW:
+    model: nn.Module,
+    spec: OptimSpec,
+) -> torch.optim.AdamW:
     "AdamW over `groups` (MobileCLIP Table 12)"
-    return torch.optim.AdamW(groups(model, spec.decay, spec.decay_scales), lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True)
+    return torch.optim.AdamW(
+        groups(model, spec.decay, spec.decay_scales),
+        lr=spec.lr,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.eps,
+        fused=True,
+    )
+
 
 def set_lr(
-    opt:torch.optim.Optimizer,
-    lr:float, # for all groups
-)->None:
+    opt: torch.optim.Optimizer,
+    lr: float,  # for all groups
+) -> None:
     "Write the learning rate into every group"
-    for g in opt.param_groups: g['lr'] = lr
+    for g in opt.param_groups:
+        g['lr'] = lr
 
 # %% ../nbs/53_optim.ipynb #2433c716
 @torch.no_grad()
 def clamp_scale(
-    model:nn.Module, # with a parameter `logit_scale`
-    largest:float=100., # of the exponentiated scale
-)->None:
+    model: nn.Module,  # with a parameter `logit_scale`
+    largest: float = 100.0,  # of the exponentiated scale
+) -> None:
     "Clamp the logit scale in place, after an update (CLIP §2.5)"
     model.logit_scale.clamp_(0, math.log(largest))

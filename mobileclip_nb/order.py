@@ -14,116 +14,170 @@ import numpy as np
 
 # %% ../nbs/51_order.ipynb #cc009800
 def generator(
-    seed:int, # of the run
-    *where:str|int, # what is drawn, and when
-)->np.random.Generator:
+    seed: int,  # of the run
+    *where: str | int,  # what is drawn, and when
+) -> np.random.Generator:
     "A generator that depends on nothing but its arguments"
     said = json.dumps([seed, *where]).encode()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(said).digest()[:16], 'big')))
+    return np.random.Generator(
+        np.random.PCG64(int.from_bytes(hashlib.sha256(said).digest()[:16], 'big'))
+    )
 
 # %% ../nbs/51_order.ipynb #3d26bad6
 class Slot(NamedTuple):
     "A place where a sample stands"
-    shard:int # its number in the list of shards
-    i:int # the sample's number in the shard, from 0
-    epoch:int # in which it is visited, from 0
+
+    shard: int  # its number in the list of shards
+    i: int  # the sample's number in the shard, from 0
+    epoch: int  # in which it is visited, from 0
+
 
 class Row:
     "The samples of some shards laid end to end, in another order of shards each epoch"
-    def __init__(self,
-        counts:Sequence[int], # samples in each shard, at least one in all
-        seed:int=0,
-        window:int=5000, # K, samples that are shuffled together
-        rank:int=0, # r
-        world:int=1, # W
-        bad:dict[tuple[int,int],int]|None=None, # shard and number of samples known to be broken, with the epoch from which on; may grow while we read
+
+    def __init__(
+        self,
+        counts: Sequence[int],  # samples in each shard, at least one in all
+        seed: int = 0,
+        window: int = 5000,  # K, samples that are shuffled together
+        rank: int = 0,  # r
+        world: int = 1,  # W
+        bad: dict[tuple[int, int], int]
+        | None = None,  # shard and number of samples known to be broken, with the epoch from which on; may grow while we read
     ):
-        self.counts, self.seed, self.window, self.rank, self.world = np.asarray(counts, np.int64), seed, window, rank, world
+        self.counts, self.seed, self.window, self.rank, self.world = (
+            np.asarray(counts, np.int64),
+            seed,
+            window,
+            rank,
+            world,
+        )
         self.bad = {} if bad is None else bad
         self.total = int(self.counts.sum())
-        if not 0 <= rank < world: raise ValueError(f"rank={rank} is not one of {world} ranks, counted from 0")
-        if self.total < world: raise ValueError(f"{self.total} samples for {world} ranks; each needs one at least. Use fewer ranks")
-        if window < 1: raise ValueError(f"window={window}: at least one sample is shuffled")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank} is not one of {world} ranks, counted from 0")
+        if self.total < world:
+            raise ValueError(
+                f"{self.total} samples for {world} ranks; each needs one at least. Use fewer ranks"
+            )
+        if window < 1:
+            raise ValueError(f"window={window}: at least one sample is shuffled")
         self._epoch, self._row = -1, None
 
     @property
-    def span(self)->tuple[int,int]: # first position, and the one after the last
+    def span(self) -> tuple[int, int]:  # first position, and the one after the last
         "The part of the row that this rank takes, the same in every epoch"
-        return self.rank*self.total//self.world, (self.rank+1)*self.total//self.world
+        return self.rank * self.total // self.world, (self.rank + 1) * self.total // self.world
 
-    def row(self, epoch:int)->tuple[np.ndarray,np.ndarray]: # shards in their order; where each begins, with the end
+    def row(
+        self, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray]:  # shards in their order; where each begins, with the end
         "The shards of an epoch, laid end to end"
         if epoch != self._epoch:
             order = generator(self.seed, 'shards', epoch).permutation(len(self.counts))
-            self._epoch, self._row = epoch, (order, np.concatenate([[0], self.counts[order].cumsum()]))
+            self._epoch, self._row = (
+                epoch,
+                (order, np.concatenate([[0], self.counts[order].cumsum()])),
+            )
         return self._row
 
 # %% ../nbs/51_order.ipynb #099a0437
 class Order(Row):
     "An endless order over the samples of some shards, for one rank; every epoch visits each good sample once"
-    def known(self, epoch:int)->np.ndarray: # sorted positions
+
+    def known(self, epoch: int) -> np.ndarray:  # sorted positions
         "Where the known bad samples of this rank stand in an epoch"
         order, starts = self.row(epoch)
-        place = np.empty(len(order), np.int64); place[order] = starts[:-1]
-        at = np.array(sorted(place[s]+i for (s, i), e in self.bad.items() if e <= epoch), np.int64)
+        place = np.empty(len(order), np.int64)
+        place[order] = starts[:-1]
+        at = np.array(
+            sorted(place[s] + i for (s, i), e in self.bad.items() if e <= epoch), np.int64
+        )
         return at[(at >= self.span[0]) & (at < self.span[1])]
 
-    def since(self,
-        n:int=0, # good samples to leave out, counted from the very beginning
-    )->Iterator[Slot]:
+    def since(
+        self,
+        n: int = 0,  # good samples to leave out, counted from the very beginning
+    ) -> Iterator[Slot]:
         "Slots from the n-th good one on, without end; whoever finds one bad adds it to `bad`"
         (a, b), epoch = self.span, 0
         while True:
             gone = self.known(epoch)
-            if len(gone) == b-a: raise ValueError(f"None of the {b-a} samples of this rank can be used")
-            if n >= b-a-len(gone): n -= b-a-len(gone); epoch += 1; continue
+            if len(gone) == b - a:
+                raise ValueError(f"None of the {b - a} samples of this rank can be used")
+            if n >= b - a - len(gone):
+                n -= b - a - len(gone)
+                epoch += 1
+                continue
             for w, lo in enumerate(range(a, b, self.window)):
-                hi = min(lo+self.window, b)
-                if n >= (good := hi-lo-int(np.searchsorted(gone, hi)-np.searchsorted(gone, lo))): n -= good; continue
+                hi = min(lo + self.window, b)
+                if n >= (
+                    good := hi - lo - int(np.searchsorted(gone, hi) - np.searchsorted(gone, lo))
+                ):
+                    n -= good
+                    continue
                 for slot in self.shuffled(epoch, w, lo, hi):
-                    if self.bad.get((slot.shard, slot.i), epoch+1) <= epoch: continue
-                    if n: n -= 1
-                    else: yield slot
+                    if self.bad.get((slot.shard, slot.i), epoch + 1) <= epoch:
+                        continue
+                    if n:
+                        n -= 1
+                    else:
+                        yield slot
             epoch += 1
 
-    def shuffled(self, epoch:int, w:int, lo:int, hi:int)->list[Slot]:
+    def shuffled(self, epoch: int, w: int, lo: int, hi: int) -> list[Slot]:
         "The slots of one window, in their order"
         order, starts = self.row(epoch)
-        at = lo + generator(self.seed, 'window', epoch, self.rank, self.world, w).permutation(hi-lo)
-        k = np.searchsorted(starts, at, 'right')-1
-        return [Slot(s, i, epoch) for s, i in zip(order[k].tolist(), (at-starts[k]).tolist())]
+        at = lo + generator(self.seed, 'window', epoch, self.rank, self.world, w).permutation(
+            hi - lo
+        )
+        k = np.searchsorted(starts, at, 'right') - 1
+        return [Slot(s, i, epoch) for s, i in zip(order[k].tolist(), (at - starts[k]).tolist())]
 
 # %% ../nbs/51_order.ipynb #93e94285
-BLOCK = 1000 # draws in which each source has its share
+BLOCK = 1000  # draws in which each source has its share
+
 
 class Mix:
     "Which source gives the next sample, by weight"
-    def __init__(self,
-        weights:Sequence[float], # one a source
-        seed:int=0,
-    ):
-        if not weights or min(weights) < .002*sum(weights): raise ValueError(f"weights={tuple(weights)}: each source needs a five-hundredth of them at least; leave a source out instead")
-        self.shares, self.seed, self._last = np.asarray(weights, float)/sum(weights), seed, (-1, None)
 
-    def before(self, block:int)->np.ndarray: # of each source
+    def __init__(
+        self,
+        weights: Sequence[float],  # one a source
+        seed: int = 0,
+    ):
+        if not weights or min(weights) < 0.002 * sum(weights):
+            raise ValueError(
+                f"weights={tuple(weights)}: each source needs a five-hundredth of them at least; leave a source out instead"
+            )
+        self.shares, self.seed, self._last = (
+            np.asarray(weights, float) / sum(weights),
+            seed,
+            (-1, None),
+        )
+
+    def before(self, block: int) -> np.ndarray:  # of each source
         "How many draws each source has had before a block"
-        ends = np.rint(np.cumsum(self.shares)*block*BLOCK).astype(np.int64); ends[-1] = block*BLOCK
+        ends = np.rint(np.cumsum(self.shares) * block * BLOCK).astype(np.int64)
+        ends[-1] = block * BLOCK
         return np.diff(ends, prepend=0)
 
-    def block(self, k:int)->np.ndarray: # `(BLOCK,)` numbers of sources
+    def block(self, k: int) -> np.ndarray:  # `(BLOCK,)` numbers of sources
         "The draws of a block"
         if self._last[0] != k:
-            each = self.before(k+1)-self.before(k)
+            each = self.before(k + 1) - self.before(k)
             drawn = np.repeat(np.arange(len(each)), each)
             self._last = k, generator(self.seed, 'mix', k).permutation(drawn)
         return self._last[1]
 
-    def draws(self, start:int, n:int)->np.ndarray: # `(n,)`
+    def draws(self, start: int, n: int) -> np.ndarray:  # `(n,)`
         "Which sources give samples start to start+n-1"
-        first, last = start//BLOCK, (start+n-1)//BLOCK
-        return np.concatenate([self.block(k) for k in range(first, last+1)])[start-first*BLOCK:][:n]
+        first, last = start // BLOCK, (start + n - 1) // BLOCK
+        return np.concatenate([self.block(k) for k in range(first, last + 1)])[
+            start - first * BLOCK :
+        ][:n]
 
-    def drawn(self, n:int)->np.ndarray: # of each source
+    def drawn(self, n: int) -> np.ndarray:  # of each source
         "How many of the first n draws each source has had"
         k, rest = divmod(n, BLOCK)
         return self.before(k) + np.bincount(self.block(k)[:rest], minlength=len(self.shares))

@@ -19,253 +19,388 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .core import near
 
 # %% ../nbs/06_pairs.ipynb #36ab6c61
-ALPHA = ('RGBA', 'LA', 'PA', 'RGBa', 'La') # PIL's modes with transparency
+ALPHA = ('RGBA', 'LA', 'PA', 'RGBa', 'La')  # PIL's modes with transparency
+
 
 def _eight_bits(
-    image:Image.Image, # a mode beginning with I, or F
-)->Image.Image: # mode L
+    image: Image.Image,  # a mode beginning with I, or F
+) -> Image.Image:  # mode L
     "Scale gray of sixteen bits to eight"
     x = np.asarray(image)
     if image.mode == 'F' or x.min(initial=0) < 0 or x.max(initial=0) > 65535:
-        raise ValueError(f"An image of mode {image.mode!r} has no known range; scale it to 0-255 and convert it to 'L' first")
-    return Image.fromarray((x/257).astype(np.uint8))
+        raise ValueError(
+            f"An image of mode {image.mode!r} has no known range; scale it to 0-255 and convert it to 'L' first"
+        )
+    return Image.fromarray((x / 257).astype(np.uint8))
+
 
 def upright(
-    image:Image.Image, # any mode, as PIL opened it
-)->Image.Image: # RGB; an RGB image without orientation comes back with the same pixels
+    image: Image.Image,  # any mode, as PIL opened it
+) -> Image.Image:  # RGB; an RGB image without orientation comes back with the same pixels
     "Turn an image as its EXIF tag asks, lay transparency on white, and make it RGB"
     image.load()
-    try: image = ImageOps.exif_transpose(image)
-    except SyntaxError: pass # an EXIF block that cannot be read asks for nothing
-    if image.mode[0] == 'I' or image.mode == 'F': image = _eight_bits(image)
-    if image.mode not in ALPHA and 'transparency' not in image.info: return image.convert('RGB')
+    try:
+        image = ImageOps.exif_transpose(image)
+    except SyntaxError:
+        pass  # an EXIF block that cannot be read asks for nothing
+    if image.mode[0] == 'I' or image.mode == 'F':
+        image = _eight_bits(image)
+    if image.mode not in ALPHA and 'transparency' not in image.info:
+        return image.convert('RGB')
     image = (image.convert('LA') if image.mode == 'La' else image).convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
 # %% ../nbs/06_pairs.ipynb #213bb7dd
 MAX_PIXELS = 100_000_000
 
+
 def open_image(
-    path:str|Path, # an image file
-    max_pixels:int=MAX_PIXELS, # width times height above which we refuse to decode
-)->Image.Image: # RGB, upright, read to the end
+    path: str | Path,  # an image file
+    max_pixels: int = MAX_PIXELS,  # width times height above which we refuse to decode
+) -> Image.Image:  # RGB, upright, read to the end
     "Open an image, or raise ValueError that names the file and says what is wrong with it"
     try:
         with Image.open(path) as im:
-            if im.width*im.height > max_pixels:
-                raise ValueError(f"it claims {im.width}x{im.height} pixels, over the limit of {max_pixels:,}; pass a larger max_pixels if you trust it")
+            if im.width * im.height > max_pixels:
+                raise ValueError(
+                    f"it claims {im.width}x{im.height} pixels, over the limit of {max_pixels:,}; pass a larger max_pixels if you trust it"
+                )
             im.load()
             return upright(im)
-    except FileNotFoundError: raise FileNotFoundError(f"No image file {str(path)!r}") from None
-    except UnidentifiedImageError as e: raise ValueError(f"Image {str(path)!r}: not an image that PIL can read") from e
+    except FileNotFoundError:
+        raise FileNotFoundError(f"No image file {str(path)!r}") from None
+    except UnidentifiedImageError as e:
+        raise ValueError(f"Image {str(path)!r}: not an image that PIL can read") from e
     except Image.DecompressionBombError as e:
-        raise ValueError(f"Image {str(path)!r}: it claims more pixels than PIL opens; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from e
-    except IsADirectoryError as e: raise ValueError(f"Image {str(path)!r}: is a folder") from e
-    except ValueError as e: raise ValueError(f"Image {str(path)!r}: {e}") from e
-    except Exception as e: # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+        raise ValueError(
+            f"Image {str(path)!r}: it claims more pixels than PIL opens; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from e
+    except IsADirectoryError as e:
+        raise ValueError(f"Image {str(path)!r}: is a folder") from e
+    except ValueError as e:
+        raise ValueError(f"Image {str(path)!r}: {e}") from e
+    except Exception as e:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise ValueError(f"Image {str(path)!r}: truncated or damaged ({e})") from e
 
 # %% ../nbs/06_pairs.ipynb #cd425bb4
-REASONS = dict(missing='the image file is not there', unreadable='not an image, truncated, or too large', empty='the caption is empty',
-               duplicate='the same image and caption again', bad_row='the row cannot be read',
-               uncaptioned='an image without a caption', orphan='a caption file without an image')
+REASONS = dict(
+    missing='the image file is not there',
+    unreadable='not an image, truncated, or too large',
+    empty='the caption is empty',
+    duplicate='the same image and caption again',
+    bad_row='the row cannot be read',
+    uncaptioned='an image without a caption',
+    orphan='a caption file without an image',
+)
+
 
 class Pair(NamedTuple):
     "One image and one caption"
-    image:Path # an existing file
-    caption:str # not empty, without spaces at the ends
+
+    image: Path  # an existing file
+    caption: str  # not empty, without spaces at the ends
+
 
 @dataclass
 class Report:
     "What was kept, and what was left out and why"
-    source:str # the list or the folder that was read
-    kept:int=0 # pairs
-    images:int=0 # different images among them
-    left_out:dict[str,list[str]]=field(default_factory=lambda: {r: [] for r in REASONS}) # reason: names
+
+    source: str  # the list or the folder that was read
+    kept: int = 0  # pairs
+    images: int = 0  # different images among them
+    left_out: dict[str, list[str]] = field(
+        default_factory=lambda: {r: [] for r in REASONS}
+    )  # reason: names
 
     @property
-    def counts(self)->dict[str,int]:
+    def counts(self) -> dict[str, int]:
         "How many were left out for each reason that occurred"
         return {r: len(names) for r, names in self.left_out.items() if names}
 
-    def table(self, examples:int=3)->str:
+    def table(self, examples: int = 3) -> str:
         "A Markdown table: kept pairs, then each reason with its count and a few names"
         rows = [('kept', f'{self.kept:,}', f'{self.images:,} images')]
         for r in self.counts:
-            names = self.left_out[r]; more = len(names) - examples
-            rows.append((REASONS[r], f'{len(names):,}', ', '.join(names[:examples]) + (f' and {more:,} more' if more > 0 else '')))
-        return '\n'.join(['| what | count | which |', '|---|---:|---|', *(f'| {a} | {n} | {b} |' for a, n, b in rows)])
+            names = self.left_out[r]
+            more = len(names) - examples
+            rows.append(
+                (
+                    REASONS[r],
+                    f'{len(names):,}',
+                    ', '.join(names[:examples]) + (f' and {more:,} more' if more > 0 else ''),
+                )
+            )
+        return '\n'.join(
+            [
+                '| what | count | which |',
+                '|---|---:|---|',
+                *(f'| {a} | {n} | {b} |' for a, n, b in rows),
+            ]
+        )
 
-    def __str__(self)->str: return f'{self.source}\n{self.table()}'
+    def __str__(self) -> str:
+        return f'{self.source}\n{self.table()}'
 
 # %% ../nbs/06_pairs.ipynb #6fbd0470
 @dataclass(frozen=True)
 class Pairs:
     "Pairs that can be used, with the report of those that cannot"
-    pairs:list[Pair]
-    report:Report
-    folder:Path=Path() # that relative names start at
 
-    def __len__(self)->int: return len(self.pairs)
-    def __iter__(self)->Iterator[Pair]: return iter(self.pairs)
-    def __getitem__(self, i:int)->Pair: return self.pairs[i]
+    pairs: list[Pair]
+    report: Report
+    folder: Path = Path()  # that relative names start at
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    def __getitem__(self, i: int) -> Pair:
+        return self.pairs[i]
 
 # %% ../nbs/06_pairs.ipynb #2c7b6c75
 class Row(NamedTuple):
     "One row of a list, before anything is checked"
-    where:str # file and line, for the report
-    image:str # as written
-    caption:str # as written
-    fault:str='' # why it cannot be read
+
+    where: str  # file and line, for the report
+    image: str  # as written
+    caption: str  # as written
+    fault: str = ''  # why it cannot be read
+
 
 def _column(
-    name:str, # the column we need
-    there:list[str], # the columns there are
-    path:Path, # of the list
-    what:str, # `image` or `caption`
-)->None:
+    name: str,  # the column we need
+    there: list[str],  # the columns there are
+    path: Path,  # of the list
+    what: str,  # `image` or `caption`
+) -> None:
     "Refuse a list without a column we need"
     if name not in there:
-        raise ValueError(f"{path.name} has no column {name!r}.{near(name, there)} It has: {', '.join(map(repr, there)) or 'none'}. "
-                         f"Rename one, or pass {what}_column=...")
+        raise ValueError(
+            f"{path.name} has no column {name!r}.{near(name, there)} It has: {', '.join(map(repr, there)) or 'none'}. "
+            f"Rename one, or pass {what}_column=..."
+        )
 
-def _csv_rows(path:Path, image:str, caption:str)->Iterator[Row]:
+
+def _csv_rows(path: Path, image: str, caption: str) -> Iterator[Row]:
     "Read a CSV or TSV file"
     try:
         with open(path, newline='', encoding='utf-8-sig') as f:
             rows = csv.DictReader(f, delimiter='\t' if path.suffix.lower() == '.tsv' else ',')
-            for name, what in ((image, 'image'), (caption, 'caption')): _column(name, list(rows.fieldnames or []), path, what)
-            for r in rows: yield Row(f'{path.name}:{rows.line_num}', r[image] or '', r[caption] or '')
-    except UnicodeDecodeError as e: raise ValueError(f"{path.name} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
-    except csv.Error as e: raise ValueError(f"{path.name} cannot be read as CSV: {e}") from e
+            for name, what in ((image, 'image'), (caption, 'caption')):
+                _column(name, list(rows.fieldnames or []), path, what)
+            for r in rows:
+                yield Row(f'{path.name}:{rows.line_num}', r[image] or '', r[caption] or '')
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{path.name} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8"
+        ) from e
+    except csv.Error as e:
+        raise ValueError(f"{path.name} cannot be read as CSV: {e}") from e
 
 # %% ../nbs/06_pairs.ipynb #4e73b90f
-def _jsonl_rows(path:Path, image:str, caption:str)->Iterator[Row]:
+def _jsonl_rows(path: Path, image: str, caption: str) -> Iterator[Row]:
     "Read one JSON object a line; a caption may be a text or a list of texts"
     seen = False
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f'{path.name}:{n}'
-        if not line.strip(): continue
-        try: r = json.loads(line)
-        except ValueError as e: yield Row(where, '', '', str(e)); continue
-        if not isinstance(r, dict): yield Row(where, '', '', 'not an object'); continue
+        if not line.strip():
+            continue
+        try:
+            r = json.loads(line)
+        except ValueError as e:
+            yield Row(where, '', '', str(e))
+            continue
+        if not isinstance(r, dict):
+            yield Row(where, '', '', 'not an object')
+            continue
         if not seen:
-            for name, what in ((image, 'image'), (caption, 'caption')): _column(name, list(r), path, what)
+            for name, what in ((image, 'image'), (caption, 'caption')):
+                _column(name, list(r), path, what)
             seen = True
-        texts = (r.get(caption) or ['']) if isinstance(r.get(caption), list) else [r.get(caption) or '']
+        texts = (
+            (r.get(caption) or ['']) if isinstance(r.get(caption), list) else [r.get(caption) or '']
+        )
         whole_row = isinstance(r.get(image), str) and all(isinstance(t, str) for t in texts)
-        yield from [Row(where, r[image], t) for t in texts] if whole_row else [Row(where, '', '', 'image or caption is not text')]
+        yield from (
+            [Row(where, r[image], t) for t in texts]
+            if whole_row
+            else [Row(where, '', '', 'image or caption is not text')]
+        )
 
 # %% ../nbs/06_pairs.ipynb #036fdae5
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 _READERS = {'.csv': _csv_rows, '.tsv': _csv_rows, '.jsonl': _jsonl_rows}
 
-def _is_image_name(p:Path)->bool:
+
+def _is_image_name(p: Path) -> bool:
     "Tell by its name whether a file should be an image"
     return p.suffix.lower() in SUFFIXES and not p.name.startswith('.')
 
-def _sidecar_rows(folder:Path)->Iterator[Row]:
+
+def _sidecar_rows(folder: Path) -> Iterator[Row]:
     "Read the .txt beside each image, one caption a line"
-    for im in sorted(p for p in folder.rglob('*') if _is_image_name(p) and p.with_suffix('.txt').exists()):
-        name = str(im.relative_to(folder)); where = str(im.relative_to(folder).with_suffix('.txt'))
-        try: lines = im.with_suffix('.txt').read_text(encoding='utf-8-sig').split('\n')
-        except (OSError, UnicodeDecodeError) as e: yield Row(where, name, '', str(e)); continue
+    for im in sorted(
+        p for p in folder.rglob('*') if _is_image_name(p) and p.with_suffix('.txt').exists()
+    ):
+        name = str(im.relative_to(folder))
+        where = str(im.relative_to(folder).with_suffix('.txt'))
+        try:
+            lines = im.with_suffix('.txt').read_text(encoding='utf-8-sig').split('\n')
+        except (OSError, UnicodeDecodeError) as e:
+            yield Row(where, name, '', str(e))
+            continue
         yield from (Row(where, name, l) for l in [l for l in lines if l.strip()] or [''])
 
-def _find_list(path:Path)->Path|None: # None: sidecar files
+
+def _find_list(path: Path) -> Path | None:  # None: sidecar files
     "Find the list of a folder, or refuse to choose among several"
     if path.is_file():
-        if path.suffix.lower() not in _READERS: raise ValueError(f"{path.name} is not one of {', '.join(_READERS)}; give such a list, or a folder")
+        if path.suffix.lower() not in _READERS:
+            raise ValueError(
+                f"{path.name} is not one of {', '.join(_READERS)}; give such a list, or a folder"
+            )
         return path
-    if not path.is_dir(): raise FileNotFoundError(f"No file or folder {str(path)!r}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"No file or folder {str(path)!r}")
     lists = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
     named = [p for p in lists if p.stem.lower() == 'captions'] or lists
-    if len(named) > 1: raise ValueError(f"{path.name} holds several lists: {', '.join(p.name for p in named)}. Give the path of one.")
+    if len(named) > 1:
+        raise ValueError(
+            f"{path.name} holds several lists: {', '.join(p.name for p in named)}. Give the path of one."
+        )
     return named[0] if named else None
 
 # %% ../nbs/06_pairs.ipynb #a0a88b57
 def _sift(
-    rows:Iterator[Row], # as read
-    folder:Path, # relative names start here
-    check:bool, # open every image
-    report:Report, # is filled
-)->list[Pair]:
+    rows: Iterator[Row],  # as read
+    folder: Path,  # relative names start here
+    check: bool,  # open every image
+    report: Report,  # is filled
+) -> list[Pair]:
     "Keep what can be used; write the rest into the report"
     pairs, seen, fault = [], set(), {}
     for row in rows:
-        image, caption = folder/row.image.strip(), ' '.join(row.caption.split())
-        if row.fault or not row.image.strip(): report.left_out['bad_row'].append(row.where); continue
+        image, caption = folder / row.image.strip(), ' '.join(row.caption.split())
+        if row.fault or not row.image.strip():
+            report.left_out['bad_row'].append(row.where)
+            continue
         if image not in fault:
             fault[image] = '' if os.path.isfile(image) else 'missing'
             if check and not fault[image]:
-                try: open_image(image)
-                except (ValueError, OSError): fault[image] = 'unreadable'
-        if fault[image]: report.left_out[fault[image]].append(row.image.strip()); continue      # every row counts, so that rows read = kept + left out
-        if not caption: report.left_out['empty'].append(f'{row.where} ({row.image.strip()})')
-        elif (image, caption) in seen: report.left_out['duplicate'].append(f'{row.where} ({row.image.strip()})')
-        else: seen.add((image, caption)); pairs.append(Pair(image, caption))
+                try:
+                    open_image(image)
+                except (ValueError, OSError):
+                    fault[image] = 'unreadable'
+        if fault[image]:
+            report.left_out[fault[image]].append(row.image.strip())
+            continue  # every row counts, so that rows read = kept + left out
+        if not caption:
+            report.left_out['empty'].append(f'{row.where} ({row.image.strip()})')
+        elif (image, caption) in seen:
+            report.left_out['duplicate'].append(f'{row.where} ({row.image.strip()})')
+        else:
+            seen.add((image, caption))
+            pairs.append(Pair(image, caption))
     report.kept, report.images = len(pairs), len({p.image for p in pairs})
     return pairs
 
 # %% ../nbs/06_pairs.ipynb #dce06db2
 def read_pairs(
-    path:str|Path, # a folder, or a .csv, .tsv or .jsonl list
-    image_column:str='image', # of a list
-    caption_column:str='caption', # of a list
-    check:bool=True, # open every image, to find truncated ones
-)->Pairs: # in the order of the list, or of the names
+    path: str | Path,  # a folder, or a .csv, .tsv or .jsonl list
+    image_column: str = 'image',  # of a list
+    caption_column: str = 'caption',  # of a list
+    check: bool = True,  # open every image, to find truncated ones
+) -> Pairs:  # in the order of the list, or of the names
     "Read images with captions; what cannot be used is left out and reported, never fatal unless nothing is left"
-    path = Path(path); found = _find_list(path); folder = found.parent if found else path
-    rows = list(_READERS[found.suffix.lower()](found, image_column, caption_column) if found else _sidecar_rows(folder))
-    report = Report((found or path).name); pairs = _sift(iter(rows), folder, check, report)
-    said = {os.path.abspath(folder/r.image.strip()) for r in rows}
-    near_by = {(folder/r.image.strip()).parent for r in rows if r.image.strip()} if found else {p.parent for p in folder.rglob('*')}
-    images = sorted(p for n in near_by if os.path.isdir(n) for p in n.iterdir() if _is_image_name(p) and p.is_file())
-    report.left_out['uncaptioned'] += [os.path.relpath(p, folder) for p in images if os.path.abspath(p) not in said]
+    path = Path(path)
+    found = _find_list(path)
+    folder = found.parent if found else path
+    rows = list(
+        _READERS[found.suffix.lower()](found, image_column, caption_column)
+        if found
+        else _sidecar_rows(folder)
+    )
+    report = Report((found or path).name)
+    pairs = _sift(iter(rows), folder, check, report)
+    said = {os.path.abspath(folder / r.image.strip()) for r in rows}
+    near_by = (
+        {(folder / r.image.strip()).parent for r in rows if r.image.strip()}
+        if found
+        else {p.parent for p in folder.rglob('*')}
+    )
+    images = sorted(
+        p
+        for n in near_by
+        if os.path.isdir(n)
+        for p in n.iterdir()
+        if _is_image_name(p) and p.is_file()
+    )
+    report.left_out['uncaptioned'] += [
+        os.path.relpath(p, folder) for p in images if os.path.abspath(p) not in said
+    ]
     if not found:
         own = {p.with_suffix('.txt') for p in images}
-        report.left_out['orphan'] += sorted(str(p.relative_to(folder)) for p in folder.rglob('*.txt') if p not in own)
+        report.left_out['orphan'] += sorted(
+            str(p.relative_to(folder)) for p in folder.rglob('*.txt') if p not in own
+        )
     if not pairs:
-        raise ValueError(f"No image with a caption in {str(path)!r}. Looked for a list (captions.csv, .tsv or .jsonl with columns {image_column!r} and "
-                         f"{caption_column!r}), or a .txt beside each image. Left out: {report.counts or 'nothing; the folder holds neither'}.")
+        raise ValueError(
+            f"No image with a caption in {str(path)!r}. Looked for a list (captions.csv, .tsv or .jsonl with columns {image_column!r} and "
+            f"{caption_column!r}), or a .txt beside each image. Left out: {report.counts or 'nothing; the folder holds neither'}."
+        )
     return Pairs(pairs, report, folder)
 
 # %% ../nbs/06_pairs.ipynb #d79d5d90
-SHARE, LEAST, MOST = .1, 16, 1000 # of a folder's pictures; pictures on average; pictures on average
+SHARE, LEAST, MOST = (
+    0.1,
+    16,
+    1000,
+)  # of a folder's pictures; pictures on average; pictures on average
+
 
 def default_share(
-    images:int, # usable pictures of a folder
-)->float: # 0 to .25
+    images: int,  # usable pictures of a folder
+) -> float:  # 0 to .25
     "Share of a folder's pictures kept out of training by default; it never grows with the folder"
-    if images < 4*LEAST: return 0.
-    return min(max(SHARE, LEAST/images), MOST/images)
+    if images < 4 * LEAST:
+        return 0.0
+    return min(max(SHARE, LEAST / images), MOST / images)
+
 
 def position(
-    pairs:Pairs,
-    image:Path, # of one of them
-)->float: # 0 to below 1, evenly spread over names
+    pairs: Pairs,
+    image: Path,  # of one of them
+) -> float:  # 0 to below 1, evenly spread over names
     "Where the hash of a picture's path below its folder lies"
     name = Path(os.path.relpath(image, pairs.folder)).as_posix()
     digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
-    return int.from_bytes(digest[:7], 'big')/2**56
+    return int.from_bytes(digest[:7], 'big') / 2**56
+
 
 def hold_out(
-    pairs:Pairs,
-    share:float, # of the pictures, 0 to below 1
-)->tuple[Pairs,Pairs]: # to train on, with the report; and the held-out part
+    pairs: Pairs,
+    share: float,  # of the pictures, 0 to below 1
+) -> tuple[Pairs, Pairs]:  # to train on, with the report; and the held-out part
     "Keep a share of the pictures, with all their captions, out of training"
     report, folder = pairs.report, pairs.folder
     if not 0 <= share < 1:
-        raise ValueError(f"A held-out share of {share:g} is not in 0 to 1 (excluded); "
-                         "0.1 keeps a tenth of the pictures out of training, 0 none")
-    if not share: return pairs, Pairs([], Report(report.source), folder)
+        raise ValueError(
+            f"A held-out share of {share:g} is not in 0 to 1 (excluded); "
+            "0.1 keeps a tenth of the pictures out of training, 0 none"
+        )
+    if not share:
+        return pairs, Pairs([], Report(report.source), folder)
     images = {p.image for p in pairs}
     apart = {i for i in images if position(pairs, i) < share}
     left = len(images) - len(apart)
     if len(apart) < 2 or left < 2:
-        raise ValueError(f"A held-out share of {share:g} keeps {len(apart)} of {len(images)} pictures "
-                         f"of {report.source} out of training and leaves {left}; each part needs two. "
-                         "Use another share, or 0 to train on all")
+        raise ValueError(
+            f"A held-out share of {share:g} keeps {len(apart)} of {len(images)} pictures "
+            f"of {report.source} out of training and leaves {left}; each part needs two. "
+            "Use another share, or 0 to train on all"
+        )
     kept = [p for p in pairs if p.image not in apart]
     held = [p for p in pairs if p.image in apart]
     about = Report(report.source, len(held), len(apart))

@@ -16,102 +16,146 @@ from .core import near
 # %% ../nbs/03_papers.ipynb #4362022e
 class Cell(NamedTuple):
     "One published value and who says so"
-    paper:str # `MobileCLIP`, `MobileCLIP2`, ...
-    table:str # as numbered in its arXiv text
-    row:str
-    column:str # with unit where the paper gives one
-    value:str # as printed
-    source:str # where it was read
-    flag:str # `seen`, `computed` (from published values) or `doubtful`
+
+    paper: str  # `MobileCLIP`, `MobileCLIP2`, ...
+    table: str  # as numbered in its arXiv text
+    row: str
+    column: str  # with unit where the paper gives one
+    value: str  # as printed
+    source: str  # where it was read
+    flag: str  # `seen`, `computed` (from published values) or `doubtful`
 
     @property
-    def number(self)->float|None:
+    def number(self) -> float | None:
         "The value as a number; None where it is not a single one"
         return float(self.value) if re.fullmatch(r'-?\d+(\.\d+)?', self.value) else None
 
     @property
-    def parts(self)->list[float]:
+    def parts(self) -> list[float]:
         "The summands of a value like `11.4+42.4`"
-        return [float(p) for p in self.value.split('+')] if re.fullmatch(r'[\d.]+(\+[\d.]+)*', self.value) else []
+        return (
+            [float(p) for p in self.value.split('+')]
+            if re.fullmatch(r'[\d.]+(\+[\d.]+)*', self.value)
+            else []
+        )
+
 
 def _table(
-    name:str, # a file of the package's data
-)->list[dict[str,str]]: # one dictionary a line
+    name: str,  # a file of the package's data
+) -> list[dict[str, str]]:  # one dictionary a line
     "Read a data file of the package"
-    with (files('mobileclip_nb')/'data'/name).open(encoding='utf-8', newline='') as f: return list(csv.DictReader(f))
+    with (files('mobileclip_nb') / 'data' / name).open(encoding='utf-8', newline='') as f:
+        return list(csv.DictReader(f))
+
 
 @functools.cache
-def cells()->tuple[Cell,...]: # all of them
+def cells() -> tuple[Cell, ...]:  # all of them
     "Read all published cells"
     return tuple(Cell(**d) for d in _table('paper_tables.csv'))
 
 # %% ../nbs/03_papers.ipynb #c7ff281d
 def published(
-    paper:str, # `MobileCLIP`, `MobileCLIP2`, `Apple repo`, `open_clip docs`, `ACED paper notes`
-    table:str|int, # as numbered in the paper, or named
-    row:str|None=None, # None: all rows
-    column:str|None=None, # None: all columns
-)->list[Cell]: # at least one, in the paper's order
+    paper: str,  # `MobileCLIP`, `MobileCLIP2`, `Apple repo`, `open_clip docs`, `ACED paper notes`
+    table: str | int,  # as numbered in the paper, or named
+    row: str | None = None,  # None: all rows
+    column: str | None = None,  # None: all columns
+) -> list[Cell]:  # at least one, in the paper's order
     "Look up published cells; an unknown name is refused with the nearest one there is"
     found = list(cells())
     for field, wish in dict(paper=paper, table=str(table), row=row, column=column).items():
-        if wish is None: continue
+        if wish is None:
+            continue
         known = list(dict.fromkeys(getattr(c, field) for c in found))
         if wish not in known:
-            raise KeyError(f"No {field} {wish!r} here.{near(wish, known)} There is: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}.")
+            raise KeyError(
+                f"No {field} {wish!r} here.{near(wish, known)} There is: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}."
+            )
         found = [c for c in found if getattr(c, field) == wish]
     return found
 
 # %% ../nbs/03_papers.ipynb #96d06470
 class Score(NamedTuple):
     "A result on one dataset"
-    value:float # 0–1
-    metric:str # which one this dataset is judged by
+
+    value: float  # 0–1
+    metric: str  # which one this dataset is judged by
+
 
 @functools.cache
-def _scores()->dict[str,dict[str,Score]]: # by model and dataset
+def _scores() -> dict[str, dict[str, Score]]:  # by model and dataset
     "Read all results"
     found = {}
     for d in _table('results38.csv'):
-        found.setdefault(d['model'], {})[d['dataset_key']] = Score(float(d['value']), d['main_metric_name'])
+        found.setdefault(d['model'], {})[d['dataset_key']] = Score(
+            float(d['value']), d['main_metric_name']
+        )
     return found
 
+
 def _model(
-    name:str, # one of our names
-    known:list[str], # the models there are numbers for
-)->str: # `name`
+    name: str,  # one of our names
+    known: list[str],  # the models there are numbers for
+) -> str:  # `name`
     "Refuse a model without published numbers"
-    if name not in known: raise KeyError(f"No published numbers for {name!r}.{near(name, known)} There are: {', '.join(known)}.")
+    if name not in known:
+        raise KeyError(
+            f"No published numbers for {name!r}.{near(name, known)} There are: {', '.join(known)}."
+        )
     return name
 
+
 def scores(
-    model:str, # our name, as `mobileclip2_s0`
-)->dict[str,Score]: # by dataset
+    model: str,  # our name, as `mobileclip2_s0`
+) -> dict[str, Score]:  # by dataset
     "Apple's published results of a model on 38 datasets (github.com/apple/ml-mobileclip, results)"
     return dict(_scores()[_model(model, list(_scores()))])
 
+
 def average38(
-    model:str, # our name
-)->float: # 0–1
+    model: str,  # our name
+) -> float:  # 0–1
     "Plain mean of the 38 published results (MobileCLIP Table 7, last column)"
     return fmean(s.value for s in scores(model).values())
 
 # %% ../nbs/03_papers.ipynb #14b604bb
-RELEASES = {f'mobileclip{v}_{k}': f'MobileCLIP{v}-{r}' for v, names in {
-    '': dict(s0='S0', s1='S1', s2='S2', b='B', b_lt='B (LT)', s3='S3', l14='L/14', s4='S4'),
-    '2': dict(s0='S0', s2='S2', b='B', s3='S3', l14='L/14', s4='S4')}.items() for k, r in names.items()}
+RELEASES = {
+    f'mobileclip{v}_{k}': f'MobileCLIP{v}-{r}'
+    for v, names in {
+        '': dict(s0='S0', s1='S1', s2='S2', b='B', b_lt='B (LT)', s3='S3', l14='L/14', s4='S4'),
+        '2': dict(s0='S0', s2='S2', b='B', s3='S3', l14='L/14', s4='S4'),
+    }.items()
+    for k, r in names.items()
+}
+
 
 def release(
-    model:str, # our name, as `mobileclip2_s0`
-)->dict[str,Any]: # millions of parameters, ms, percent; `source` and `note` say whose word it is
+    model: str,  # our name, as `mobileclip2_s0`
+) -> dict[
+    str, Any
+]:  # millions of parameters, ms, percent; `source` and `note` say whose word it is
     "What was published about a model's size, latency and accuracy (github.com/apple/ml-mobileclip, README)"
     row = RELEASES[_model(model, list(RELEASES))]
-    got = {c.column: c for c in published('Apple repo', 'README results', row)}; note = ''
-    for ours, theirs in {'params img+txt M': 'params M', 'latency img+txt ms': 'latency img+txt ms'}.items():
+    got = {c.column: c for c in published('Apple repo', 'README results', row)}
+    note = ''
+    for ours, theirs in {
+        'params img+txt M': 'params M',
+        'latency img+txt ms': 'latency img+txt ms',
+    }.items():
         if got[ours].flag == 'doubtful':
             better = published('MobileCLIP2', 8, row, theirs)[0]
-            note += f"{ours}: the README prints {got[ours].value}, here is {better.source}. "; got[ours] = better
+            note += f"{ours}: the README prints {got[ours].value}, here is {better.source}. "
+            got[ours] = better
     params, latency = got['params img+txt M'].parts, got['latency img+txt ms'].parts
-    return dict(model=model, name=row, params_img_m=params[0], params_txt_m=params[1], latency_img_ms=latency[0], latency_txt_ms=latency[1],
-                in1k_top1_pct=got['IN-val'].number, avg38_pct=got['avg38'].number, seen_b=got['seen B'].number,
-                source=got['IN-val'].source, note=note.strip())
+    return dict(
+        model=model,
+        name=row,
+        params_img_m=params[0],
+        params_txt_m=params[1],
+        latency_img_ms=latency[0],
+        latency_txt_ms=latency[1],
+        in1k_top1_pct=got['IN-val'].number,
+        avg38_pct=got['avg38'].number,
+        seen_b=got['seen B'].number,
+        source=got['IN-val'].source,
+        note=note.strip(),
+    )

@@ -20,77 +20,108 @@ from .spec import Spec
 
 # %% ../nbs/31_pixels.ipynb #daf01763
 def rgb(
-    image:Image.Image|np.ndarray, # any PIL image, or `(H, W, 3)` uint8
-)->Image.Image: # mode RGB
+    image: Image.Image | np.ndarray,  # any PIL image, or `(H, W, 3)` uint8
+) -> Image.Image:  # mode RGB
     "The image in three channels of eight bits: upright, transparency laid on white"
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"An array must be uint8 (H, W, 3); got {image.dtype} {image.shape}. Scale to 0-255 and put channels last")
+            raise ValueError(
+                f"An array must be uint8 (H, W, 3); got {image.dtype} {image.shape}. Scale to 0-255 and put channels last"
+            )
         image = Image.fromarray(image) if image.size else Image.new('RGB', (0, 0))
     if not isinstance(image, Image.Image):
-        raise TypeError(f"Expected a PIL image or a uint8 array (H, W, 3), not {type(image).__name__}; open files with PIL.Image.open")
-    if 0 in image.size: raise ValueError(f"The image has no pixels: its size is {image.size}")
+        raise TypeError(
+            f"Expected a PIL image or a uint8 array (H, W, 3), not {type(image).__name__}; open files with PIL.Image.open"
+        )
+    if 0 in image.size:
+        raise ValueError(f"The image has no pixels: its size is {image.size}")
     return upright(image)
 
 # %% ../nbs/31_pixels.ipynb #2c884120
-THIN = 500 # long side over short side, beyond which only the middle is resized
-FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC} # both widen when shrinking (antialias)
+THIN = 500  # long side over short side, beyond which only the middle is resized
+FILTERS = {
+    'bilinear': Image.Resampling.BILINEAR,
+    'bicubic': Image.Resampling.BICUBIC,
+}  # both widen when shrinking (antialias)
+
 
 def center_square(
-    image:Image.Image, # mode RGB
-    side:int, # pixels
-    resize:str='bilinear', # a key of `FILTERS`
-)->Image.Image: # `side` by `side`
+    image: Image.Image,  # mode RGB
+    side: int,  # pixels
+    resize: str = 'bilinear',  # a key of `FILTERS`
+) -> Image.Image:  # `side` by `side`
     "Resize the shortest side to `side` and keep the middle, with torchvision's roundings"
     short, long = sorted(image.size)
-    new = tuple(side if n == short else int(side*long/short) for n in image.size)
-    left, top = (int(round((n-side)/2)) for n in new)
-    if long <= THIN*short:
-        return image.resize(new, FILTERS[resize]).crop((left, top, left+side, top+side))
-    fx, fy = image.width/new[0], image.height/new[1]
-    return image.resize((side, side), FILTERS[resize], box=(left*fx, top*fy, (left+side)*fx, (top+side)*fy))
+    new = tuple(side if n == short else int(side * long / short) for n in image.size)
+    left, top = (int(round((n - side) / 2)) for n in new)
+    if long <= THIN * short:
+        return image.resize(new, FILTERS[resize]).crop((left, top, left + side, top + side))
+    fx, fy = image.width / new[0], image.height / new[1]
+    return image.resize(
+        (side, side),
+        FILTERS[resize],
+        box=(left * fx, top * fy, (left + side) * fx, (top + side) * fy),
+    )
 
 # %% ../nbs/31_pixels.ipynb #1bcc1237
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073) # of CLIP's training images, per channel, 0–1
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711) # likewise
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, per channel, 0–1
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)  # likewise
+
 
 @dataclass(frozen=True, repr=False)
 class Pixels(Spec, id_name='Pixels'):
     "How a model wants its pictures; call it on an image (settings: MobileCLIP, released code)"
-    side:int=256 # pixels
-    resize:str='bilinear' # or `bicubic`
-    mean:tuple[float,...]=(0., 0., 0.) # per channel, 0–1
-    std:tuple[float,...]=(1., 1., 1.) # per channel, above 0
 
-    def __post_init__(self)->None:
-        if not isinstance(self.side, int) or self.side < 1: raise ValueError(f"side={self.side!r} is not a number of pixels; use a whole number from 1")
-        if self.resize not in FILTERS: raise ValueError(f"resize={self.resize!r} is not known.{near(self.resize, FILTERS)} Use bilinear or bicubic")
+    side: int = 256  # pixels
+    resize: str = 'bilinear'  # or `bicubic`
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # per channel, 0–1
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)  # per channel, above 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.side, int) or self.side < 1:
+            raise ValueError(
+                f"side={self.side!r} is not a number of pixels; use a whole number from 1"
+            )
+        if self.resize not in FILTERS:
+            raise ValueError(
+                f"resize={self.resize!r} is not known.{near(self.resize, FILTERS)} Use bilinear or bicubic"
+            )
         for name in ('mean', 'std'):
-            if len(getattr(self, name)) != 3: raise ValueError(f"{name}={getattr(self, name)!r} must have three numbers, one a channel")
-        if min(self.std) <= 0: raise ValueError(f"std={self.std!r} must be above 0 in each channel")
+            if len(getattr(self, name)) != 3:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must have three numbers, one a channel"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std!r} must be above 0 in each channel")
 
-    def square(self,
-        image:Image.Image|np.ndarray, # any PIL image, or `(H, W, 3)` uint8
-    )->np.ndarray: # `(side, side, 3)` uint8
+    def square(
+        self,
+        image: Image.Image | np.ndarray,  # any PIL image, or `(H, W, 3)` uint8
+    ) -> np.ndarray:  # `(side, side, 3)` uint8
         "Resize and crop one image"
         return np.array(center_square(rgb(image), self.side, self.resize))
 
-    def normalize(self,
-        squares:np.ndarray, # `(B, side, side, 3)` uint8
-    )->Tensor: # `(B, 3, side, side)` float32
+    def normalize(
+        self,
+        squares: np.ndarray,  # `(B, side, side, 3)` uint8
+    ) -> Tensor:  # `(B, 3, side, side)` float32
         "Turn bytes into what the model reads: 0-1, less the mean, over the standard deviation"
         x = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        return x.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+        return x.sub_(torch.tensor(self.mean)[:, None, None]).div_(
+            torch.tensor(self.std)[:, None, None]
+        )
 
-    def __call__(self,
-        image:Image.Image|np.ndarray, # any PIL image, or `(H, W, 3)` uint8
-    )->Tensor: # `(3, side, side)` float32
+    def __call__(
+        self,
+        image: Image.Image | np.ndarray,  # any PIL image, or `(H, W, 3)` uint8
+    ) -> Tensor:  # `(3, side, side)` float32
         "Turn one image into what the model reads"
         return self.normalize(self.square(image)[None])[0]
 
-    def batch(self,
-        images:Iterable[Image.Image|np.ndarray], # any number
-    )->Tensor: # `(B, 3, side, side)` float32
+    def batch(
+        self,
+        images: Iterable[Image.Image | np.ndarray],  # any number
+    ) -> Tensor:  # `(B, 3, side, side)` float32
         "Turn images of any sizes into one batch"
         squares = [self.square(image) for image in images]
         return self.normalize(np.array(squares, np.uint8).reshape(-1, self.side, self.side, 3))

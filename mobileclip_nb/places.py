@@ -19,175 +19,245 @@ from .core import whole
 
 # %% ../nbs/09_places.ipynb #2f3c24aa
 def is_local(
-    url:str|Path, # a path, or a url such as `s3://bucket/folder`
-)->bool:
+    url: str | Path,  # a path, or a url such as `s3://bucket/folder`
+) -> bool:
     "Tell whether a place is a path on this machine"
     return '://' not in str(url) or str(url).startswith('file://')
 
-def _path(url:str|Path)->str:
+
+def _path(url: str | Path) -> str:
     "Write a local place as a path"
     return os.fspath(url).removeprefix('file://')
 
+
 def shown(
-    url:str|Path, # any place
-)->str: # without user, password and query, for messages
+    url: str | Path,  # any place
+) -> str:  # without user, password and query, for messages
     "Name a place without its secrets"
-    if is_local(url): return _path(url)
-    bare = re.sub(r'(://)(?:(?:[^/@]*@)+|[^/@:]+:(?!\d+/)[^@]*@)', r'\1', str(url)) # a password may hold a slash
+    if is_local(url):
+        return _path(url)
+    bare = re.sub(
+        r'(://)(?:(?:[^/@]*@)+|[^/@:]+:(?!\d+/)[^@]*@)', r'\1', str(url)
+    )  # a password may hold a slash
     return re.split(r'[?#]', bare)[0]
 
+
 def name_of(
-    url:str|Path, # any place
-)->str: # `00000000.tar`
+    url: str | Path,  # any place
+) -> str:  # `00000000.tar`
     "Name the last part of a place"
     return posixpath.basename(shown(url).rstrip('/'))
 
+
 def join_url(
-    base:str|Path, # a folder, here or far away
-    *parts:str, # names below it
-)->str:
+    base: str | Path,  # a folder, here or far away
+    *parts: str,  # names below it
+) -> str:
     "Name something below a folder"
-    return os.path.join(_path(base), *parts) if is_local(base) else '/'.join([str(base).rstrip('/'), *(p.strip('/') for p in parts)])
+    return (
+        os.path.join(_path(base), *parts)
+        if is_local(base)
+        else '/'.join([str(base).rstrip('/'), *(p.strip('/') for p in parts)])
+    )
 
 # %% ../nbs/09_places.ipynb #1acbcb59
 @contextmanager
 def _told(
-    url:str|Path, # any place
-    what:str, # what we were doing: `read`, `write`
-)->Iterator[None]:
+    url: str | Path,  # any place
+    what: str,  # what we were doing: `read`, `write`
+) -> Iterator[None]:
     "Say what went wrong without the secrets that a store's own message may hold"
-    try: yield
-    except FileNotFoundError: raise FileNotFoundError(f"Nothing at {shown(url)!r} to {what}") from None
-    except (IsADirectoryError, NotADirectoryError): raise ValueError(f"Cannot {what} {shown(url)!r}: it, or a part of its path, is of the wrong kind (a folder, a file)") from None
-    except ImportError as e: raise ModuleNotFoundError(f"Cannot {what} {shown(url)!r}: its kind of store needs a package that is not installed ({e})") from None
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"Nothing at {shown(url)!r} to {what}") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise ValueError(
+            f"Cannot {what} {shown(url)!r}: it, or a part of its path, is of the wrong kind (a folder, a file)"
+        ) from None
+    except ImportError as e:
+        raise ModuleNotFoundError(
+            f"Cannot {what} {shown(url)!r}: its kind of store needs a package that is not installed ({e})"
+        ) from None
     except Exception as e:
-        if is_local(url): raise
-        raise OSError(f"Cannot {what} {shown(url)!r}: {type(e).__name__}. Look at the address, the credentials in the environment and the network.") from None
+        if is_local(url):
+            raise
+        raise OSError(
+            f"Cannot {what} {shown(url)!r}: {type(e).__name__}. Look at the address, the credentials in the environment and the network."
+        ) from None
+
 
 def _store(
-    url:str|Path, # any place
-)->tuple[Any, str]: # a filesystem of fsspec's, and the path within it
+    url: str | Path,  # any place
+) -> tuple[Any, str]:  # a filesystem of fsspec's, and the path within it
     "Find the filesystem of a place"
     with _told(url, 'reach'):
-        try: return fsspec.core.url_to_fs(_path(url) if is_local(url) else str(url))
+        try:
+            return fsspec.core.url_to_fs(_path(url) if is_local(url) else str(url))
         except ValueError as e:
-            if 'rotocol' not in str(e): raise
-    raise ValueError(f"No filesystem for {shown(url)!r}; known are paths, file://, memory://, s3://, gs://, http:// and what fsspec adds")
+            if 'rotocol' not in str(e):
+                raise
+    raise ValueError(
+        f"No filesystem for {shown(url)!r}; known are paths, file://, memory://, s3://, gs://, http:// and what fsspec adds"
+    )
 
 # %% ../nbs/09_places.ipynb #6928ce71
 def exists(
-    url:str|Path, # any place
-)->bool:
+    url: str | Path,  # any place
+) -> bool:
     "Tell whether a file or folder is there"
-    if is_local(url): return os.path.exists(_path(url))
+    if is_local(url):
+        return os.path.exists(_path(url))
     fs, path = _store(url)
-    with _told(url, 'look at'): return fs.exists(path)
+    with _told(url, 'look at'):
+        return fs.exists(path)
+
 
 @contextmanager
 def reading(
-    url:str|Path, # a file
-)->Iterator[BinaryIO]: # read it forward
+    url: str | Path,  # a file
+) -> Iterator[BinaryIO]:  # read it forward
     "Open a file for reading"
     if is_local(url):
-        with _told(url, 'read'): f = open(_path(url), 'rb')
-        with f: yield f
+        with _told(url, 'read'):
+            f = open(_path(url), 'rb')
+        with f:
+            yield f
         return
     fs, path = _store(url)
-    with _told(url, 'read'), fs.open(path, 'rb') as f: yield f
+    with _told(url, 'read'), fs.open(path, 'rb') as f:
+        yield f
+
 
 def read_bytes(
-    url:str|Path, # a file
-)->bytes:
+    url: str | Path,  # a file
+) -> bytes:
     "Read a whole file"
-    with reading(url) as f: return f.read()
+    with reading(url) as f:
+        return f.read()
 
 # %% ../nbs/09_places.ipynb #c0d54406
 @contextmanager
 def writing(
-    url:str|Path, # the final name
-)->Iterator[Path]: # a temporary file on this machine, to write to
+    url: str | Path,  # the final name
+) -> Iterator[Path]:  # a temporary file on this machine, to write to
     "Write a file whole or not at all: renamed, or sent in one piece, when the block ends well"
     if is_local(url):
-        with whole(_path(url)) as tmp: yield tmp
+        with whole(_path(url)) as tmp:
+            yield tmp
         return
     fs, path = _store(url)
     with tempfile.TemporaryDirectory() as d:
-        yield (tmp := Path(d)/'whole')
-        with _told(url, 'write'): fs.put_file(str(tmp), path)
+        yield (tmp := Path(d) / 'whole')
+        with _told(url, 'write'):
+            fs.put_file(str(tmp), path)
+
 
 def write_bytes(
-    url:str|Path, # the final name
-    data:bytes,
-)->None:
+    url: str | Path,  # the final name
+    data: bytes,
+) -> None:
     "Write a whole file, or nothing"
-    with writing(url) as tmp: tmp.write_bytes(data)
+    with writing(url) as tmp:
+        tmp.write_bytes(data)
+
 
 def remove(
-    url:str|Path, # a file; nothing there is as good
-)->None:
+    url: str | Path,  # a file; nothing there is as good
+) -> None:
     "Delete one file"
-    if is_local(url): Path(_path(url)).unlink(missing_ok=True)
+    if is_local(url):
+        Path(_path(url)).unlink(missing_ok=True)
     elif exists(url):
         fs, path = _store(url)
-        with _told(url, 'delete'): fs.rm_file(path)
+        with _told(url, 'delete'):
+            fs.rm_file(path)
+
 
 def names_in(
-    url:str|Path, # a folder
-)->list[str]: # names of files and folders directly in it, sorted; none if it is not there
+    url: str | Path,  # a folder
+) -> list[str]:  # names of files and folders directly in it, sorted; none if it is not there
     "List a folder"
-    if is_local(url): return sorted(os.listdir(_path(url))) if os.path.isdir(_path(url)) else []
+    if is_local(url):
+        return sorted(os.listdir(_path(url))) if os.path.isdir(_path(url)) else []
     fs, path = _store(url)
     with _told(url, 'list'):
-        if not fs.isdir(path): return []
+        if not fs.isdir(path):
+            return []
         fs.invalidate_cache(path)
         return sorted({posixpath.basename(p.rstrip('/')) for p in fs.ls(path, detail=False)} - {''})
 
 # %% ../nbs/09_places.ipynb #b0e6f3d9
 def remove_partial(
-    folder:str|Path, # looked through with all its subfolders; a store far away has no temporary files
-)->int: # how many
+    folder: str
+    | Path,  # looked through with all its subfolders; a store far away has no temporary files
+) -> int:  # how many
     "Delete the temporary files that `whole` leaves behind when its process is killed"
-    if not is_local(folder): return 0
+    if not is_local(folder):
+        return 0
     name = re.compile(r'\.\w{8}\.part(\.\w+)?')
     found = [p for p in Path(_path(folder)).rglob('.*.part*') if name.fullmatch(p.name)]
-    for p in found: p.unlink(missing_ok=True)
+    for p in found:
+        p.unlink(missing_ok=True)
     return len(found)
 
 # %% ../nbs/09_places.ipynb #4e4dee6c
 _BRACE = re.compile(r'\{([^{}]*)\}')
 MOST_NAMES = 1_000_000
 
+
 def expand(
-    pattern:str, # `{0000..0003}.tar`, `{a,b}/x.tar`, several braces
-)->list[str]: # in order
+    pattern: str,  # `{0000..0003}.tar`, `{a,b}/x.tar`, several braces
+) -> list[str]:  # in order
     "Expand braces as a shell does; numbers keep their zeros"
     m = _BRACE.search(pattern)
     if not m:
-        if '{' in pattern or '}' in pattern: raise ValueError(f"A brace without its partner in {shown(pattern)!r}; write for example shards/{{00000000..00000015}}.tar")
+        if '{' in pattern or '}' in pattern:
+            raise ValueError(
+                f"A brace without its partner in {shown(pattern)!r}; write for example shards/{{00000000..00000015}}.tar"
+            )
         return [pattern]
     if r := re.fullmatch(r'(\d+)\.\.(\d+)', m[1]):
         a, b = int(r[1]), int(r[2])
-        if b < a or b - a >= MOST_NAMES: raise ValueError(f"{m[0]} names {'nothing' if b < a else f'more than {MOST_NAMES:,} shards'}; write it {{first..last}}")
+        if b < a or b - a >= MOST_NAMES:
+            raise ValueError(
+                f"{m[0]} names {'nothing' if b < a else f'more than {MOST_NAMES:,} shards'}; write it {{first..last}}"
+            )
         middle = [f'{i:0{len(r[1])}d}' for i in range(a, b + 1)]
-    elif ',' in m[1]: middle = m[1].split(',')
-    else: raise ValueError(f"{m[0]} is neither a range {{0000..0003}} nor a choice {{a,b}}")
-    tails = expand(pattern[m.end():])
-    if len(middle)*len(tails) > MOST_NAMES: raise ValueError(f"{shown(pattern)!r} names more than {MOST_NAMES:,} shards")
-    return [pattern[:m.start()] + x + t for x in middle for t in tails]
+    elif ',' in m[1]:
+        middle = m[1].split(',')
+    else:
+        raise ValueError(f"{m[0]} is neither a range {{0000..0003}} nor a choice {{a,b}}")
+    tails = expand(pattern[m.end() :])
+    if len(middle) * len(tails) > MOST_NAMES:
+        raise ValueError(f"{shown(pattern)!r} names more than {MOST_NAMES:,} shards")
+    return [pattern[: m.start()] + x + t for x in middle for t in tails]
 
 # %% ../nbs/09_places.ipynb #6c2a570a
 def list_shards(
-    place:str|Path, # a folder (with folders in it), a glob, braces or one file; here or far away
-)->list[str]: # paths or urls, sorted, but braces in their own order
+    place: str
+    | Path,  # a folder (with folders in it), a glob, braces or one file; here or far away
+) -> list[str]:  # paths or urls, sorted, but braces in their own order
     "Name the shards at a place; hidden files and folders are left out"
     text = _path(place) if is_local(place) else str(place)
-    if '{' in text or '}' in text: return expand(text)
+    if '{' in text or '}' in text:
+        return expand(text)
     fs, path = _store(text)
     with _told(text, 'list'):
-        if fs.isdir(path): found, top = [p for p in fs.find(path) if p.endswith('.tar')], path
-        elif fs.exists(path): found, top = [path], path
-        else: found, top = fs.glob(path) if any(c in text for c in '*?[') else [], re.split(r'[*?[]', path)[0].rpartition('/')[0]
-    found = [p for p in found if not any(q.startswith('.') for q in p[len(top):].split('/'))]
-    if not found: raise FileNotFoundError(f"No shards at {shown(place)!r}; give a .tar file, a folder with some, a glob, or braces such as {{0000..0003}}.tar")
-    if is_local(text): return sorted(found) if os.path.isabs(text) else sorted(os.path.relpath(p) for p in found)
+        if fs.isdir(path):
+            found, top = [p for p in fs.find(path) if p.endswith('.tar')], path
+        elif fs.exists(path):
+            found, top = [path], path
+        else:
+            found, top = (
+                fs.glob(path) if any(c in text for c in '*?[') else [],
+                re.split(r'[*?[]', path)[0].rpartition('/')[0],
+            )
+    found = [p for p in found if not any(q.startswith('.') for q in p[len(top) :].split('/'))]
+    if not found:
+        raise FileNotFoundError(
+            f"No shards at {shown(place)!r}; give a .tar file, a folder with some, a glob, or braces such as {{0000..0003}}.tar"
+        )
+    if is_local(text):
+        return sorted(found) if os.path.isabs(text) else sorted(os.path.relpath(p) for p in found)
     return sorted(fs.unstrip_protocol(p) for p in found)

@@ -18,135 +18,225 @@ from PIL import Image
 from .core import need
 
 # %% ../nbs/05_plots.ipynb #89976120
-COLORS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', purple='#CC79A7', sky='#56B4E9', black='#000000')
+COLORS = dict(
+    blue='#0072B2',
+    orange='#E69F00',
+    green='#009E73',
+    red='#D55E00',
+    purple='#CC79A7',
+    sky='#56B4E9',
+    black='#000000',
+)
 GRAY = '#777777'
 
+
 @contextmanager
-def style()->Iterator[None]:
+def style() -> Iterator[None]:
     "Hold our plot settings inside a `with` block"
     mpl = need('matplotlib', extra='lab')
     cycle = need('cycler', extra='lab').cycler(color=list(COLORS.values()))
-    ours = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'legend.fontsize': 7, 'legend.frameon': False, 'xtick.labelsize': 7,
-            'ytick.labelsize': 7, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.prop_cycle': cycle, 'lines.linewidth': 1.4,
-            'axes.grid': True, 'grid.alpha': .25, 'grid.linewidth': .5, 'figure.facecolor': 'white', 'font.family': 'DejaVu Sans'}
-    with mpl.rc_context(ours): yield
+    ours = {
+        'font.size': 8,
+        'axes.titlesize': 8,
+        'axes.labelsize': 8,
+        'legend.fontsize': 7,
+        'legend.frameon': False,
+        'xtick.labelsize': 7,
+        'ytick.labelsize': 7,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.prop_cycle': cycle,
+        'lines.linewidth': 1.4,
+        'axes.grid': True,
+        'grid.alpha': 0.25,
+        'grid.linewidth': 0.5,
+        'figure.facecolor': 'white',
+        'font.family': 'DejaVu Sans',
+    }
+    with mpl.rc_context(ours):
+        yield
 
 # %% ../nbs/05_plots.ipynb #91622c79
 def png(
-    fig:Any, # a matplotlib figure
-    dpi:int=80, # dots an inch
-    limit:int=60_000, # bytes above which 256 colors must do
-)->bytes: # a PNG file
+    fig: Any,  # a matplotlib figure
+    dpi: int = 80,  # dots an inch
+    limit: int = 60_000,  # bytes above which 256 colors must do
+) -> bytes:  # a PNG file
     "Draw a figure to PNG bytes"
     out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=dpi, bbox_inches='tight', pad_inches=.05, metadata={'Software': None})
-    if out.tell() <= limit: return out.getvalue()
+    fig.savefig(
+        out,
+        format='png',
+        dpi=dpi,
+        bbox_inches='tight',
+        pad_inches=0.05,
+        metadata={'Software': None},
+    )
+    if out.tell() <= limit:
+        return out.getvalue()
     small = io.BytesIO()
-    Image.open(out).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small, format='PNG', optimize=True)
+    Image.open(out).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(
+        small, format='PNG', optimize=True
+    )
     return min(out.getvalue(), small.getvalue(), key=len)
 
+
 def figure(
-    width:float, # inches
-    height:float, # inches
-)->Any: # a matplotlib figure that shows itself in a notebook
+    width: float,  # inches
+    height: float,  # inches
+) -> Any:  # a matplotlib figure that shows itself in a notebook
     "Make an empty figure that no global list keeps"
-    fig = need('matplotlib.figure', extra='lab').Figure(figsize=(width, height), layout='constrained')
+    fig = need('matplotlib.figure', extra='lab').Figure(
+        figsize=(width, height), layout='constrained'
+    )
     fig._repr_png_ = lambda: png(fig)
     return fig
 
 # %% ../nbs/05_plots.ipynb #ca7344f2
 def _wrapped(
-    title:str, # any text
-    chars:int, # letters that fit in one line
-    lines:int, # at most so many lines
-)->str: # with line breaks
+    title: str,  # any text
+    chars: int,  # letters that fit in one line
+    lines: int,  # at most so many lines
+) -> str:  # with line breaks
     "Wrap a title to a picture's width, and say with an ellipsis that it was cut"
     rows = [r for part in title.split('\n') for r in textwrap.wrap(part, max(chars, 4)) or ['']]
-    return '\n'.join(rows if len(rows) <= lines else [*rows[:lines-1], rows[lines-1][:max(chars, 4)-1] + '…'])
+    return '\n'.join(
+        rows
+        if len(rows) <= lines
+        else [*rows[: lines - 1], rows[lines - 1][: max(chars, 4) - 1] + '…']
+    )
+
 
 def _verdict(
-    right:bool|None, # None: not judged
-)->tuple[str,str|None]: # a sign with a space, and a color
+    right: bool | None,  # None: not judged
+) -> tuple[str, str | None]:  # a sign with a space, and a color
     "Say right or wrong twice: by a sign and by a color"
-    return {True: ('✓ ', COLORS['green']), False: ('✗ ', COLORS['red'])}.get(None if right is None else bool(right), ('', None))
+    return {True: ('✓ ', COLORS['green']), False: ('✗ ', COLORS['red'])}.get(
+        None if right is None else bool(right), ('', None)
+    )
 
 # %% ../nbs/05_plots.ipynb #b00e92cf
 def _pixels(
-    image:np.ndarray|Image.Image, # `(H, W)` or `(H, W, 3)`; uint8, or float in 0–1
-)->np.ndarray: # as matplotlib shows it
+    image: np.ndarray | Image.Image,  # `(H, W)` or `(H, W, 3)`; uint8, or float in 0–1
+) -> np.ndarray:  # as matplotlib shows it
     "Check one image of a grid"
     a = np.asarray(image)
     if a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[-1] not in (3, 4)):
-        raise ValueError(f"An image has shape (H, W) or (H, W, 3), not {a.shape}; a tensor (3, H, W) needs `.permute(1, 2, 0)`")
+        raise ValueError(
+            f"An image has shape (H, W) or (H, W, 3), not {a.shape}; a tensor (3, H, W) needs `.permute(1, 2, 0)`"
+        )
     return a
 
+
 def grid(
-    images:Sequence[np.ndarray|Image.Image], # N images, `(H, W, 3)` each
-    titles:Sequence[str]|None=None, # N texts
-    right:Sequence[bool|None]|None=None, # N verdicts
-    cols:int=8, # pictures a row
-    side_in:float=.8, # inches a picture
-    lines:int=3, # of a title
-    footer:str='', # attribution of the art
-)->Any: # a matplotlib figure
+    images: Sequence[np.ndarray | Image.Image],  # N images, `(H, W, 3)` each
+    titles: Sequence[str] | None = None,  # N texts
+    right: Sequence[bool | None] | None = None,  # N verdicts
+    cols: int = 8,  # pictures a row
+    side_in: float = 0.8,  # inches a picture
+    lines: int = 3,  # of a title
+    footer: str = '',  # attribution of the art
+) -> Any:  # a matplotlib figure
     "Show images in rows, each with its title and its verdict"
-    n = len(images); cols = min(cols, n); rows = math.ceil(n/cols) if n else 0
-    if not n: raise ValueError("A grid needs at least one image")
+    n = len(images)
+    cols = min(cols, n)
+    rows = math.ceil(n / cols) if n else 0
+    if not n:
+        raise ValueError("A grid needs at least one image")
     for what, xs in dict(titles=titles, right=right).items():
-        if xs is not None and len(xs) != n: raise ValueError(f"{n} images but {len(xs)} {what}")
-    texts = [_verdict(r)[0] + t for r, t in zip(right or [None]*n, titles or ['']*n)]
-    texts = [_wrapped(t, int(side_in*15), lines) for t in texts]
-    tall = max(t.count('\n')+1 if t else 0 for t in texts)
+        if xs is not None and len(xs) != n:
+            raise ValueError(f"{n} images but {len(xs)} {what}")
+    texts = [_verdict(r)[0] + t for r, t in zip(right or [None] * n, titles or [''] * n)]
+    texts = [_wrapped(t, int(side_in * 15), lines) for t in texts]
+    tall = max(t.count('\n') + 1 if t else 0 for t in texts)
     with style():
-        fig = figure(cols*side_in*1.12, rows*(side_in*1.12 + .12*tall) + .13*footer.count('\n'))
-        for k, (im, text, r) in enumerate(zip(images, texts, right or [None]*n)):
-            ax = fig.add_subplot(rows, cols, k+1); ax.imshow(_pixels(im), cmap='gray', interpolation='nearest')
-            ax.set(xticks=[], yticks=[]); ax.grid(False); color = _verdict(r)[1]
+        fig = figure(
+            cols * side_in * 1.12, rows * (side_in * 1.12 + 0.12 * tall) + 0.13 * footer.count('\n')
+        )
+        for k, (im, text, r) in enumerate(zip(images, texts, right or [None] * n)):
+            ax = fig.add_subplot(rows, cols, k + 1)
+            ax.imshow(_pixels(im), cmap='gray', interpolation='nearest')
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            color = _verdict(r)[1]
             ax.set_title(text, fontsize=6.5, color=color or 'black', pad=3)
-            for s in ax.spines.values(): s.set(visible=bool(color), color=color, linewidth=2)
-        if footer: fig.supxlabel('\n'.join(textwrap.fill(l, int(cols*side_in*22)) for l in footer.split('\n')), fontsize=5.5, color=GRAY)
+            for s in ax.spines.values():
+                s.set(visible=bool(color), color=color, linewidth=2)
+        if footer:
+            fig.supxlabel(
+                '\n'.join(textwrap.fill(l, int(cols * side_in * 22)) for l in footer.split('\n')),
+                fontsize=5.5,
+                color=GRAY,
+            )
     return fig
 
 # %% ../nbs/05_plots.ipynb #55094a9c
 def curve(
-    lines:Mapping[str,tuple[Sequence[float],Sequence[float]]], # name: (steps, values)
-    chance:float|None=None, # level that guessing reaches
-    x:str='step', # what the steps are
-    y:str='', # what the values are, with unit
-    width:float=4., # inches
-    height:float=2.2, # inches
-)->Any: # a matplotlib figure
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],  # name: (steps, values)
+    chance: float | None = None,  # level that guessing reaches
+    x: str = 'step',  # what the steps are
+    y: str = '',  # what the values are, with unit
+    width: float = 4.0,  # inches
+    height: float = 2.2,  # inches
+) -> Any:  # a matplotlib figure
     "Draw values over steps, with the last value in the legend and chance as a dashed line"
-    if not lines: raise ValueError("A curve needs at least one line: {name: (steps, values)}")
+    if not lines:
+        raise ValueError("A curve needs at least one line: {name: (steps, values)}")
     with style():
-        fig = figure(width, height); ax = fig.add_subplot()
+        fig = figure(width, height)
+        ax = fig.add_subplot()
         for name, (xs, ys) in lines.items():
-            if len(xs) != len(ys): raise ValueError(f"Line {name!r} has {len(xs)} steps but {len(ys)} values")
+            if len(xs) != len(ys):
+                raise ValueError(f"Line {name!r} has {len(xs)} steps but {len(ys)} values")
             ax.plot(xs, ys, label=f'{name}  {ys[-1]:.3g}' if len(ys) else f'{name}  (empty)')
-        if chance is not None: ax.axhline(chance, color=GRAY, linestyle='--', linewidth=1, label=f'chance  {chance:.2g}')
-        ax.set(xlabel=x, ylabel=y); ax.legend(loc='best')
+        if chance is not None:
+            ax.axhline(
+                chance, color=GRAY, linestyle='--', linewidth=1, label=f'chance  {chance:.2g}'
+            )
+        ax.set(xlabel=x, ylabel=y)
+        ax.legend(loc='best')
     return fig
 
 # %% ../nbs/05_plots.ipynb #faec48ff
 def bars(
-    values:Mapping[str,float|Sequence[float]], # name: one value, or one a run
-    chance:float|Mapping[str,float]|None=None, # for all bars, or by name
-    x:str='', # what the values are, with unit
-    width:float=4., # inches
-    digits:int=3, # after the point
-)->Any: # a matplotlib figure
+    values: Mapping[str, float | Sequence[float]],  # name: one value, or one a run
+    chance: float | Mapping[str, float] | None = None,  # for all bars, or by name
+    x: str = '',  # what the values are, with unit
+    width: float = 4.0,  # inches
+    digits: int = 3,  # after the point
+) -> Any:  # a matplotlib figure
     "Draw horizontal bars of means, the runs as points, chance as a mark, the number beside each"
-    if not values: raise ValueError("Bars need at least one value: {name: value}")
+    if not values:
+        raise ValueError("Bars need at least one value: {name: value}")
     runs = {k: [float(v) for v in np.atleast_1d(v)] for k, v in values.items()}
     with style():
-        fig = figure(width, .45 + .28*len(runs)); ax = fig.add_subplot(); reach = max(1e-9, *(max(v) for v in runs.values()))
+        fig = figure(width, 0.45 + 0.28 * len(runs))
+        ax = fig.add_subplot()
+        reach = max(1e-9, *(max(v) for v in runs.values()))
         for i, (name, vs) in enumerate(runs.items()):
-            ax.barh(i, fmean(vs), color=COLORS['sky'], height=.6)
-            if len(vs) > 1: ax.plot(vs, [i]*len(vs), '.', color=COLORS['black'], markersize=4)
-            spread = f' ± {(max(vs)-min(vs))/2:.{digits}f}' if len(vs) > 1 else ''
-            ax.text(max(vs) + .02*reach, i, f'{fmean(vs):.{digits}f}{spread}', va='center', fontsize=7)
+            ax.barh(i, fmean(vs), color=COLORS['sky'], height=0.6)
+            if len(vs) > 1:
+                ax.plot(vs, [i] * len(vs), '.', color=COLORS['black'], markersize=4)
+            spread = f' ± {(max(vs) - min(vs)) / 2:.{digits}f}' if len(vs) > 1 else ''
+            ax.text(
+                max(vs) + 0.02 * reach,
+                i,
+                f'{fmean(vs):.{digits}f}{spread}',
+                va='center',
+                fontsize=7,
+            )
             level = chance.get(name) if isinstance(chance, Mapping) else chance
-            if level is not None: ax.plot([level]*2, [i-.38, i+.38], color=COLORS['red'], linewidth=1.5, label='chance' if i == 0 else None)
-        ax.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel=x, xlim=(None, reach*1.35)); ax.invert_yaxis(); ax.grid(False, axis='y')
-        if chance is not None: ax.legend(loc='lower right')
+            if level is not None:
+                ax.plot(
+                    [level] * 2,
+                    [i - 0.38, i + 0.38],
+                    color=COLORS['red'],
+                    linewidth=1.5,
+                    label='chance' if i == 0 else None,
+                )
+        ax.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel=x, xlim=(None, reach * 1.35))
+        ax.invert_yaxis()
+        ax.grid(False, axis='y')
+        if chance is not None:
+            ax.legend(loc='lower right')
     return fig

@@ -17,69 +17,214 @@ from .zoo import CAUSAL, CLIP224, Record
 @dataclass(frozen=True, repr=False)
 class Row(Spec, id_name='Row'):
     "One published training run"
-    name:str='' # MODEL.DATA
-    model:str='' # of `list_models()` or `OTHERS`
-    data:str='' # what it learned from
-    steps:int=200_000
-    batch:int=65_536 # pairs a step, all GPUs together
-    warmup:int=2000 # steps
-    hold:int=0 # steps at the highest rate before the cosine begins
-    lr:float=1e-3
-    lr_end:float=1e-6
-    beta1:float=.9
-    beta2:float=.95
-    eps:float=1e-8
-    decay:float=.2
-    clip:float=0. # norm of the gradient; 0 for none
-    ema:float=0. # 0 for none
-    precision:str='bfloat16'
-    checkpointing:bool=False # keep only what stands between blocks, which saves memory and changes no number
-    weights:tuple[float,float]=(0., 1.) # of the contrastive term and of distillation, (1-lambda, lambda)
-    scales:tuple[float,...]=() # logit scale of each teacher
-    widths:tuple[int,...]=() # of each teacher's rows
-    synthetic:str='^syn_text.*$' # keys of synthetic captions; empty for none
-    psnr:tuple[float,...]=() # RangeAugment's targets for the student, decibels; empty for none
-    crop:tuple[float,float]=(.08, 1.) # share of the picture that a fresh crop covers; stored views bring theirs
-    mean:tuple[float,...]|None=None # that the run normalized with; None is the model's record
-    std:tuple[float,...]|None=None # likewise
-    sources:tuple[tuple[str,str],...]=() # fields, with commas between, and where their values stand
 
-    def source_of(self,
-        field:str, # a field of this row
-    )->str: # a mark of the table above; empty if nothing is said
+    name: str = ''  # MODEL.DATA
+    model: str = ''  # of `list_models()` or `OTHERS`
+    data: str = ''  # what it learned from
+    steps: int = 200_000
+    batch: int = 65_536  # pairs a step, all GPUs together
+    warmup: int = 2000  # steps
+    hold: int = 0  # steps at the highest rate before the cosine begins
+    lr: float = 1e-3
+    lr_end: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    decay: float = 0.2
+    clip: float = 0.0  # norm of the gradient; 0 for none
+    ema: float = 0.0  # 0 for none
+    precision: str = 'bfloat16'
+    checkpointing: bool = (
+        False  # keep only what stands between blocks, which saves memory and changes no number
+    )
+    weights: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # of the contrastive term and of distillation, (1-lambda, lambda)
+    scales: tuple[float, ...] = ()  # logit scale of each teacher
+    widths: tuple[int, ...] = ()  # of each teacher's rows
+    synthetic: str = '^syn_text.*$'  # keys of synthetic captions; empty for none
+    psnr: tuple[float, ...] = ()  # RangeAugment's targets for the student, decibels; empty for none
+    crop: tuple[float, float] = (
+        0.08,
+        1.0,
+    )  # share of the picture that a fresh crop covers; stored views bring theirs
+    mean: tuple[float, ...] | None = (
+        None  # that the run normalized with; None is the model's record
+    )
+    std: tuple[float, ...] | None = None  # likewise
+    sources: tuple[
+        tuple[str, str], ...
+    ] = ()  # fields, with commas between, and where their values stand
+
+    def source_of(
+        self,
+        field: str,  # a field of this row
+    ) -> str:  # a mark of the table above; empty if nothing is said
         "Where a number stands"
         return next((where for fields, where in self.sources if field in fields.split(',')), '')
 
-VIT_B16 = Record('open_clip_vit_b16', ViTSpec(conv_stem=False, eps=1e-5), CAUSAL, 512, CLIP224) # the scripts' ViT-B-16; [I] our head has a bias, theirs none
-OTHERS = {VIT_B16.name: VIT_B16} # models that the scripts train and nobody released
+
+VIT_B16 = Record(
+    'open_clip_vit_b16', ViTSpec(conv_stem=False, eps=1e-5), CAUSAL, 512, CLIP224
+)  # the scripts' ViT-B-16; [I] our head has a bias, theirs none
+OTHERS = {VIT_B16.name: VIT_B16}  # models that the scripts train and nobody released
 
 # %% ../nbs/55_published.ipynb #842f30fe
-TWO = dict(widths=(768, 768)) # two ViT-L/14
-_T12 = Row(data='datacompdr1b', ema=.9995, psnr=(40., 20.), scales=(100., 100.), **TWO, sources=(
-    ('steps,batch,warmup,lr,lr_end,beta1,beta2,decay,clip,ema,precision,weights,psnr,crop', 'T12'), ('hold', 'T12'), ('checkpointing', '[I] not stated'), ('scales,widths,synthetic', 'script run_datacompdr1b'), ('eps', 'rule'), ('mean,std', 'the released record')))
-_A = Row(data='dfndr2b', clip=1., scales=(70., 60.), synthetic='^syn_text_dfn_mscoco38k$', **TWO, sources=(
-    ('steps,batch,warmup,lr,lr_end,beta1,beta2,decay,clip,precision,weights', 'A'), ('hold', 'A'), ('checkpointing', '[I] not stated'), ('scales,widths,synthetic', 'script run_dfndr2b'), ('eps', 'rule'), ('ema,psnr,crop', '[I] not stated'), ('mean,std', 'the released record')))
+TWO = dict(widths=(768, 768))  # two ViT-L/14
+_T12 = Row(
+    data='datacompdr1b',
+    ema=0.9995,
+    psnr=(40.0, 20.0),
+    scales=(100.0, 100.0),
+    **TWO,
+    sources=(
+        (
+            'steps,batch,warmup,lr,lr_end,beta1,beta2,decay,clip,ema,precision,weights,psnr,crop',
+            'T12',
+        ),
+        ('hold', 'T12'),
+        ('checkpointing', '[I] not stated'),
+        ('scales,widths,synthetic', 'script run_datacompdr1b'),
+        ('eps', 'rule'),
+        ('mean,std', 'the released record'),
+    ),
+)
+_A = Row(
+    data='dfndr2b',
+    clip=1.0,
+    scales=(70.0, 60.0),
+    synthetic='^syn_text_dfn_mscoco38k$',
+    **TWO,
+    sources=(
+        ('steps,batch,warmup,lr,lr_end,beta1,beta2,decay,clip,precision,weights', 'A'),
+        ('hold', 'A'),
+        ('checkpointing', '[I] not stated'),
+        ('scales,widths,synthetic', 'script run_dfndr2b'),
+        ('eps', 'rule'),
+        ('ema,psnr,crop', '[I] not stated'),
+        ('mean,std', 'the released record'),
+    ),
+)
+
 
 def _script(
-    script:str, # its name
-    **changes:object, # fields of `Row`
-)->Row:
+    script: str,  # its name
+    **changes: object,  # fields of `Row`
+) -> Row:
     "A row that follows a script; the script's precision is float16 with scaling, ours bfloat16"
-    said = (('steps,batch,warmup,lr,lr_end,beta1,beta2,decay,clip,weights,scales,widths,synthetic,hold', f'script {script}'), ('eps', 'rule'), ('precision', '[I] for float16 with scaling'),
-            ('checkpointing', f'script {script}'), ('ema,psnr', f'script {script}: none'), ('crop', 'script run_datacomp12m: the program\'s default' if changes.get('crop') else 'the stored views'), ('mean,std', f'script {script}: the program\'s default'))
-    return Row(warmup=1000, lr_end=0., clip=1., checkpointing=True, mean=OPENAI_MEAN, std=OPENAI_STD, sources=said).but(**changes)
+    said = (
+        (
+            'steps,batch,warmup,lr,lr_end,beta1,beta2,decay,clip,weights,scales,widths,synthetic,hold',
+            f'script {script}',
+        ),
+        ('eps', 'rule'),
+        ('precision', '[I] for float16 with scaling'),
+        ('checkpointing', f'script {script}'),
+        ('ema,psnr', f'script {script}: none'),
+        (
+            'crop',
+            'script run_datacomp12m: the program\'s default'
+            if changes.get('crop')
+            else 'the stored views',
+        ),
+        ('mean,std', f'script {script}: the program\'s default'),
+    )
+    return Row(
+        warmup=1000,
+        lr_end=0.0,
+        clip=1.0,
+        checkpointing=True,
+        mean=OPENAI_MEAN,
+        std=OPENAI_STD,
+        sources=said,
+    ).but(**changes)
+
 
 _SMALL = dict(steps=30_000, batch=8192)
-ROWS = {r.name: r for r in (
-    *(_T12.but(name=f'mobileclip_{m}.datacompdr1b', model=f'mobileclip_{m}') for m in ('s0', 's1', 's2')),
-    _T12.but(name='mobileclip_b.datacompdr1b', model='mobileclip_b', weights=(.25, .75)),
-    _T12.but(name='mobileclip_b_lt.datacompdr1b', model='mobileclip_b_lt', weights=(.25, .75), steps=600_000, hold=298_000,
-             sources=(('steps,hold', 'README: 300,000 at a constant rate, then 300,000 of cosine'), *((f.replace('steps,', ''), w) for f, w in _T12.sources if f != 'hold'))),
-    *(_A.but(name=f'mobileclip2_{m}.dfndr2b', model=f'mobileclip2_{m}', batch=b, warmup=w, lr_end=e)
-      for m, b, w, e in (('s0', 65_536, 10_000, 1e-6), ('s2', 65_536, 10_000, 1e-6), ('b', 65_536, 2000, 1e-6), ('s3', 114_688, 2000, 0.), ('s4', 114_688, 2000, 0.))),
-    _script('run_datacomp12m', name='vit_b16.datacomp12m', model=VIT_B16.name, data='datacomp12m', eps=1e-6, weights=(1., 0.), synthetic='', crop=(.9, 1.), **_SMALL),
-    _script('run_datacompdr12m', name='vit_b16.datacompdr12m', model=VIT_B16.name, data='datacompdr12m', eps=1e-6, scales=(100., 100.), **TWO, **_SMALL),
-    _script('run_datacompdr1b', name='vit_b16.datacompdr1b', model=VIT_B16.name, data='datacompdr1b', eps=1e-6, weights=(.25, .75), scales=(100., 100.), **TWO),
-    _script('run_dfndr12m', name='mobileclip_b.dfndr12m', model='mobileclip2_b', data='dfndr12m', scales=(70., 60.), **TWO, **_SMALL),
-    _script('run_dfndr2b', name='mobileclip_b.dfndr2b', model='mobileclip2_b', data='dfndr2b', scales=(70., 60.), synthetic='^syn_text_dfn_mscoco38k$', **TWO),
-)}
+ROWS = {
+    r.name: r
+    for r in (
+        *(
+            _T12.but(name=f'mobileclip_{m}.datacompdr1b', model=f'mobileclip_{m}')
+            for m in ('s0', 's1', 's2')
+        ),
+        _T12.but(name='mobileclip_b.datacompdr1b', model='mobileclip_b', weights=(0.25, 0.75)),
+        _T12.but(
+            name='mobileclip_b_lt.datacompdr1b',
+            model='mobileclip_b_lt',
+            weights=(0.25, 0.75),
+            steps=600_000,
+            hold=298_000,
+            sources=(
+                ('steps,hold', 'README: 300,000 at a constant rate, then 300,000 of cosine'),
+                *((f.replace('steps,', ''), w) for f, w in _T12.sources if f != 'hold'),
+            ),
+        ),
+        *(
+            _A.but(
+                name=f'mobileclip2_{m}.dfndr2b',
+                model=f'mobileclip2_{m}',
+                batch=b,
+                warmup=w,
+                lr_end=e,
+            )
+            for m, b, w, e in (
+                ('s0', 65_536, 10_000, 1e-6),
+                ('s2', 65_536, 10_000, 1e-6),
+                ('b', 65_536, 2000, 1e-6),
+                ('s3', 114_688, 2000, 0.0),
+                ('s4', 114_688, 2000, 0.0),
+            )
+        ),
+        _script(
+            'run_datacomp12m',
+            name='vit_b16.datacomp12m',
+            model=VIT_B16.name,
+            data='datacomp12m',
+            eps=1e-6,
+            weights=(1.0, 0.0),
+            synthetic='',
+            crop=(0.9, 1.0),
+            **_SMALL,
+        ),
+        _script(
+            'run_datacompdr12m',
+            name='vit_b16.datacompdr12m',
+            model=VIT_B16.name,
+            data='datacompdr12m',
+            eps=1e-6,
+            scales=(100.0, 100.0),
+            **TWO,
+            **_SMALL,
+        ),
+        _script(
+            'run_datacompdr1b',
+            name='vit_b16.datacompdr1b',
+            model=VIT_B16.name,
+            data='datacompdr1b',
+            eps=1e-6,
+            weights=(0.25, 0.75),
+            scales=(100.0, 100.0),
+            **TWO,
+        ),
+        _script(
+            'run_dfndr12m',
+            name='mobileclip_b.dfndr12m',
+            model='mobileclip2_b',
+            data='dfndr12m',
+            scales=(70.0, 60.0),
+            **TWO,
+            **_SMALL,
+        ),
+        _script(
+            'run_dfndr2b',
+            name='mobileclip_b.dfndr2b',
+            model='mobileclip2_b',
+            data='dfndr2b',
+            scales=(70.0, 60.0),
+            synthetic='^syn_text_dfn_mscoco38k$',
+            **TWO,
+        ),
+    )
+}

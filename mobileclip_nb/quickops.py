@@ -15,99 +15,145 @@ from .core import jitted
 from .operations import OPS, perform
 
 # %% ../nbs/50_quickops.ipynb #7c75180e
-def _look_up(x:np.ndarray, table:np.ndarray, out:np.ndarray)->None: # uint8 `(N, 3)`; `(256, 3)`; `(N, 3)`, filled
+def _look_up(
+    x: np.ndarray, table: np.ndarray, out: np.ndarray
+) -> None:  # uint8 `(N, 3)`; `(256, 3)`; `(N, 3)`, filled
     "Replace values by a table's"
     for i in range(len(x)):
-        for c in range(3): out[i, c] = table[x[i, c], c]
+        for c in range(3):
+            out[i, c] = table[x[i, c], c]
+
 
 def looked_up(
-    x:np.ndarray, # uint8 `(..., 3)`
-    table:np.ndarray, # `(256, 3)`, a column a channel
-)->np.ndarray: # of the shape of `x` and the type of the table
+    x: np.ndarray,  # uint8 `(..., 3)`
+    table: np.ndarray,  # `(256, 3)`, a column a channel
+) -> np.ndarray:  # of the shape of `x` and the type of the table
     "Replace every value by what stands in its channel's table, or raise ValueError"
-    if x.dtype != np.uint8 or not x.ndim or x.shape[-1] != 3: raise ValueError(f"Values to look up are uint8 (..., 3); got {x.dtype} {x.shape}")
-    if table.shape != (256, 3): raise ValueError(f"A table has 256 rows and a column a channel; got {table.shape}")
+    if x.dtype != np.uint8 or not x.ndim or x.shape[-1] != 3:
+        raise ValueError(f"Values to look up are uint8 (..., 3); got {x.dtype} {x.shape}")
+    if table.shape != (256, 3):
+        raise ValueError(f"A table has 256 rows and a column a channel; got {table.shape}")
     flat = np.ascontiguousarray(x).reshape(-1, 3)
     out = np.empty(flat.shape, table.dtype)
-    if look := jitted(_look_up): look(flat, table, out)
+    if look := jitted(_look_up):
+        look(flat, table, out)
     else:
-        for c in range(3): out[:, c] = table[flat[:, c], c]
+        for c in range(3):
+            out[:, c] = table[flat[:, c], c]
     return out.reshape(x.shape)
 
 # %% ../nbs/50_quickops.ipynb #77210f21
-_RAMP = Image.merge('RGB', [Image.frombytes('L', (256, 1), bytes(range(256)))]*3)
+_RAMP = Image.merge('RGB', [Image.frombytes('L', (256, 1), bytes(range(256)))] * 3)
+
 
 @lru_cache(1024)
-def _table(name:str, m:float, mean:int)->bytes: # 768 of them
+def _table(name: str, m: float, mean: int) -> bytes:  # 768 of them
     "What an operation does to each value, asked of Pillow"
-    done = Image.blend(Image.new('RGB', _RAMP.size, (mean,)*3), _RAMP, 1+m) if name == 'Contrast' else perform(_RAMP, name, m)
+    done = (
+        Image.blend(Image.new('RGB', _RAMP.size, (mean,) * 3), _RAMP, 1 + m)
+        if name == 'Contrast'
+        else perform(_RAMP, name, m)
+    )
     return done.tobytes()
 
+
 def table(
-    name:str, # `Brightness`, `Posterize`, `Solarize` or `Contrast`
-    m:float, # its magnitude, signed
-    mean:int=0, # gray to which contrast is drawn, 0–255
-)->np.ndarray: # uint8 `(256, 3)`
+    name: str,  # `Brightness`, `Posterize`, `Solarize` or `Contrast`
+    m: float,  # its magnitude, signed
+    mean: int = 0,  # gray to which contrast is drawn, 0–255
+) -> np.ndarray:  # uint8 `(256, 3)`
     "What an operation does to each value, remembered"
     return np.frombuffer(bytearray(_table(name, m, mean)), np.uint8).reshape(256, 3)
 
+
 def stretch(
-    name:str, # `AutoContrast` or `Equalize`
-    histogram:np.ndarray, # whole numbers `(3, 256)`
-)->np.ndarray: # uint8 `(256, 3)`
+    name: str,  # `AutoContrast` or `Equalize`
+    histogram: np.ndarray,  # whole numbers `(3, 256)`
+) -> np.ndarray:  # uint8 `(256, 3)`
     "The table by which an operation spreads the values of a picture"
-    if name not in ('AutoContrast', 'Equalize'): raise ValueError(f"{name!r} spreads no values; AutoContrast and Equalize do")
+    if name not in ('AutoContrast', 'Equalize'):
+        raise ValueError(f"{name!r} spreads no values; AutoContrast and Equalize do")
     out = np.tile(np.arange(256), (3, 1))
     for row, h in zip(out, histogram):
         there = np.flatnonzero(h)
-        if not len(there): continue
-        if name == 'AutoContrast' and (span := int(there[-1]-there[0])):
-            scale = 255.0/span
-            row[:] = np.clip((np.arange(256)*scale - there[0]*scale).astype(int), 0, 255)
-        if name == 'Equalize' and len(there) > 1 and (step := int(h.sum()-h[there[-1]])//255):
-            row[:] = np.minimum((step//2 + np.cumsum(h) - h)//step, 255)
+        if not len(there):
+            continue
+        if name == 'AutoContrast' and (span := int(there[-1] - there[0])):
+            scale = 255.0 / span
+            row[:] = np.clip((np.arange(256) * scale - there[0] * scale).astype(int), 0, 255)
+        if name == 'Equalize' and len(there) > 1 and (step := int(h.sum() - h[there[-1]]) // 255):
+            row[:] = np.minimum((step // 2 + np.cumsum(h) - h) // step, 255)
     return out.T.astype(np.uint8)
 
 # %% ../nbs/50_quickops.ipynb #fbe7fe6a
-def _count(x:np.ndarray)->np.ndarray: # uint8 `(h, w, 3)`; int64 `(3, 256)`
+def _count(x: np.ndarray) -> np.ndarray:  # uint8 `(h, w, 3)`; int64 `(3, 256)`
     "Histograms of the channels"
     out = np.zeros((3, 256), np.int64)
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
-            for c in range(3): out[c, x[i, j, c]] += 1
+            for c in range(3):
+                out[c, x[i, j, c]] += 1
     return out
 
-def _gray_sum(x:np.ndarray)->int: # uint8 `(h, w, 3)`
+
+def _gray_sum(x: np.ndarray) -> int:  # uint8 `(h, w, 3)`
     "Sum of the grays of all pixels"
     total = 0
     for i in range(x.shape[0]):
-        for j in range(x.shape[1]): total += (np.int32(x[i, j, 0])*19595 + np.int32(x[i, j, 1])*38470 + np.int32(x[i, j, 2])*7471 + 32768) >> 16
+        for j in range(x.shape[1]):
+            total += (
+                np.int32(x[i, j, 0]) * 19595
+                + np.int32(x[i, j, 1]) * 38470
+                + np.int32(x[i, j, 2]) * 7471
+                + 32768
+            ) >> 16
     return total
 
-def _smooth(x:np.ndarray)->np.ndarray: # uint8 `(h, w, 3)`, at least 3 pixels each way
+
+def _smooth(x: np.ndarray) -> np.ndarray:  # uint8 `(h, w, 3)`, at least 3 pixels each way
     "Pillow's SMOOTH filter; thirteenths leave no tie to round"
     h, w, _ = x.shape
-    out, flat = x.copy().reshape(h, 3*w), x.reshape(h, 3*w)
-    for i in range(1, h-1):
-        a, b, c, row = flat[i-1], flat[i], flat[i+1], out[i]
-        for j in range(3*w-6): # a neighbor is three values away
-            left, middle, right = np.uint32(a[j]) + b[j] + c[j], np.uint32(a[j+3]) + b[j+3] + c[j+3], np.uint32(a[j+6]) + b[j+6] + c[j+6]
-            row[j+3] = np.uint32(2*(left+middle+right+4*np.uint32(b[j+3]))+13)//np.uint32(26)
+    out, flat = x.copy().reshape(h, 3 * w), x.reshape(h, 3 * w)
+    for i in range(1, h - 1):
+        a, b, c, row = flat[i - 1], flat[i], flat[i + 1], out[i]
+        for j in range(3 * w - 6):  # a neighbor is three values away
+            left, middle, right = (
+                np.uint32(a[j]) + b[j] + c[j],
+                np.uint32(a[j + 3]) + b[j + 3] + c[j + 3],
+                np.uint32(a[j + 6]) + b[j + 6] + c[j + 6],
+            )
+            row[j + 3] = np.uint32(
+                2 * (left + middle + right + 4 * np.uint32(b[j + 3])) + 13
+            ) // np.uint32(26)
     return out.reshape(h, w, 3)
 
 # %% ../nbs/50_quickops.ipynb #2c2643a1
 def fast(
-    x:np.ndarray, # uint8 `(h, w, 3)`
-    name:str, # one of `OPS`
-    m:float, # its magnitude, signed
-    interpolation:str='nearest', # for what moves pixels
-    fill:tuple[int,...]=(0, 0, 0), # what comes from outside, 0–255
-)->np.ndarray: # uint8 `(h, w, 3)`: the pixels of `perform`
+    x: np.ndarray,  # uint8 `(h, w, 3)`
+    name: str,  # one of `OPS`
+    m: float,  # its magnitude, signed
+    interpolation: str = 'nearest',  # for what moves pixels
+    fill: tuple[int, ...] = (0, 0, 0),  # what comes from outside, 0–255
+) -> np.ndarray:  # uint8 `(h, w, 3)`: the pixels of `perform`
     "Perform an operation in less time (RandAugment §3)"
     match name if jitted(_look_up) else '':
-        case 'Identity': return x
-        case 'Brightness' | 'Posterize' | 'Solarize': return looked_up(x, table(name, m))
-        case 'Contrast': return looked_up(x, table(name, m, int(float(jitted(_gray_sum)(x))/(x.shape[0]*x.shape[1]) + .5)))
-        case 'AutoContrast' | 'Equalize': return looked_up(x, stretch(name, jitted(_count)(x)))
-        case 'Sharpness' if min(x.shape[:2]) > 2: return np.asarray(Image.blend(Image.fromarray(jitted(_smooth)(np.ascontiguousarray(x))), Image.fromarray(x), 1+m))
+        case 'Identity':
+            return x
+        case 'Brightness' | 'Posterize' | 'Solarize':
+            return looked_up(x, table(name, m))
+        case 'Contrast':
+            return looked_up(
+                x,
+                table(name, m, int(float(jitted(_gray_sum)(x)) / (x.shape[0] * x.shape[1]) + 0.5)),
+            )
+        case 'AutoContrast' | 'Equalize':
+            return looked_up(x, stretch(name, jitted(_count)(x)))
+        case 'Sharpness' if min(x.shape[:2]) > 2:
+            return np.asarray(
+                Image.blend(
+                    Image.fromarray(jitted(_smooth)(np.ascontiguousarray(x))),
+                    Image.fromarray(x),
+                    1 + m,
+                )
+            )
     return np.asarray(perform(Image.fromarray(x), name, m, interpolation, fill))

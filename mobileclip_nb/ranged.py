@@ -19,38 +19,42 @@ from .batches import Batch
 # %% ../nbs/53_ranged.ipynb #61881e86
 class Ranged:
     "A source whose pictures lose as much as the schedule allows (MobileCLIP Table 12; RangeAugment §3)"
-    def __init__(self,
-        inner:Any, # a source, of this rank
-        psnr:tuple[float,float], # target at the first step and at the last, decibels
-        steps:int, # of the run
-        seed:int=0, # of the draws
-        mean:tuple[float,...]=(0., 0., 0.), # that pictures were normalized with
-        std:tuple[float,...]=(1., 1., 1.), # likewise
-        ranks:tuple[int,int]=(0, 1), # this rank, and how many there are
+
+    def __init__(
+        self,
+        inner: Any,  # a source, of this rank
+        psnr: tuple[float, float],  # target at the first step and at the last, decibels
+        steps: int,  # of the run
+        seed: int = 0,  # of the draws
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),  # that pictures were normalized with
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),  # likewise
+        ranks: tuple[int, int] = (0, 1),  # this rank, and how many there are
     ):
         self.inner, self.range, self.steps, self.seed = inner, RangeAugment(psnr=psnr), steps, seed
         self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (mean, std))
         self.rank, self.world = ranks
         self.batch, self.id = inner.batch, f'{inner.id}-{self.range.id}'
 
-    def __getattr__(self, name:str)->Any:
-        if 'inner' not in self.__dict__: return object.__getattribute__(self, name)
+    def __getattr__(self, name: str) -> Any:
+        if 'inner' not in self.__dict__:
+            return object.__getattribute__(self, name)
         return getattr(self.inner, name)
 
-    def since(self,
-        step:int=0, # the first that is wanted
-    )->Iterator[Batch]:
+    def since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[Batch]:
         "Batches from a step on, each at the strength of its step"
         for k, b in enumerate(self.inner.since(step), step):
             target = self.range.scheduled(k, self.steps)
-            raw = (b.image*self.std + self.mean).mul(255).round().clamp(0, 255).byte()
+            raw = (b.image * self.std + self.mean).mul(255).round().clamp(0, 255).byte()
             raw = raw.permute(0, 2, 3, 1).numpy()
-            first = (k*self.world + self.rank)*len(raw)
-            out = [self._changed(x, first+i, target) for i, x in enumerate(raw)]
-            image = torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float()/255
-            yield b._replace(image=(image - self.mean)/self.std)
+            first = (k * self.world + self.rank) * len(raw)
+            out = [self._changed(x, first + i, target) for i, x in enumerate(raw)]
+            image = torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 255
+            yield b._replace(image=(image - self.mean) / self.std)
 
-    def _changed(self, pixels:np.ndarray, number:int, target:float)->np.ndarray:
+    def _changed(self, pixels: np.ndarray, number: int, target: float) -> np.ndarray:
         "A picture with the noise of its number, counted over all steps and ranks"
         params = self.range.sample(rng_for(self.seed, 'ranged', number), target)
         return np.asarray(self.range.apply(Image.fromarray(pixels), params))

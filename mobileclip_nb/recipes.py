@@ -30,207 +30,340 @@ from .text.tokens import ids_in_use
 from .train.data import need_two
 from .train.loop import Trained, refresh_model, train
 from .train.options import save_interval
-from .train.recipe import (
-    PROMPTS, Note, Opening, Recipe, as_batches, captions_of, learner, load_data, open_run, read_note, recipe, write_note)
+from mobileclip_nb.train.recipe import (
+    PROMPTS,
+    Note,
+    Opening,
+    Recipe,
+    as_batches,
+    captions_of,
+    learner,
+    load_data,
+    open_run,
+    read_note,
+    recipe,
+    write_note,
+)
 from .train.state import TrainSpec, load_run
 from .train.statistics import is_lagging, norms_of
 from .zoo import build, kept_ids, record
 
 # %% ../nbs/84_recipes.ipynb #181d907a
 def emoji_ids(
-    skin_tones:bool=False, # words for variants with skin tones too
-)->list[int]: # ascending
+    skin_tones: bool = False,  # words for variants with skin tones too
+) -> list[int]:  # ascending
     "Token ids that the names of emoji, their templates and common prompts need"
-    return ids_in_use([*(e.name for e in concepts() if skin_tones or not e.toned), *TEMPLATES, *PROMPTS])
+    return ids_in_use(
+        [*(e.name for e in concepts() if skin_tones or not e.toned), *TEMPLATES, *PROMPTS]
+    )
 
 # %% ../nbs/84_recipes.ipynb #c2ab6443
 def emoji_judge(
-    side:int=64, # pixels
-    splits:Sequence[str]=('train', 'heldout', 'shift'), # which to judge
-)->Judge: # call it with a model in eval mode
+    side: int = 64,  # pixels
+    splits: Sequence[str] = ('train', 'heldout', 'shift'),  # which to judge
+) -> Judge:  # call it with a model in eval mode
     "The judge for emoji: retrieval both ways on each split"
     return Judge({s: load_emoji(s, side=side) for s in splits}, equal_texts=True)
 
+
 def seen_judge(
-    side:int=64, # pixels
-    skin_tones:bool=True, # among variants with skin tones too
-)->Judge: # call it with a model in eval mode
+    side: int = 64,  # pixels
+    skin_tones: bool = True,  # among variants with skin tones too
+) -> Judge:  # call it with a model in eval mode
     "The judge for teachers: retrieval in either hand among all concepts, every one of which they learned from"
     splits = {f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}
     return Judge(splits, equal_texts=True)
 
+
 def heldout_judge(
-    held:PairData, # pictures kept out of training
-)->Judge: # call it with a model in eval mode
+    held: PairData,  # pictures kept out of training
+) -> Judge:  # call it with a model in eval mode
     "Retrieval on the held-out part of a folder; a caption of two pictures is right for both"
     return Judge({'heldout': held}, limit=-1, equal_texts=True)
 
 # %% ../nbs/84_recipes.ipynb #6bf0c51e
 class Fit(NamedTuple):
     "A recipe that has been run"
-    model:CLIP # ready to use: in eval mode, the average of weights if the recipe keeps one
-    run:Trained # history and judgements
-    recipe:Recipe
+
+    model: CLIP  # ready to use: in eval mode, the average of weights if the recipe keeps one
+    run: Trained  # history and judgements
+    recipe: Recipe
+
 
 def fit(
-    r:Recipe, # at its size
-    data:PairData|Any, # to learn from: pictures in memory, or anything with `batch`, `id` and `since`
-    out:str|Path|None=None, # the run's folder; without one nothing is saved
-    judge:Callable[[CLIP],dict[str,float]]|None=None, # asked at the end, and every `judge_every` steps
-    judge_every:int=0, # steps
-    resume:bool=False, # go on where the folder's run stopped
-    ledger:str|Path|None=None, # where the run is written down; None writes nothing
-    scale:str='smoke', # the size, for the ledger
-    progress:bool=True, # draw a progress bar
-    device:str|None=None, # where to train; None is the CPU, where runs repeat to the bit
-    place:str='memory', # what the data are called, for the folder
-    start:CLIP|None=None, # begin with these weights instead of random ones; is changed
-    started:str='', # what those are called
-    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple]|None=None, # what is minimized; None reads the recipe
-    say:Callable[[str],None]=lambda text: None, # told from which step a run goes on, and of a new best
-    held_out:tuple[float,...]|None=None, # share of each place's pictures kept out, for the folder
-    best:str|None=None, # a metric of the judge; its best checkpoint stays as `best.pt`
-    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told of each judgement
-)->Fit:
+    r: Recipe,  # at its size
+    data: PairData
+    | Any,  # to learn from: pictures in memory, or anything with `batch`, `id` and `since`
+    out: str | Path | None = None,  # the run's folder; without one nothing is saved
+    judge: Callable[[CLIP], dict[str, float]]
+    | None = None,  # asked at the end, and every `judge_every` steps
+    judge_every: int = 0,  # steps
+    resume: bool = False,  # go on where the folder's run stopped
+    ledger: str | Path | None = None,  # where the run is written down; None writes nothing
+    scale: str = 'smoke',  # the size, for the ledger
+    progress: bool = True,  # draw a progress bar
+    device: str | None = None,  # where to train; None is the CPU, where runs repeat to the bit
+    place: str = 'memory',  # what the data are called, for the folder
+    start: CLIP | None = None,  # begin with these weights instead of random ones; is changed
+    started: str = '',  # what those are called
+    objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple]
+    | None = None,  # what is minimized; None reads the recipe
+    say: Callable[[str], None] = lambda text: (
+        None
+    ),  # told from which step a run goes on, and of a new best
+    held_out: tuple[float, ...]
+    | None = None,  # share of each place's pictures kept out, for the folder
+    best: str | None = None,  # a metric of the judge; its best checkpoint stays as `best.pt`
+    report: Callable[[dict[str, float], dict[str, float]], None]
+    | None = None,  # told of each judgement
+) -> Fit:
     "Train what a recipe says on these data (MobileCLIP Table 12)"
     found = as_batches(r, data) if isinstance(data, PairData) else data
-    model = (learner(r, captions_of(found)) if start is None else start).to(pick_device(device or 'cpu'))
-    if objective is None: need_two(found.batch)
+    model = (learner(r, captions_of(found)) if start is None else start).to(
+        pick_device(device or 'cpu')
+    )
+    if objective is None:
+        need_two(found.batch)
     how = dict(best=best, report=report, save_every=save_interval(r.train.steps))
     how |= dict(statistics=False if started else None)
-    if objective is not None: how |= dict(objective=objective)
-    if out: Path(out).mkdir(parents=True, exist_ok=True)
-    with alone(str(out)) if out else nullcontext():                                     # two runs in one folder would overwrite each other's checkpoints
-        if out: write_note(out, Note(r, model.record, place, started, held_out))
+    if objective is not None:
+        how |= dict(objective=objective)
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    with (
+        alone(str(out)) if out else nullcontext()
+    ):  # two runs in one folder would overwrite each other's checkpoints
+        if out:
+            write_note(out, Note(r, model.record, place, started, held_out))
         how |= dict(resume=resume, progress=progress, say=say)
         run = train(model, found, r.train, out, judge, judge_every, **how)
-    metrics = run.metrics | ({} if getattr(found, 'skips', None) is None else dict(skipped=found.skips.total))
-    if ledger and run.new: append(ledger, run_record(r.name, r, metrics, r.train.seed, metrics['seconds'], str(next(model.parameters()).device), scale))
+    metrics = run.metrics | (
+        {} if getattr(found, 'skips', None) is None else dict(skipped=found.skips.total)
+    )
+    if ledger and run.new:
+        append(
+            ledger,
+            run_record(
+                r.name,
+                r,
+                metrics,
+                r.train.seed,
+                metrics['seconds'],
+                str(next(model.parameters()).device),
+                scale,
+            ),
+        )
     return Fit(run.model, run, r)
 
 # %% ../nbs/84_recipes.ipynb #cc2e5bf1
 def refresh_statistics(
-    model:CLIP, # of a run's checkpoint; its statistics are changed
-    note:Note, # of the run's folder
-    held:dict[str,Any], # the checkpoint, of `load_run`
-    say:Callable[[str],None]=lambda text: None, # told why statistics that lag stay
-)->str: # how the statistics came about, for the record of the weights
+    model: CLIP,  # of a run's checkpoint; its statistics are changed
+    note: Note,  # of the run's folder
+    held: dict[str, Any],  # the checkpoint, of `load_run`
+    say: Callable[[str], None] = lambda text: None,  # told why statistics that lag stay
+) -> str:  # how the statistics came about, for the record of the weights
     "Compute normalization statistics again over the last batches of a run, if its data can be opened"
     spec, step = held['spec'], held['step']
     try:
-        how = Opening(note=note, record=note.record, ranks=(0, held.get('world', 1)), progress=False)
+        how = Opening(
+            note=note, record=note.record, ranks=(0, held.get('world', 1)), progress=False
+        )
         found = open_run(note.recipe, note.data, how).source
-        if found.id != held['data']: raise ValueError(f"{note.data} holds other data than the run learned from")
+        if found.id != held['data']:
+            raise ValueError(f"{note.data} holds other data than the run learned from")
         fresh = refresh_model(freeze(copy.deepcopy(model), spec.frozen), found, spec, step)
     except (OSError, ValueError, KeyError, ImportError) as e:
-        say(f"The running statistics of normalization stay, though after {step} steps they lag behind the weights: the run's data cannot be opened ({e})")
+        say(
+            f"The running statistics of normalization stay, though after {step} steps they lag behind the weights: the run's data cannot be opened ({e})"
+        )
         return 'running'
     model.load_state_dict(fresh.model.state_dict())
     return f'recomputed over {fresh.batches} batches'
 
 # %% ../nbs/84_recipes.ipynb #5d8754a2
 def from_run(
-    out:str|Path, # a run's folder, or one of its checkpoints
-    which:str='ema', # `ema`, the average where the run keeps one, or `raw`, as trained
-    statistics:bool|None=None, # compute those of normalization again; None: where a run has made few steps, but for `raw`
-    say:Callable[[str],None]=lambda text: None, # told why statistics that lag stay
-)->tuple[CLIP,dict[str,Any]]: # in eval mode; and what to say of the run, in JSON
+    out: str | Path,  # a run's folder, or one of its checkpoints
+    which: str = 'ema',  # `ema`, the average where the run keeps one, or `raw`, as trained
+    statistics: bool
+    | None = None,  # compute those of normalization again; None: where a run has made few steps, but for `raw`
+    say: Callable[[str], None] = lambda text: None,  # told why statistics that lag stay
+) -> tuple[CLIP, dict[str, Any]]:  # in eval mode; and what to say of the run, in JSON
     "Make the model that a run has come to"
-    if which not in ('ema', 'raw'): raise ValueError(f"No weights {which!r} in a run.{near(which, ('ema', 'raw'))} There are ema and raw.")
+    if which not in ('ema', 'raw'):
+        raise ValueError(
+            f"No weights {which!r} in a run.{near(which, ('ema', 'raw'))} There are ema and raw."
+        )
     out = Path(out)
-    if not out.exists(): raise FileNotFoundError(f"No run at {str(out)!r}.{near(out.name, [p.name for p in out.parent.glob('*/')])} Give the folder that `mobileclip train` or `fit` wrote (by default below runs/), or one of its .pt files")
+    if not out.exists():
+        raise FileNotFoundError(
+            f"No run at {str(out)!r}.{near(out.name, [p.name for p in out.parent.glob('*/')])} Give the folder that `mobileclip train` or `fit` wrote (by default below runs/), or one of its .pt files"
+        )
     note, held = read_note(out if out.is_dir() else out.parent), load_run(out)
     average = which == 'ema' and held['ema'] is not None
     model = build(note.record, empty=True)
     state = held['ema' if average else 'model']
-    bias = state.pop('logit_bias', None)                                        # of the sigmoid loss: a ranking does without it, and so do weight files
+    bias = state.pop(
+        'logit_bias', None
+    )  # of the sigmoid loss: a ranking does without it, and so do weight files
     model.load_state_dict(state)
-    if statistics is None: statistics = which == 'ema' and not note.start and is_lagging(model, held['spec'], held['step'])
-    how = 'none' if not norms_of(model) else refresh_statistics(model, note, held, say) if statistics else 'running'
+    if statistics is None:
+        statistics = (
+            which == 'ema' and not note.start and is_lagging(model, held['spec'], held['step'])
+        )
+    how = (
+        'none'
+        if not norms_of(model)
+        else refresh_statistics(model, note, held, say)
+        if statistics
+        else 'running'
+    )
     r = note.recipe
-    run = Trained(model, model, held['history'], held['judged'], held['spec'], held['data'], r.stream.batch, 0)
-    metrics = {k: v for k, v in run.metrics.items() if k not in ('seconds', 'images_per_s', 'images_per_s_wall')}
-    said = dict(recipe=r.name, recipe_id=r.id, spec_id=held['spec'].id, seed=r.train.seed, data=Path(note.data).name, data_id=held['data'], start=note.start, step=held['step'],
-                steps=r.train.steps, weights='ema' if average else 'raw', statistics=how, metrics=metrics) | ({} if bias is None else dict(logit_bias=bias.item()))
-    if any(note.held_out or ()): said['held_out'] = list(note.held_out)
+    run = Trained(
+        model, model, held['history'], held['judged'], held['spec'], held['data'], r.stream.batch, 0
+    )
+    metrics = {
+        k: v
+        for k, v in run.metrics.items()
+        if k not in ('seconds', 'images_per_s', 'images_per_s_wall')
+    }
+    said = dict(
+        recipe=r.name,
+        recipe_id=r.id,
+        spec_id=held['spec'].id,
+        seed=r.train.seed,
+        data=Path(note.data).name,
+        data_id=held['data'],
+        start=note.start,
+        step=held['step'],
+        steps=r.train.steps,
+        weights='ema' if average else 'raw',
+        statistics=how,
+        metrics=metrics,
+    ) | ({} if bias is None else dict(logit_bias=bias.item()))
+    if any(note.held_out or ()):
+        said['held_out'] = list(note.held_out)
     return model.eval(), said
 
 # %% ../nbs/84_recipes.ipynb #3cf33f27
 def release(
-    what:CLIP|str|Path, # a model in eval mode, or a run's folder or checkpoint
-    path:str|Path, # ends in `.safetensors`
-    which:str='ema', # of a run: `ema` or `raw`
-    statistics:bool|None=None, # of a run: compute those of normalization again; None as `from_run` has it
-    say:Callable[[str],None]=lambda text: None, # told why statistics that lag stay
-)->Path: # the file
+    what: CLIP | str | Path,  # a model in eval mode, or a run's folder or checkpoint
+    path: str | Path,  # ends in `.safetensors`
+    which: str = 'ema',  # of a run: `ema` or `raw`
+    statistics: bool
+    | None = None,  # of a run: compute those of normalization again; None as `from_run` has it
+    say: Callable[[str], None] = lambda text: None,  # told why statistics that lag stay
+) -> Path:  # the file
     "Write weights in half precision, with the model's record and the run that made them"
-    model, run = (what, None) if isinstance(what, nn.Module) else from_run(what, which, statistics, say)
+    model, run = (
+        (what, None) if isinstance(what, nn.Module) else from_run(what, which, statistics, say)
+    )
     return save_weights(model, path, dtype=torch.float16, run=run)
 
 # %% ../nbs/84_recipes.ipynb #4cfddbc3
 def reproduced(
-    got:dict[str,float], # metrics of a new run
-    mean:dict[str,float], # of the ledger's runs, by metric
-    std:dict[str,float], # over their seeds
-)->dict[str,bool]: # by metric
+    got: dict[str, float],  # metrics of a new run
+    mean: dict[str, float],  # of the ledger's runs, by metric
+    std: dict[str, float],  # over their seeds
+) -> dict[str, bool]:  # by metric
     "Whether each metric lies within three standard deviations of the ledger's"
-    return {k: abs(got[k]-mean[k]) <= 3*std[k] for k in mean if k in got}
+    return {k: abs(got[k] - mean[k]) <= 3 * std[k] for k in mean if k in got}
 
 # %% ../nbs/84_recipes.ipynb #28bf2b09
 LEDGER = Path('results/ledger.jsonl')
-SHIPPED = {'nano-emoji': 'mobileclip_nano.emoji.safetensors', 'nano-teacher-a': 'teacher_nano_a.emoji.safetensors', 'nano-teacher-b': 'teacher_nano_b.emoji.safetensors',
-           'coca-nano-emoji': 'coca_nano.emoji.safetensors'}
+SHIPPED = {
+    'nano-emoji': 'mobileclip_nano.emoji.safetensors',
+    'nano-teacher-a': 'teacher_nano_a.emoji.safetensors',
+    'nano-teacher-b': 'teacher_nano_b.emoji.safetensors',
+    'coca-nano-emoji': 'coca_nano.emoji.safetensors',
+}
+
 
 def make_weights(
-    name:str='nano-emoji', # of `SHIPPED`
-    seeds:Sequence[int]=(0,), # the first one is released
-    scale:str='full', # size of the runs
-    ledger:Path=LEDGER, # compared with, then appended to
-    dest:Path|None=None, # None: the package's weights
-    say:Callable[[str],None]=print, # told what happens
-)->Path: # the weights
+    name: str = 'nano-emoji',  # of `SHIPPED`
+    seeds: Sequence[int] = (0,),  # the first one is released
+    scale: str = 'full',  # size of the runs
+    ledger: Path = LEDGER,  # compared with, then appended to
+    dest: Path | None = None,  # None: the package's weights
+    say: Callable[[str], None] = print,  # told what happens
+) -> Path:  # the weights
     "Append the runs that made shipped weights to the ledger, and write the weights"
-    dest = Path(str(files('mobileclip_nb')))/'weights'/SHIPPED[name] if dest is None else dest
+    dest = Path(str(files('mobileclip_nb'))) / 'weights' / SHIPPED[name] if dest is None else dest
     before = sha256(dest) if dest.exists() else None
     old = [x for x in read(ledger, run=name, scale=scale)] if ledger.exists() else []
     for i, seed in enumerate(seeds):
         r = recipe(name).at(scale, seed)
         pixels = record(r.model).pixels
-        out = Path('runs')/f"{r.name}-{r.id}-{code_version().replace(':', '-')}"         # other code is another run
+        out = (
+            Path('runs') / f"{r.name}-{r.id}-{code_version().replace(':', '-')}"
+        )  # other code is another run
         data = load_data(r.data, pixels.side, r.skin_tones, say if not i else lambda text: None)
-        done = fit(r, data, out, emoji_judge(pixels.side) if r.data == 'emoji' else seen_judge(pixels.side), resume=True, ledger=ledger, scale=scale)
-        if not done.run.new: say(f'seed {seed}: this run was finished already; remove {out} to make it again')
-        say(f'{name}, seed {seed}: ' + ', '.join(f'{k} {v:.3f}' for k, v in done.run.metrics.items() if k.endswith('_r1')))
-        if i == 0: release(done.model, dest)
-        if i == 0 and old: say(verdict(done.run.metrics, old))
-    say('same bytes as before' if sha256(dest) == before else 'the file differs from the one before' if before else 'a first file')
+        done = fit(
+            r,
+            data,
+            out,
+            emoji_judge(pixels.side) if r.data == 'emoji' else seen_judge(pixels.side),
+            resume=True,
+            ledger=ledger,
+            scale=scale,
+        )
+        if not done.run.new:
+            say(f'seed {seed}: this run was finished already; remove {out} to make it again')
+        say(
+            f'{name}, seed {seed}: '
+            + ', '.join(f'{k} {v:.3f}' for k, v in done.run.metrics.items() if k.endswith('_r1'))
+        )
+        if i == 0:
+            release(done.model, dest)
+        if i == 0 and old:
+            say(verdict(done.run.metrics, old))
+    say(
+        'same bytes as before'
+        if sha256(dest) == before
+        else 'the file differs from the one before'
+        if before
+        else 'a first file'
+    )
     return dest
 
+
 def verdict(
-    got:dict[str,float], # metrics of a new run
-    old:list, # runs of the ledger
-)->str:
+    got: dict[str, float],  # metrics of a new run
+    old: list,  # runs of the ledger
+) -> str:
     "One sentence: which scores agree with the ledger's"
     keys = [k for k in got if k.endswith('_r1') and 'chance' not in k]
     spreads = {k: spread(old, k)[old[0].run] for k in keys if any(k in x.metrics for x in old)}
-    fine = reproduced(got, {k: s.mean for k, s in spreads.items()}, {k: s.std or 0. for k, s in spreads.items()})
-    return f"{sum(fine.values())} of {len(fine)} scores within three standard deviations of the ledger" + ''.join(f'; not {k}' for k, ok in fine.items() if not ok)
+    fine = reproduced(
+        got, {k: s.mean for k, s in spreads.items()}, {k: s.std or 0.0 for k, s in spreads.items()}
+    )
+    return (
+        f"{sum(fine.values())} of {len(fine)} scores within three standard deviations of the ledger"
+        + ''.join(f'; not {k}' for k, ok in fine.items() if not ok)
+    )
 
 # %% ../nbs/84_recipes.ipynb #ed8264f3
 def make_all(
-    only:Sequence[str]=tuple(SHIPPED), # which of `SHIPPED`
-    scale:str='full', # size of the runs
-    ledger:Path=LEDGER, # appended to
-    folder:Path|None=None, # None: the package's
-    say:Callable[[str],None]=print, # told what happens
-)->list[Path]: # the files
+    only: Sequence[str] = tuple(SHIPPED),  # which of `SHIPPED`
+    scale: str = 'full',  # size of the runs
+    ledger: Path = LEDGER,  # appended to
+    folder: Path | None = None,  # None: the package's
+    say: Callable[[str], None] = print,  # told what happens
+) -> list[Path]:  # the files
     "Make every shipped file again"
     from mobileclip_nb.train.captioner import make_captioner
-    folder = Path(str(files('mobileclip_nb')))/'weights' if folder is None else folder
+
+    folder = Path(str(files('mobileclip_nb'))) / 'weights' if folder is None else folder
     made = []
     for name in only:
-        if name not in SHIPPED: raise KeyError(f"{name!r} makes no shipped file.{near(name, SHIPPED)} There are {', '.join(SHIPPED)}.")
-        made.append(folder/SHIPPED[name])
-        if name.startswith('coca'): make_captioner(made[-1], scale=scale, ledger=ledger)
-        else: make_weights(name, (0, 1, 2) if name == 'nano-emoji' else (0,), scale, ledger, made[-1], say)
+        if name not in SHIPPED:
+            raise KeyError(
+                f"{name!r} makes no shipped file.{near(name, SHIPPED)} There are {', '.join(SHIPPED)}."
+            )
+        made.append(folder / SHIPPED[name])
+        if name.startswith('coca'):
+            make_captioner(made[-1], scale=scale, ledger=ledger)
+        else:
+            make_weights(
+                name, (0, 1, 2) if name == 'nano-emoji' else (0,), scale, ledger, made[-1], say
+            )
     return made

@@ -24,139 +24,233 @@ from .sources import decoded
 # %% ../nbs/51_replay.ipynb #747447d4
 class Head(NamedTuple):
     "What the first bytes of a JPEG tell"
-    width:int # pixels
-    height:int # pixels
-    at:int # where the height stands
-    block:int # rows that are decoded together
-    plain:bool # one scan of all colors, rows from top to bottom
-    colors:int # components
-    apps:bool # whether it may ask to be turned (EXIF, XMP)
+
+    width: int  # pixels
+    height: int  # pixels
+    at: int  # where the height stands
+    block: int  # rows that are decoded together
+    plain: bool  # one scan of all colors, rows from top to bottom
+    colors: int  # components
+    apps: bool  # whether it may ask to be turned (EXIF, XMP)
+
 
 def jpeg_head(
-    blob:bytes, # any file
-)->Head|None: # None if it is no JPEG, or one we do not understand
+    blob: bytes,  # any file
+) -> Head | None:  # None if it is no JPEG, or one we do not understand
     "Read the head of a JPEG"
-    if blob[:2] != b'\xff\xd8': return None
+    if blob[:2] != b'\xff\xd8':
+        return None
     at, frame, apps, kind = 2, None, False, 0
-    while at + 9 < len(blob) and blob[at] == 0xff:
-        mark = blob[at+1]
-        if mark == 0xff: at += 1; continue
-        size = int.from_bytes(blob[at+2:at+4], 'big')
-        if mark == 0xe1: apps = True
-        if mark in (0xc0, 0xc1, 0xc2): frame, kind = at, mark
-        if mark == 0xda:
-            if frame is None: return None
-            n = blob[frame+9]
-            block = 8*max((blob[frame+11+3*i] & 15 for i in range(n) if frame+11+3*i < len(blob)), default=1)
-            h, w = (int.from_bytes(blob[frame+k:frame+k+2], 'big') for k in (5, 7))
-            return Head(w, h, frame+5, block, kind != 0xc2 and blob[at+4] == n, n, apps) if blob[frame+4] == 8 and h and w else None
-        if mark in (0xc3, *range(0xc5, 0xc8), *range(0xc9, 0xcc), *range(0xcd, 0xd0)): return None
+    while at + 9 < len(blob) and blob[at] == 0xFF:
+        mark = blob[at + 1]
+        if mark == 0xFF:
+            at += 1
+            continue
+        size = int.from_bytes(blob[at + 2 : at + 4], 'big')
+        if mark == 0xE1:
+            apps = True
+        if mark in (0xC0, 0xC1, 0xC2):
+            frame, kind = at, mark
+        if mark == 0xDA:
+            if frame is None:
+                return None
+            n = blob[frame + 9]
+            block = 8 * max(
+                (blob[frame + 11 + 3 * i] & 15 for i in range(n) if frame + 11 + 3 * i < len(blob)),
+                default=1,
+            )
+            h, w = (int.from_bytes(blob[frame + k : frame + k + 2], 'big') for k in (5, 7))
+            return (
+                Head(w, h, frame + 5, block, kind != 0xC2 and blob[at + 4] == n, n, apps)
+                if blob[frame + 4] == 8 and h and w
+                else None
+            )
+        if mark in (0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)):
+            return None
         at += 2 + size
     return None
 
 # %% ../nbs/51_replay.ipynb #da37fabe
 @lru_cache(1)
-def _simplejpeg()->Any: # the module, or None
+def _simplejpeg() -> Any:  # the module, or None
     "The fast decoder, if it is installed"
-    try: return importlib.import_module('simplejpeg')
-    except ImportError: return None
+    try:
+        return importlib.import_module('simplejpeg')
+    except ImportError:
+        return None
 
-def _shortened(blob:bytes, head:Head, rows:int)->tuple[bytes,int]: # a JPEG, and the rows it says it has
+
+def _shortened(
+    blob: bytes, head: Head, rows: int
+) -> tuple[bytes, int]:  # a JPEG, and the rows it says it has
     "Write a smaller height into a JPEG's head, if that is safe and saves a block"
-    short = -(-rows//head.block)*head.block
-    if short >= head.height or not head.plain or blob.rstrip(b'\0')[-2:] != b'\xff\xd9': return blob, head.height
-    return b''.join((blob[:head.at], short.to_bytes(2, 'big'), blob[head.at+2:])), short
+    short = -(-rows // head.block) * head.block
+    if short >= head.height or not head.plain or blob.rstrip(b'\0')[-2:] != b'\xff\xd9':
+        return blob, head.height
+    return b''.join((blob[: head.at], short.to_bytes(2, 'big'), blob[head.at + 2 :])), short
+
 
 def upper_rows(
-    blob:bytes, # a JPEG
-    head:Head,
-    rows:int, # that are needed, from the top
-)->np.ndarray|None: # uint8 `(R, W, 3)`, or 4 for inks, R at least `rows`; None: let PIL decide
+    blob: bytes,  # a JPEG
+    head: Head,
+    rows: int,  # that are needed, from the top
+) -> np.ndarray | None:  # uint8 `(R, W, 3)`, or 4 for inks, R at least `rows`; None: let PIL decide
     "Decode a JPEG from the top as far as needed"
     turbo = _simplejpeg()
-    if turbo is None: return None
-    blob, rows = _shortened(blob, head, rows+2)
-    try: return turbo.decode_jpeg(blob, 'CMYK' if head.colors == 4 else 'RGB', strict=rows == head.height)
-    except ValueError: return None
+    if turbo is None:
+        return None
+    blob, rows = _shortened(blob, head, rows + 2)
+    try:
+        return turbo.decode_jpeg(
+            blob, 'CMYK' if head.colors == 4 else 'RGB', strict=rows == head.height
+        )
+    except ValueError:
+        return None
+
 
 def size_of(
-    blob:bytes, # an image file
-    decode:str='plain', # one of `sources.DECODES`
-)->tuple[int,int]: # width, height, as it will be decoded
+    blob: bytes,  # an image file
+    decode: str = 'plain',  # one of `sources.DECODES`
+) -> tuple[int, int]:  # width, height, as it will be decoded
     "Read the size of a picture without decoding it, or raise Faulty"
     head = jpeg_head(blob)
-    if head and (decode == 'plain' or not head.apps): return head.width, head.height
+    if head and (decode == 'plain' or not head.apps):
+        return head.width, head.height
     try:
         with Image.open(io.BytesIO(blob)) as im:
             turned = decode == 'upright' and im.getexif().get(0x112, 1) in range(5, 9)
             return im.size[::-1] if turned else im.size
-    except Exception as e: raise Faulty('decode', f'not an image that PIL can read ({type(e).__name__})') from e # what a decoder raises on damage has no common class
+    except Exception as e:
+        raise Faulty(
+            'decode', f'not an image that PIL can read ({type(e).__name__})'
+        ) from e  # what a decoder raises on damage has no common class
 
 # %% ../nbs/51_replay.ipynb #8f6bf40e
 def _cropped(
-    blob:bytes, # an image file
-    decode:str, # one of `sources.DECODES`
-    crop:tuple[int,int,int,int], # top, left, height, width
-    max_pixels:int=MAX_PIXELS,
-)->Image.Image|np.ndarray: # RGB, or uint8 `(h, w, 3)`
+    blob: bytes,  # an image file
+    decode: str,  # one of `sources.DECODES`
+    crop: tuple[int, int, int, int],  # top, left, height, width
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image | np.ndarray:  # RGB, or uint8 `(h, w, 3)`
     "Decode what a crop needs, or raise Faulty"
     top, left, h, w = crop
-    head = jpeg_head(blob); quick = head and (decode == 'plain' or not head.apps)
+    head = jpeg_head(blob)
+    quick = head and (decode == 'plain' or not head.apps)
     W, H = (head.width, head.height) if quick else size_of(blob, decode)
-    if W*H > max_pixels: raise Faulty('decode', f'it claims {W}x{H} pixels, over the limit of {max_pixels:,}')
-    if top+h > H or left+w > W:
-        raise Faulty('crop', f'rows {top} to {top+h} and columns {left} to {left+w} of a picture of {W}x{H}: the teachers saw another file')
-    x = upper_rows(blob, head, top+h) if quick else None
-    if x is None: return decoded(blob, decode, max_pixels).crop((left, top, left+w, top+h))
-    x = x[top:top+h, left:left+w]
-    return x if x.shape[2] == 3 else Image.fromarray(~x, 'CMYK').convert('RGB') # inks are stored as what is left of the light
+    if W * H > max_pixels:
+        raise Faulty('decode', f'it claims {W}x{H} pixels, over the limit of {max_pixels:,}')
+    if top + h > H or left + w > W:
+        raise Faulty(
+            'crop',
+            f'rows {top} to {top + h} and columns {left} to {left + w} of a picture of {W}x{H}: the teachers saw another file',
+        )
+    x = upper_rows(blob, head, top + h) if quick else None
+    if x is None:
+        return decoded(blob, decode, max_pixels).crop((left, top, left + w, top + h))
+    x = x[top : top + h, left : left + w]
+    return (
+        x if x.shape[2] == 3 else Image.fromarray(~x, 'CMYK').convert('RGB')
+    )  # inks are stored as what is left of the light
 
-_FIRST = ('resize', 'center_crop', 'random_crop') # operations before the crop, which need the whole picture
 
-def _rest(x:np.ndarray, augment:AugmentSpec, params:Params, gain:float)->np.ndarray:
+_FIRST = (
+    'resize',
+    'center_crop',
+    'random_crop',
+)  # operations before the crop, which need the whole picture
+
+
+def _rest(x: np.ndarray, augment: AugmentSpec, params: Params, gain: float) -> np.ndarray:
     "Perform what comes after the crop"
     for name, op in augment.ops().items():
-        if name == 'random_resized_crop' or not op.stored or params[name] is None: continue
+        if name == 'random_resized_crop' or not op.stored or params[name] is None:
+            continue
         if name == 'rand_augment':
-            fill = op.fill if isinstance(op.fill, tuple) else (op.fill or 0,)*3
-            for i, m in params[name]: x = fast(x, OPS[i], m*gain if OPS[i].startswith('Translate') else m, op.interpolation, fill)
-        else: x = np.asarray(op.apply(Image.fromarray(x), params.get(name), gain))
+            fill = op.fill if isinstance(op.fill, tuple) else (op.fill or 0,) * 3
+            for i, m in params[name]:
+                x = fast(
+                    x,
+                    OPS[i],
+                    m * gain if OPS[i].startswith('Translate') else m,
+                    op.interpolation,
+                    fill,
+                )
+        else:
+            x = np.asarray(op.apply(Image.fromarray(x), params.get(name), gain))
     return x
 
 # %% ../nbs/51_replay.ipynb #d671a3ae
 def view(
-    blob:bytes, # an image file
-    augment:AugmentSpec, # what the parameters mean
-    params:Params, # from `unpack` or `sample`, which have checked them
-    side:int, # S, pixels
-    decode:str='plain', # one of `sources.DECODES`
-    rescale:bool=False, # scale translations and erased boxes by side over generation side
-    approximate:bool=False, # decode at the scale that the crop needs, which changes pixels
-)->np.ndarray: # uint8 `(S, S, 3)`
+    blob: bytes,  # an image file
+    augment: AugmentSpec,  # what the parameters mean
+    params: Params,  # from `unpack` or `sample`, which have checked them
+    side: int,  # S, pixels
+    decode: str = 'plain',  # one of `sources.DECODES`
+    rescale: bool = False,  # scale translations and erased boxes by side over generation side
+    approximate: bool = False,  # decode at the scale that the crop needs, which changes pixels
+) -> np.ndarray:  # uint8 `(S, S, 3)`
     "Perform one augmentation on a file, or raise Faulty (MobileCLIP §3)"
     crop = params.get('random_resized_crop')
     if crop is None or any(getattr(augment, n) for n in _FIRST):
-        try: return np.asarray(apply(augment, decoded(blob, decode), params, side, rescale))
-        except Faulty: raise
-        except ValueError as e: raise Faulty('crop' if 'outside this picture' in str(e) else 'params', str(e)) from e
-    part, box = approximate and _scaled(blob, decode, crop, side) or (_cropped(blob, decode, crop), None)
-    return _rest(np.asarray(resample(part, side, augment.random_resized_crop.interpolation, box)), augment, params, side/augment.side if rescale else 1.)
+        try:
+            return np.asarray(apply(augment, decoded(blob, decode), params, side, rescale))
+        except Faulty:
+            raise
+        except ValueError as e:
+            raise Faulty('crop' if 'outside this picture' in str(e) else 'params', str(e)) from e
+    part, box = (
+        approximate and _scaled(blob, decode, crop, side) or (_cropped(blob, decode, crop), None)
+    )
+    return _rest(
+        np.asarray(resample(part, side, augment.random_resized_crop.interpolation, box)),
+        augment,
+        params,
+        side / augment.side if rescale else 1.0,
+    )
 
 # %% ../nbs/51_replay.ipynb #90cdcfdd
-SLACK = .6 # side of the shrunk crop over side of the view, at least
+SLACK = 0.6  # side of the shrunk crop over side of the view, at least
+
 
 def _scaled(
-    blob:bytes, # an image file
-    decode:str, # one of `sources.DECODES`
-    crop:tuple[int,int,int,int], # top, left, height, width
-    side:int, # S, pixels
-)->tuple[np.ndarray,tuple[float,...]]|None: # uint8 `(h, w, 3)` and the crop in it: left, top, right, bottom; None: let the exact path do it
+    blob: bytes,  # an image file
+    decode: str,  # one of `sources.DECODES`
+    crop: tuple[int, int, int, int],  # top, left, height, width
+    side: int,  # S, pixels
+) -> (
+    tuple[np.ndarray, tuple[float, ...]] | None
+):  # uint8 `(h, w, 3)` and the crop in it: left, top, right, bottom; None: let the exact path do it
     "Decode fast, at a half or a quarter where that is enough"
     turbo, head, (top, left, h, w) = _simplejpeg(), jpeg_head(blob), crop
-    if turbo is None or head is None or head.colors not in (1, 3) or decode == 'upright' and head.apps or top+h > head.height or left+w > head.width or head.width*head.height > MAX_PIXELS: return None
-    factor = next((f for f in (4, 2) if min(h, w) >= SLACK*f*side), 1)
-    blob, rows = _shortened(blob, head, top+h+8*factor)
-    try: x = turbo.decode_jpeg(blob, 'RGB', fastdct=True, fastupsample=True, min_height=-(-rows//factor), min_width=-(-head.width//factor), strict=rows == head.height)
-    except ValueError: return None
-    fy, fx = x.shape[0]/rows, x.shape[1]/head.width
-    return x, (left*fx, top*fy, min((left+w)*fx, x.shape[1]), min((top+h)*fy, x.shape[0]))
+    if (
+        turbo is None
+        or head is None
+        or head.colors not in (1, 3)
+        or decode == 'upright'
+        and head.apps
+        or top + h > head.height
+        or left + w > head.width
+        or head.width * head.height > MAX_PIXELS
+    ):
+        return None
+    factor = next((f for f in (4, 2) if min(h, w) >= SLACK * f * side), 1)
+    blob, rows = _shortened(blob, head, top + h + 8 * factor)
+    try:
+        x = turbo.decode_jpeg(
+            blob,
+            'RGB',
+            fastdct=True,
+            fastupsample=True,
+            min_height=-(-rows // factor),
+            min_width=-(-head.width // factor),
+            strict=rows == head.height,
+        )
+    except ValueError:
+        return None
+    fy, fx = x.shape[0] / rows, x.shape[1] / head.width
+    return x, (
+        left * fx,
+        top * fy,
+        min((left + w) * fx, x.shape[1]),
+        min((top + h) * fy, x.shape[0]),
+    )

@@ -12,80 +12,133 @@ from PIL import Image
 from .core import jitted, near
 
 # %% ../nbs/06_resize.ipynb #478141f7
-BITS = 22 # of a weight, behind the point
+BITS = 22  # of a weight, behind the point
 
-def _taps(n:int, side:int, start:float, stop:float, cubic:bool)->tuple[np.ndarray,np.ndarray,np.ndarray]: # first pixel `(S,)`, how many `(S,)`, weights `(S, K)`, all int32
+
+def _taps(
+    n: int, side: int, start: float, stop: float, cubic: bool
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # first pixel `(S,)`, how many `(S,)`, weights `(S, K)`, all int32
     "Which pixels of a row of `n` make each new one, by which weights, if the row is cut from `start` to `stop`"
-    start, stop = np.float32(start), np.float32(stop) # as Pillow keeps a box
-    scale = np.float64(stop-start)/side
-    wide = max(scale, 1.)
-    reach = wide*(2. if cubic else 1.)
-    first, count, weight = np.zeros(side, np.int32), np.zeros(side, np.int32), np.zeros((side, int(2*reach)+3), np.int32)
+    start, stop = np.float32(start), np.float32(stop)  # as Pillow keeps a box
+    scale = np.float64(stop - start) / side
+    wide = max(scale, 1.0)
+    reach = wide * (2.0 if cubic else 1.0)
+    first, count, weight = (
+        np.zeros(side, np.int32),
+        np.zeros(side, np.int32),
+        np.zeros((side, int(2 * reach) + 3), np.int32),
+    )
     k = np.zeros(weight.shape[1])
     for i in range(side):
-        center, total = np.float64(start) + (i+.5)*scale, 0.
-        a, b = max(int(center-reach+.5), 0), min(int(center+reach+.5), n)
-        for j in range(b-a):
-            t = abs((j+a-center+.5)*(1/wide))
-            if not cubic: k[j] = max(1-t, 0.)
-            elif t < 1: k[j] = (1.5*t - 2.5)*t*t + 1
-            else: k[j] = (((t-5)*t + 8)*t - 4)*-.5 if t < 2 else 0.
+        center, total = np.float64(start) + (i + 0.5) * scale, 0.0
+        a, b = max(int(center - reach + 0.5), 0), min(int(center + reach + 0.5), n)
+        for j in range(b - a):
+            t = abs((j + a - center + 0.5) * (1 / wide))
+            if not cubic:
+                k[j] = max(1 - t, 0.0)
+            elif t < 1:
+                k[j] = (1.5 * t - 2.5) * t * t + 1
+            else:
+                k[j] = (((t - 5) * t + 8) * t - 4) * -0.5 if t < 2 else 0.0
             total += k[j]
-        for j in range(b-a):
-            v = k[j]/total*(1 << BITS)
-            weight[i, j] = int(v+.5) if v >= 0 else int(v-.5)
-        first[i], count[i] = a, b-a
+        for j in range(b - a):
+            v = k[j] / total * (1 << BITS)
+            weight[i, j] = int(v + 0.5) if v >= 0 else int(v - 0.5)
+        first[i], count[i] = a, b - a
     return first, count, weight
 
 # %% ../nbs/06_resize.ipynb #1d01188e
-_ROWS = 64 # that the first pass takes at once
+_ROWS = 64  # that the first pass takes at once
 
-def _passes(x:np.ndarray, across:tuple[np.ndarray,np.ndarray,np.ndarray], down:tuple[np.ndarray,np.ndarray,np.ndarray])->np.ndarray: # uint8 `(h, w, 3)`; taps of the width, of the height; uint8 `(S, S, 3)`
+
+def _passes(
+    x: np.ndarray,
+    across: tuple[np.ndarray, np.ndarray, np.ndarray],
+    down: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> np.ndarray:  # uint8 `(h, w, 3)`; taps of the width, of the height; uint8 `(S, S, 3)`
     "Resize rows, round to eight bits, then columns"
-    side, top, stop, lanes = len(across[0]), down[0][0], down[0][-1]+down[1][-1], 3*_ROWS
-    strip, lane, between = np.zeros((x.shape[1], lanes), np.uint8), np.empty(lanes, np.uint8), np.empty((x.shape[0], 3*side), np.uint8)
-    total, out = np.empty(max(lanes, 3*side), np.int32), np.empty((len(down[0]), 3*side), np.uint8)
+    side, top, stop, lanes = len(across[0]), down[0][0], down[0][-1] + down[1][-1], 3 * _ROWS
+    strip, lane, between = (
+        np.zeros((x.shape[1], lanes), np.uint8),
+        np.empty(lanes, np.uint8),
+        np.empty((x.shape[0], 3 * side), np.uint8),
+    )
+    total, out = (
+        np.empty(max(lanes, 3 * side), np.int32),
+        np.empty((len(down[0]), 3 * side), np.uint8),
+    )
     for r in range(top, stop, _ROWS):
-        rows = min(_ROWS, stop-r)
+        rows = min(_ROWS, stop - r)
         for i in range(rows):
             for j in range(x.shape[1]):
-                for c in range(3): strip[j, 3*i+c] = x[r+i, j, c]
+                for c in range(3):
+                    strip[j, 3 * i + c] = x[r + i, j, c]
         for o in range(side):
-            total[:lanes] = 1 << (BITS-1)
+            total[:lanes] = 1 << (BITS - 1)
             for k in range(across[1][o]):
-                weight, j = across[2][o, k], across[0][o]+k
-                for l in range(lanes): total[l] += weight*np.int32(strip[j, l])
-            for l in range(lanes): lane[l] = min(max(total[l] >> BITS, 0), 255)
+                weight, j = across[2][o, k], across[0][o] + k
+                for l in range(lanes):
+                    total[l] += weight * np.int32(strip[j, l])
+            for l in range(lanes):
+                lane[l] = min(max(total[l] >> BITS, 0), 255)
             for i in range(rows):
-                for c in range(3): between[r+i, 3*o+c] = lane[3*i+c]
+                for c in range(3):
+                    between[r + i, 3 * o + c] = lane[3 * i + c]
     for o in range(len(out)):
-        total[:3*side] = 1 << (BITS-1)
+        total[: 3 * side] = 1 << (BITS - 1)
         for k in range(down[1][o]):
-            weight, i = down[2][o, k], down[0][o]+k
-            for l in range(3*side): total[l] += weight*np.int32(between[i, l])
-        for l in range(3*side): out[o, l] = min(max(total[l] >> BITS, 0), 255)
+            weight, i = down[2][o, k], down[0][o] + k
+            for l in range(3 * side):
+                total[l] += weight * np.int32(between[i, l])
+        for l in range(3 * side):
+            out[o, l] = min(max(total[l] >> BITS, 0), 255)
     return out.reshape(len(out), side, 3)
 
 # %% ../nbs/06_resize.ipynb #9b852747
 FILTERS = {f: Image.Resampling[f.upper()] for f in ('nearest', 'bilinear', 'bicubic')}
 
-def _asked(image:Image.Image|np.ndarray, size:int|tuple[int,int], interpolation:str, box:tuple[float,...]|None)->tuple[tuple[int,int],tuple[float,...]]: # width, height; left, top, right, bottom
+
+def _asked(
+    image: Image.Image | np.ndarray,
+    size: int | tuple[int, int],
+    interpolation: str,
+    box: tuple[float, ...] | None,
+) -> tuple[tuple[int, int], tuple[float, ...]]:  # width, height; left, top, right, bottom
     "What is wanted, or an error that says why it cannot be had"
-    if interpolation not in FILTERS: raise ValueError(f"No filter {interpolation!r}.{near(interpolation, FILTERS)} There are {', '.join(FILTERS)}")
-    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3): raise ValueError(f"A picture as an array is uint8 (h, w, 3); got {image.dtype} {image.shape}")
+    if interpolation not in FILTERS:
+        raise ValueError(
+            f"No filter {interpolation!r}.{near(interpolation, FILTERS)} There are {', '.join(FILTERS)}"
+        )
+    if isinstance(image, np.ndarray) and (
+        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3
+    ):
+        raise ValueError(
+            f"A picture as an array is uint8 (h, w, 3); got {image.dtype} {image.shape}"
+        )
     w, h = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
     width, height = (size, size) if np.ndim(size) == 0 else size
-    if int(width) != width or int(height) != height or min(width, height, w, h) < 1: raise ValueError(f"A picture of {w}x{h} cannot become {width}x{height}; both need whole pixels, one at least")
-    l, t, r, b = (0., 0., float(w), float(h)) if box is None else map(float, box)
-    if not (0 <= l < r <= w and 0 <= t < b <= h): raise ValueError(f"The part from ({l:g}, {t:g}) to ({r:g}, {b:g}) is not within a picture of {w}x{h}")
+    if int(width) != width or int(height) != height or min(width, height, w, h) < 1:
+        raise ValueError(
+            f"A picture of {w}x{h} cannot become {width}x{height}; both need whole pixels, one at least"
+        )
+    l, t, r, b = (0.0, 0.0, float(w), float(h)) if box is None else map(float, box)
+    if not (0 <= l < r <= w and 0 <= t < b <= h):
+        raise ValueError(
+            f"The part from ({l:g}, {t:g}) to ({r:g}, {b:g}) is not within a picture of {w}x{h}"
+        )
     return (int(width), int(height)), (l, t, r, b)
 
+
 def resample(
-    image:Image.Image|np.ndarray, # RGB or gray (other kinds go by Pillow), or uint8 `(h, w, 3)`, which need not be contiguous
-    size:int|tuple[int,int], # S, pixels; or width and height
-    interpolation:str='bicubic', # a key of `FILTERS`
-    box:tuple[float,float,float,float]|None=None, # left, top, right, bottom of the part that is wanted, pixels; None is all
-)->Image.Image|np.ndarray: # of that size, a picture for a picture and an array for an array
+    image: Image.Image
+    | np.ndarray,  # RGB or gray (other kinds go by Pillow), or uint8 `(h, w, 3)`, which need not be contiguous
+    size: int | tuple[int, int],  # S, pixels; or width and height
+    interpolation: str = 'bicubic',  # a key of `FILTERS`
+    box: tuple[float, float, float, float]
+    | None = None,  # left, top, right, bottom of the part that is wanted, pixels; None is all
+) -> Image.Image | np.ndarray:  # of that size, a picture for a picture and an array for an array
     "Resize with Pillow's filter, rows first under every version of Pillow"
     (width, height), (l, t, r, b) = _asked(image, size, interpolation, box)
     taps, passes, array = jitted(_taps), jitted(_passes), isinstance(image, np.ndarray)
@@ -94,5 +147,7 @@ def resample(
         out = passes(x, taps(x.shape[1], width, l, r, cubic), taps(x.shape[0], height, t, b, cubic))
         return out if array else Image.fromarray(out)
     image, f = Image.fromarray(image) if array else image, FILTERS[interpolation]
-    image = image.resize((width, image.height), f, (l, 0, r, image.height)).resize((width, height), f, (0, t, width, b))
+    image = image.resize((width, image.height), f, (l, 0, r, image.height)).resize(
+        (width, height), f, (0, t, width, b)
+    )
     return np.asarray(image) if array else image

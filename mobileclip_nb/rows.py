@@ -20,131 +20,180 @@ from .shards.sample import HOLDERS, _assign
 # %% ../nbs/51_rows.ipynb #e7ea2ed2
 class Mold(NamedTuple):
     "Where the numbers stand in files of one form, and all that is not numbers"
-    places:dict[str,tuple[int,int,int]] # array: first byte, rows, width
-    fixed:tuple[tuple[int,bytes],...] # where the rest stands, and what it is
-    length:int # bytes of the file
+
+    places: dict[str, tuple[int, int, int]]  # array: first byte, rows, width
+    fixed: tuple[tuple[int, bytes], ...]  # where the rest stands, and what it is
+    length: int  # bytes of the file
+
 
 def mold_of(
-    raw:bytes, # torch's zip, inflated, which the careful reader has read
-    arrays:Mapping[str,np.ndarray], # what it read: name to `(R, D)` float32
-)->Mold|None: # None if the numbers cannot be found for certain
+    raw: bytes,  # torch's zip, inflated, which the careful reader has read
+    arrays: Mapping[str, np.ndarray],  # what it read: name to `(R, D)` float32
+) -> Mold | None:  # None if the numbers cannot be found for certain
     "Find out where in a file its bf16 numbers stand"
     places, spans = {}, []
     for name, x in arrays.items():
         data = torch.from_numpy(x).bfloat16().view(torch.int16).numpy().tobytes()
-        if (at := raw.find(data)) < 0 or raw.find(data, at+1) >= 0: return None
-        places[name] = (at, *x.shape); spans.append((at, at+len(data)))
+        if (at := raw.find(data)) < 0 or raw.find(data, at + 1) >= 0:
+            return None
+        places[name] = (at, *x.shape)
+        spans.append((at, at + len(data)))
         spans += _sums(raw, data)
-    for said in re.findall(rb'serialization_id(?:FB.{2}[Z]*|Z*)(\d{40})PK', raw, re.S): # torch's own number for the contents
-        at = raw.find(said); spans += [(at, at+40), *_sums(raw, said)]
+    for said in re.findall(
+        rb'serialization_id(?:FB.{2}[Z]*|Z*)(\d{40})PK', raw, re.S
+    ):  # torch's own number for the contents
+        at = raw.find(said)
+        spans += [(at, at + 40), *_sums(raw, said)]
     spans.sort()
-    if any(b > c for (_, b), (c, _) in zip(spans, spans[1:])): return None
+    if any(b > c for (_, b), (c, _) in zip(spans, spans[1:])):
+        return None
     cuts = [0, *(e for s in spans for e in s), len(raw)]
-    return Mold(places, tuple((a, raw[a:b]) for a, b in zip(cuts[::2], cuts[1::2]) if b > a), len(raw))
+    return Mold(
+        places, tuple((a, raw[a:b]) for a, b in zip(cuts[::2], cuts[1::2]) if b > a), len(raw)
+    )
 
-def _sums(raw:bytes, data:bytes)->list[tuple[int,int]]:
+
+def _sums(raw: bytes, data: bytes) -> list[tuple[int, int]]:
     "Where the checksum of some data stands"
     crc = zlib.crc32(data).to_bytes(4, 'little')
-    return [(m.start(), m.start()+4) for m in re.finditer(re.escape(crc), raw)]
+    return [(m.start(), m.start() + 4) for m in re.finditer(re.escape(crc), raw)]
+
 
 def fits(
-    mold:Mold,
-    raw:bytes, # another file
-)->bool:
+    mold: Mold,
+    raw: bytes,  # another file
+) -> bool:
     "Tell whether a file equals the mold wherever no numbers stand"
     return len(raw) == mold.length and all(raw.startswith(part, at) for at, part in mold.fixed)
 
 # %% ../nbs/51_rows.ipynb #09705856
-Pick = Callable[[Sequence[tuple[str,int]]],np.ndarray] # array and row, of each that is wanted; `(n, D)` float32
+Pick = Callable[
+    [Sequence[tuple[str, int]]], np.ndarray
+]  # array and row, of each that is wanted; `(n, D)` float32
+
 
 class Part:
     "Rows of a stored array: `len`, slices, and one row at a time"
-    def __init__(self,
-        pick:Pick, # rows of all arrays of the sample
-        name:str, # of this one
-        n:int, # rows here
-        at:int=0, # the first of them
-    ): self.pick, self.name, self.n, self.at = pick, name, n, at
 
-    def __len__(self)->int: return self.n
+    def __init__(
+        self,
+        pick: Pick,  # rows of all arrays of the sample
+        name: str,  # of this one
+        n: int,  # rows here
+        at: int = 0,  # the first of them
+    ):
+        self.pick, self.name, self.n, self.at = pick, name, n, at
 
-    def __getitem__(self, i:int|slice)->Any:
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int | slice) -> Any:
         "One row, or fewer rows"
         if isinstance(i, slice):
             a, b, _ = i.indices(self.n)
-            return Part(self.pick, self.name, max(b-a, 0), self.at+a)
+            return Part(self.pick, self.name, max(b - a, 0), self.at + a)
         return self.pick([self.place(i)])[0]
 
-    def place(self, i:int)->tuple[str,int]: # array and row
+    def place(self, i: int) -> tuple[str, int]:  # array and row
         "Where a row stands in the file"
-        if not 0 <= i < self.n: raise IndexError(f'row {i} of {self.n}')
-        return self.name, self.at+i
+        if not 0 <= i < self.n:
+            raise IndexError(f'row {i} of {self.n}')
+        return self.name, self.at + i
 
 # %% ../nbs/51_rows.ipynb #63514e51
-_MOLDS:dict[int,Mold] = {} # by length of the file; a data set has one or a few
+_MOLDS: dict[int, Mold] = {}  # by length of the file; a data set has one or a few
 
-def _bf16(raw:bytes, places:Mapping[str,tuple[int,int,int]])->Pick:
+
+def _bf16(raw: bytes, places: Mapping[str, tuple[int, int, int]]) -> Pick:
     "Rows of bf16 numbers in a file, of which the mold says where they stand"
-    def row(name:str, i:int)->np.ndarray:
-        at, _, width = places[name]
-        return np.frombuffer(raw, '<u2', width, at+2*i*width)
-    return lambda wanted: (_stacked([row(*w) for w in wanted]).astype(np.uint32) << 16).view(np.float32)
 
-def _stacked(rows:Sequence[np.ndarray])->np.ndarray:
+    def row(name: str, i: int) -> np.ndarray:
+        at, _, width = places[name]
+        return np.frombuffer(raw, '<u2', width, at + 2 * i * width)
+
+    return lambda wanted: (_stacked([row(*w) for w in wanted]).astype(np.uint32) << 16).view(
+        np.float32
+    )
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
     "Lay rows one below the other, or raise Faulty"
-    if len({len(x) for x in rows}) > 1: raise Faulty('width', f"rows of {', '.join(str(len(x)) for x in rows)} numbers in one sample")
+    if len({len(x) for x in rows}) > 1:
+        raise Faulty(
+            'width', f"rows of {', '.join(str(len(x)) for x in rows)} numbers in one sample"
+        )
     return np.stack(rows)
 
-def _from_pth(blob:bytes, limits:Limits)->dict[str,Part]:
+
+def _from_pth(blob: bytes, limits: Limits) -> dict[str, Part]:
     "Open pth.gz: by its mold, or else carefully"
     raw = gunzip(blob, limits.unpacked)
     if (mold := _MOLDS.get(len(raw))) and fits(mold, raw):
         pick = _bf16(raw, mold.places)
         return {k: Part(pick, k, n) for k, (_, n, _) in mold.places.items()}
     arrays = read_pth(blob, limits)
-    if len(_MOLDS) < 64 and (mold := mold_of(raw, arrays)): _MOLDS[len(raw)] = mold
+    if len(_MOLDS) < 64 and (mold := mold_of(raw, arrays)):
+        _MOLDS[len(raw)] = mold
     return _parts(arrays)
 
-def _parts(arrays:Mapping[str,np.ndarray])->dict[str,Part]:
-    def pick(wanted:Sequence[tuple[str,int]])->np.ndarray: return _stacked([arrays[name][i] for name, i in wanted])
+
+def _parts(arrays: Mapping[str, np.ndarray]) -> dict[str, Part]:
+    def pick(wanted: Sequence[tuple[str, int]]) -> np.ndarray:
+        return _stacked([arrays[name][i] for name, i in wanted])
+
     return {k: Part(pick, k, len(x)) for k, x in arrays.items()}
 
-def _from_emb(blob:bytes, limits:Limits)->dict[str,Part]:
+
+def _from_emb(blob: bytes, limits: Limits) -> dict[str, Part]:
     "Open our compact form, of which a row is read when it is asked for"
-    try: p = Packed(blob)
-    except ValueError as e: raise Faulty('arrays', f'emb: {e}') from e
+    try:
+        p = Packed(blob)
+    except ValueError as e:
+        raise Faulty('arrays', f'emb: {e}') from e
     pick = p.pick
     return {n: Part(pick, n, p.rows(n)) for n in p.names}
 
 # %% ../nbs/51_rows.ipynb #044eab44
 class Opinions(NamedTuple):
     "What teachers stored of one sample, row by row"
-    image:Part|None # a row a view
-    text:dict[str,Part] # `text` or a synthetic key: a row a caption
+
+    image: Part | None  # a row a view
+    text: dict[str, Part]  # `text` or a synthetic key: a row a caption
+
 
 def opinions(
-    members:Mapping[str,bytes], # extension: contents
-    captions:Sequence[str], # true ones
-    synthetic:Mapping[str,tuple[str,...]], # by key
-    limits:Limits=Limits(),
-)->Opinions|None: # None if nothing is stored
+    members: Mapping[str, bytes],  # extension: contents
+    captions: Sequence[str],  # true ones
+    synthetic: Mapping[str, tuple[str, ...]],  # by key
+    limits: Limits = Limits(),
+) -> Opinions | None:  # None if nothing is stored
     "Open the embeddings of a sample without reading more than needs be, or raise Faulty"
     holder = next((e for e in HOLDERS if e in members), None)
-    if holder is None: return None
-    opened = {'npz': lambda b, l: _parts(read_npz(b, l)), 'emb': _from_emb, 'pth.gz': _from_pth}[holder](members[holder], limits)
+    if holder is None:
+        return None
+    opened = {'npz': lambda b, l: _parts(read_npz(b, l)), 'emb': _from_emb, 'pth.gz': _from_pth}[
+        holder
+    ](members[holder], limits)
     image, text = _assign(opened, captions, synthetic)
     for k, x in text.items():
         texts = captions if k == 'text' else synthetic[k]
-        if len(x) != len(texts) and texts: raise Faulty('rows', f'{len(x)} rows of {k} for {len(texts)} captions')
+        if len(x) != len(texts) and texts:
+            raise Faulty('rows', f'{len(x)} rows of {k} for {len(texts)} captions')
     return Opinions(image, text)
 
+
 def rows_of(
-    wanted:Sequence[tuple[Part,int]], # parts of one sample, and which row of each, from 0
-    width:int=0, # that rows must have; 0 takes any
-)->np.ndarray: # `(n, D)` float32, finite
+    wanted: Sequence[tuple[Part, int]],  # parts of one sample, and which row of each, from 0
+    width: int = 0,  # that rows must have; 0 takes any
+) -> np.ndarray:  # `(n, D)` float32, finite
     "Take rows, all at once, or raise Faulty"
-    if len({id(part.pick) for part, _ in wanted}) != 1: raise ValueError(f"{len(wanted)} rows of several samples, or none; rows are taken from one sample at a time")
+    if len({id(part.pick) for part, _ in wanted}) != 1:
+        raise ValueError(
+            f"{len(wanted)} rows of several samples, or none; rows are taken from one sample at a time"
+        )
     x = wanted[0][0].pick([part.place(i) for part, i in wanted])
-    if width and x.shape[1] != width: raise Faulty('width', f'rows of {x.shape[1]} numbers, not {width}')
-    if not np.isfinite(x).all(): raise Faulty('values', 'a row holds numbers that are not finite')
+    if width and x.shape[1] != width:
+        raise Faulty('width', f'rows of {x.shape[1]} numbers, not {width}')
+    if not np.isfinite(x).all():
+        raise Faulty('values', 'a row holds numbers that are not finite')
     return x

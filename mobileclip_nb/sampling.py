@@ -26,126 +26,213 @@ from .spec import Spec
 from .tokencache import TokenCache
 
 # %% ../nbs/52_sampling.ipynb #8f0e2fda
-PLAIN = AugmentSpec(random_resized_crop=RandomResizedCrop(224, scale=(.9, 1.), interpolation='bicubic'), rand_augment=None) # open_clip's own training crop
+PLAIN = AugmentSpec(
+    random_resized_crop=RandomResizedCrop(224, scale=(0.9, 1.0), interpolation='bicubic'),
+    rand_augment=None,
+)  # open_clip's own training crop
 
 # %% ../nbs/52_sampling.ipynb #1ae03728
 @dataclass(frozen=True, repr=False)
 class StreamSpec(Spec, id_name='StreamSpec'):
     "What tells one stream of batches from another over the same shards (MobileCLIP §3, Table 12)"
-    batch:int=256 # pairs a step, of this rank
-    context:int=77 # tokens a caption, padding included
-    seed:int=0
-    side:int=256 # pixels, of the student
-    mean:tuple[float,...]=(0., 0., 0.) # subtracted from pictures of 0–1
-    std:tuple[float,...]=(1., 1., 1.) # divided by
-    views:str='stored' # `stored` augmentations replayed, or `fresh` ones drawn
-    pick:str='random' # view and caption drawn each time, or `sequential`: the next one in each epoch
-    synthetic:str='^syn_text.*$' # keys of synthetic captions, matched from their beginning; empty takes none
-    mix:float|None=None # share of pairs in which the synthetic caption takes the true one's place; None gives both
-    rows:bool=True # whether batches carry what teachers stored
-    augment:AugmentSpec|None=None # of fresh views; None takes what the source used, or else `PLAIN`
-    decode:str='' # `upright` or `plain`; empty is as each source was made
-    rescale:bool=False # of translations, by side over the generator's side, which the published replay does not
-    approximate:bool=False # faster, with other pixels
-    min_side:int=0 # smaller pictures are left out, pixels
-    window:int=5000 # samples that are shuffled together
-    weights:tuple[float,...]=() # of the sources; empty takes each sample once an epoch
 
-    def __post_init__(self)->None:
-        for name, known in (('views', ('stored', 'fresh')), ('pick', ('random', 'sequential')), ('decode', ('', *DECODES))):
-            if (v := getattr(self, name)) not in known: raise ValueError(f"{name}={v!r} is not known.{near(v, known)} Known: {', '.join(filter(None, known))}")
-        if self.batch < 1 or self.context < 2 or self.side < 1: raise ValueError(f"batch={self.batch}, context={self.context}, side={self.side}: a batch has a pair at least, a context two tokens, a side a pixel")
-        if self.mix is not None and not (0 <= self.mix <= 1 and self.synthetic): raise ValueError(f"mix={self.mix} is a share from 0 to 1 of pairs that take a synthetic caption; it needs a pattern in `synthetic`")
-        try: re.compile(self.synthetic)
-        except re.error as e: raise ValueError(f"synthetic={self.synthetic!r} is no regular expression ({e})") from e
-        if self.rows and self.views == 'fresh': raise ValueError("Stored rows belong to stored views. Use rows=False with views='fresh', and a teacher at training time")
+    batch: int = 256  # pairs a step, of this rank
+    context: int = 77  # tokens a caption, padding included
+    seed: int = 0
+    side: int = 256  # pixels, of the student
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # subtracted from pictures of 0–1
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)  # divided by
+    views: str = 'stored'  # `stored` augmentations replayed, or `fresh` ones drawn
+    pick: str = (
+        'random'  # view and caption drawn each time, or `sequential`: the next one in each epoch
+    )
+    synthetic: str = (
+        '^syn_text.*$'  # keys of synthetic captions, matched from their beginning; empty takes none
+    )
+    mix: float | None = (
+        None  # share of pairs in which the synthetic caption takes the true one's place; None gives both
+    )
+    rows: bool = True  # whether batches carry what teachers stored
+    augment: AugmentSpec | None = (
+        None  # of fresh views; None takes what the source used, or else `PLAIN`
+    )
+    decode: str = ''  # `upright` or `plain`; empty is as each source was made
+    rescale: bool = False  # of translations, by side over the generator's side, which the published replay does not
+    approximate: bool = False  # faster, with other pixels
+    min_side: int = 0  # smaller pictures are left out, pixels
+    window: int = 5000  # samples that are shuffled together
+    weights: tuple[float, ...] = ()  # of the sources; empty takes each sample once an epoch
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ('views', ('stored', 'fresh')),
+            ('pick', ('random', 'sequential')),
+            ('decode', ('', *DECODES)),
+        ):
+            if (v := getattr(self, name)) not in known:
+                raise ValueError(
+                    f"{name}={v!r} is not known.{near(v, known)} Known: {', '.join(filter(None, known))}"
+                )
+        if self.batch < 1 or self.context < 2 or self.side < 1:
+            raise ValueError(
+                f"batch={self.batch}, context={self.context}, side={self.side}: a batch has a pair at least, a context two tokens, a side a pixel"
+            )
+        if self.mix is not None and not (0 <= self.mix <= 1 and self.synthetic):
+            raise ValueError(
+                f"mix={self.mix} is a share from 0 to 1 of pairs that take a synthetic caption; it needs a pattern in `synthetic`"
+            )
+        try:
+            re.compile(self.synthetic)
+        except re.error as e:
+            raise ValueError(f"synthetic={self.synthetic!r} is no regular expression ({e})") from e
+        if self.rows and self.views == 'fresh':
+            raise ValueError(
+                "Stored rows belong to stored views. Use rows=False with views='fresh', and a teacher at training time"
+            )
 
     @classmethod
-    def of_pixels(cls, pixels:Pixels, **changes:Any)->'StreamSpec':
+    def of_pixels(cls, pixels: Pixels, **changes: Any) -> 'StreamSpec':
         "The spec for a student whose record has these `pixels`"
         return cls.of(side=pixels.side, mean=tuple(pixels.mean), std=tuple(pixels.std), **changes)
 
 # %% ../nbs/52_sampling.ipynb #ca6325e7
 class Taken(NamedTuple):
     "What one sample gives to a batch"
-    image:np.ndarray # uint8 `(S, S, 3)`
-    text:np.ndarray # `(T,)` int32
-    label:int # of the caption
-    syn:np.ndarray|None=None # `(T,)`
-    syn_label:int=0
-    image_emb:np.ndarray|None=None # `(D,)`
-    text_emb:np.ndarray|None=None
-    syn_emb:np.ndarray|None=None
+
+    image: np.ndarray  # uint8 `(S, S, 3)`
+    text: np.ndarray  # `(T,)` int32
+    label: int  # of the caption
+    syn: np.ndarray | None = None  # `(T,)`
+    syn_label: int = 0
+    image_emb: np.ndarray | None = None  # `(D,)`
+    text_emb: np.ndarray | None = None
+    syn_emb: np.ndarray | None = None
+
 
 def label_of(
-    caption:str,
-)->int: # 63 bits, the same in every process
+    caption: str,
+) -> int:  # 63 bits, the same in every process
     "Number a caption, equal for equal captions"
-    return int.from_bytes(hashlib.blake2b(caption.encode('utf-8', 'replace'), digest_size=8).digest(), 'big') >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(caption.encode('utf-8', 'replace'), digest_size=8).digest(), 'big'
+        )
+        >> 1
+    )
+
 
 def stored(
-    blob:bytes, # paug.json
-    limits:Limits,
-)->list: # one parameter list, or string, an augmentation
+    blob: bytes,  # paug.json
+    limits: Limits,
+) -> list:  # one parameter list, or string, an augmentation
     "The stored augmentations, unopened but for their list"
-    if len(blob) > limits.json: raise Faulty('size', f'paug.json has {len(blob):,} bytes')
+    if len(blob) > limits.json:
+        raise Faulty('size', f'paug.json has {len(blob):,} bytes')
     try:
         x = json.loads(blob)['param_aug']
         x = json.loads(x) if isinstance(x, str) else x
-    except (ValueError, KeyError, TypeError, RecursionError) as e: raise Faulty('params', f'paug.json cannot be read ({type(e).__name__})') from e
-    if not isinstance(x, list) or not x: raise Faulty('params', 'param_aug is not a list of augmentations')
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise Faulty('params', f'paug.json cannot be read ({type(e).__name__})') from e
+    if not isinstance(x, list) or not x:
+        raise Faulty('params', 'param_aug is not a list of augmentations')
     return x
 
+
 def matched(
-    synthetic:dict[str,tuple[str,...]], # captions by key
-    pattern:str, # regular expression
-)->list[str]: # keys, sorted
+    synthetic: dict[str, tuple[str, ...]],  # captions by key
+    pattern: str,  # regular expression
+) -> list[str]:  # keys, sorted
     "The keys that match from their beginning, or raise Faulty"
     keys = [k for k in sorted(synthetic) if re.match(pattern, k) and synthetic[k]]
-    if not keys: raise Faulty('unmatched', f"{pattern!r} matches none of {', '.join(synthetic) or 'no keys at all'}")
+    if not keys:
+        raise Faulty(
+            'unmatched', f"{pattern!r} matches none of {', '.join(synthetic) or 'no keys at all'}"
+        )
     return keys
 
 # %% ../nbs/52_sampling.ipynb #b22bb91b
-def _params(members:dict[str,bytes], size:Callable[[],tuple[int,int]], source:Source, spec:StreamSpec, at:Callable[[int],int], rng:Any)->tuple[AugmentSpec,Params,int,int]:
+def _params(
+    members: dict[str, bytes],
+    size: Callable[[], tuple[int, int]],
+    source: Source,
+    spec: StreamSpec,
+    at: Callable[[int], int],
+    rng: Any,
+) -> tuple[AugmentSpec, Params, int, int]:
     "The augmentation to perform: pipeline, parameters, which one, of how many"
     if spec.views == 'fresh':
         augment = spec.augment or source.augment or PLAIN
         return augment, drawn(augment, size(), rng), 0, 0
-    if 'paug.json' not in members: raise Faulty('missing', 'no param_aug')
+    if 'paug.json' not in members:
+        raise Faulty('missing', 'no param_aug')
     rows = stored(members['paug.json'], Limits())
-    try: return source.augment, unpack(source.augment, rows[a := at(len(rows))]), a, len(rows)
-    except Faulty: raise
-    except ValueError as e: raise Faulty('params', str(e)) from e
+    try:
+        return source.augment, unpack(source.augment, rows[a := at(len(rows))]), a, len(rows)
+    except Faulty:
+        raise
+    except ValueError as e:
+        raise Faulty('params', str(e)) from e
 
 # %% ../nbs/52_sampling.ipynb #bb987791
 def taken(
-    key:str, # of the sample
-    members:dict[str,bytes], # extension: contents
-    epoch:int, # from 0
-    source:Source,
-    spec:StreamSpec,
-    tokens:TokenCache,
-)->Taken:
+    key: str,  # of the sample
+    members: dict[str, bytes],  # extension: contents
+    epoch: int,  # from 0
+    source: Source,
+    spec: StreamSpec,
+    tokens: TokenCache,
+) -> Taken:
     "Make one row of a batch from a sample, or raise Faulty (MobileCLIP §3)"
     images = [e for e in IMAGES if e in members]
-    if len(images) != 1 or 'txt' not in members: raise Faulty('missing' if len(images) < 2 else 'ambiguous', f"{len(images)} images, {'a' if 'txt' in members else 'no'} caption")
-    blob, decode, rng = members[images[0]], spec.decode or source.decode, rng_for(spec.seed, key, epoch)
+    if len(images) != 1 or 'txt' not in members:
+        raise Faulty(
+            'missing' if len(images) < 2 else 'ambiguous',
+            f"{len(images)} images, {'a' if 'txt' in members else 'no'} caption",
+        )
+    blob, decode, rng = (
+        members[images[0]],
+        spec.decode or source.decode,
+        rng_for(spec.seed, key, epoch),
+    )
     u = [rng.random() for _ in range(5)]
-    def at(n:int, k:int)->int: return epoch % n if spec.pick == 'sequential' else int(u[k]*n)
-    if spec.min_side and min(size := size_of(blob, decode)) < spec.min_side: raise Faulty('small', f'{size[0]}x{size[1]} pixels, where {spec.min_side} were asked for')
+
+    def at(n: int, k: int) -> int:
+        return epoch % n if spec.pick == 'sequential' else int(u[k] * n)
+
+    if spec.min_side and min(size := size_of(blob, decode)) < spec.min_side:
+        raise Faulty('small', f'{size[0]}x{size[1]} pixels, where {spec.min_side} were asked for')
     meta = _object(members, 'json', Limits()) if b'"texts"' in members.get('json', b'') else {}
-    captions, synthetic = _captions(_text(members, 'txt'), meta), _synthetic(_object(members, 'syn.json', Limits())) if spec.synthetic or spec.rows else {}
-    if not captions[c := at(len(captions), 1)].strip(): raise Faulty('captions', 'an empty caption')
-    k = (keys := matched(synthetic, spec.synthetic))[int(u[2]*len(keys))] if spec.synthetic else None
+    captions, synthetic = (
+        _captions(_text(members, 'txt'), meta),
+        _synthetic(_object(members, 'syn.json', Limits())) if spec.synthetic or spec.rows else {},
+    )
+    if not captions[c := at(len(captions), 1)].strip():
+        raise Faulty('captions', 'an empty caption')
+    k = (
+        (keys := matched(synthetic, spec.synthetic))[int(u[2] * len(keys))]
+        if spec.synthetic
+        else None
+    )
     j = at(len(synthetic[k]), 3) if k else 0
-    augment, params, a, views = _params(members, lambda: size_of(blob, decode), source, spec, lambda n: at(n, 0), rng)
+    augment, params, a, views = _params(
+        members, lambda: size_of(blob, decode), source, spec, lambda n: at(n, 0), rng
+    )
     told = opinions(members, captions, synthetic) if spec.rows else None
-    if spec.rows and (told is None or told.image is None or 'text' not in told.text or k and k not in told.text): raise Faulty('missing', 'no rows of teachers for the view or its captions')
-    if spec.rows and len(told.image) != views: raise Faulty('rows', f'{len(told.image)} image rows for {views} augmentations')
+    if spec.rows and (
+        told is None or told.image is None or 'text' not in told.text or k and k not in told.text
+    ):
+        raise Faulty('missing', 'no rows of teachers for the view or its captions')
+    if spec.rows and len(told.image) != views:
+        raise Faulty('rows', f'{len(told.image)} image rows for {views} augmentations')
     image = view(blob, augment, params, spec.side, decode, spec.rescale, spec.approximate)
-    wanted = [(told.image, a), (told.text['text'], c), *([(told.text[k], j)] if k else [])] if spec.rows else []
+    wanted = (
+        [(told.image, a), (told.text['text'], c), *([(told.text[k], j)] if k else [])]
+        if spec.rows
+        else []
+    )
     seen, *rows = [*(rows_of(wanted, sum(source.widths)) if wanted else []), None, None, None]
     true, said = (captions[c], rows[0]), (synthetic[k][j], rows[1]) if k else None
-    if spec.mix is not None: true, said = said if u[4] < spec.mix else true, None
+    if spec.mix is not None:
+        true, said = said if u[4] < spec.mix else true, None
     syn = (tokens[said[0]], label_of(said[0])) if said else (None, 0)
     return Taken(image, tokens[true[0]], label_of(true[0]), *syn, seen, true[1], said and said[1])

@@ -24,64 +24,100 @@ from .shards.limits import Faulty, read_json
 from .shards.tools import about_of, entry_of, home_of
 
 # %% ../nbs/50_sources.ipynb #2af2bf4b
-DECODES = ('upright', 'plain') # as this library reinforces; as the published generator did
+DECODES = ('upright', 'plain')  # as this library reinforces; as the published generator did
+
 
 def decoded(
-    blob:bytes, # an image file
-    decode:str='upright', # one of `DECODES`
-    max_pixels:int=MAX_PIXELS, # width times height above which we refuse
-)->Image.Image: # RGB
+    blob: bytes,  # an image file
+    decode: str = 'upright',  # one of `DECODES`
+    max_pixels: int = MAX_PIXELS,  # width times height above which we refuse
+) -> Image.Image:  # RGB
     "Decode a picture in the way its parameters were drawn for, or raise Faulty with what is wrong"
     if decode == 'upright':
-        try: return open_image(io.BytesIO(blob), max_pixels)
-        except ValueError as e: raise Faulty('decode', str(e).split(">': ", 1)[-1]) from e
-    if decode != 'plain': raise ValueError(f"No way to decode called {decode!r}.{near(decode, DECODES)} Known: {', '.join(DECODES)}")
+        try:
+            return open_image(io.BytesIO(blob), max_pixels)
+        except ValueError as e:
+            raise Faulty('decode', str(e).split(">': ", 1)[-1]) from e
+    if decode != 'plain':
+        raise ValueError(
+            f"No way to decode called {decode!r}.{near(decode, DECODES)} Known: {', '.join(DECODES)}"
+        )
     try:
         with Image.open(io.BytesIO(blob)) as im:
-            if im.width*im.height > max_pixels: raise Faulty('decode', f'it claims {im.width}x{im.height} pixels, over the limit of {max_pixels:,}')
+            if im.width * im.height > max_pixels:
+                raise Faulty(
+                    'decode',
+                    f'it claims {im.width}x{im.height} pixels, over the limit of {max_pixels:,}',
+                )
             return im.convert('RGB')
-    except UnidentifiedImageError as e: raise Faulty('decode', 'not an image that PIL can read') from e
-    except Image.DecompressionBombError as e: raise Faulty('decode', 'it claims more pixels than PIL opens') from e
-    except Faulty: raise
-    except Exception as e: raise Faulty('decode', f'truncated or damaged ({e})') from e # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+    except UnidentifiedImageError as e:
+        raise Faulty('decode', 'not an image that PIL can read') from e
+    except Image.DecompressionBombError as e:
+        raise Faulty('decode', 'it claims more pixels than PIL opens') from e
+    except Faulty:
+        raise
+    except Exception as e:
+        raise Faulty(
+            'decode', f'truncated or damaged ({e})'
+        ) from e  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
 
 # %% ../nbs/50_sources.ipynb #a23a0eb6
 @dataclass(frozen=True)
 class Source:
     "Shards, and what must be known to read them"
-    place:str # as it was given
-    shards:tuple[str,...] # paths or urls, sorted
-    augment:AugmentSpec|None=None # what stored parameters mean; None where nothing tells
-    teachers:tuple[str,...]=() # names, in the order of their columns
-    widths:tuple[int,...]=() # columns of each
-    scales:tuple[float,...]=() # logit scale of each
-    decode:str='plain' # one of `DECODES`
-    counts:tuple[int|None,...]=() # samples in each shard, None where nothing tells
+
+    place: str  # as it was given
+    shards: tuple[str, ...]  # paths or urls, sorted
+    augment: AugmentSpec | None = None  # what stored parameters mean; None where nothing tells
+    teachers: tuple[str, ...] = ()  # names, in the order of their columns
+    widths: tuple[int, ...] = ()  # columns of each
+    scales: tuple[float, ...] = ()  # logit scale of each
+    decode: str = 'plain'  # one of `DECODES`
+    counts: tuple[int | None, ...] = ()  # samples in each shard, None where nothing tells
 
     @property
-    def columns(self)->dict[str,slice]: # teacher: where its row stands
+    def columns(self) -> dict[str, slice]:  # teacher: where its row stands
         "Where each teacher's columns are"
         ends = np.cumsum([0, *self.widths])
         return {n: slice(int(a), int(b)) for n, a, b in zip(self.teachers, ends, ends[1:])}
 
+
 def config_beside(
-    place:str|Path, # shards, as `list_shards` takes them
-)->AugmentSpec|None: # None if there is no config.json
+    place: str | Path,  # shards, as `list_shards` takes them
+) -> AugmentSpec | None:  # None if there is no config.json
     "Read the published configuration that lies beside shards"
     at = join_url(home_of(place), 'config.json')
     return AugmentSpec.from_config(read_json(read_bytes(at), 'config.json')) if exists(at) else None
 
+
 def source_of(
-    place:str|Path, # shards: a folder, glob, braces or file; here or far away
-    augment:AugmentSpec|None=None, # instead of what stands beside them
-    decode:str|None=None, # one of `DECODES`, instead of what the manifest says
-)->Source:
+    place: str | Path,  # shards: a folder, glob, braces or file; here or far away
+    augment: AugmentSpec | None = None,  # instead of what stands beside them
+    decode: str | None = None,  # one of `DECODES`, instead of what the manifest says
+) -> Source:
     "Look at a place and tell what it is"
     known, shards = about_of(place), list_shards(place)
     about = read_manifest(home_of(place)).about if known.kind == 'ours' else {}
     said = about.get('teachers', ())
-    way = 'upright' if str(about.get('images', '')).startswith('upright') or known.kind == 'ours' and known.augment is None else 'plain'
-    if decode is not None and decode not in DECODES: raise ValueError(f"No way to decode called {decode!r}.{near(decode, DECODES)} Known: {', '.join(DECODES)}")
+    way = (
+        'upright'
+        if str(about.get('images', '')).startswith('upright')
+        or known.kind == 'ours'
+        and known.augment is None
+        else 'plain'
+    )
+    if decode is not None and decode not in DECODES:
+        raise ValueError(
+            f"No way to decode called {decode!r}.{near(decode, DECODES)} Known: {', '.join(DECODES)}"
+        )
     entries = [entry_of(s, known.entries) for s in shards]
-    return Source(shown(place), tuple(shards), augment or known.augment or config_beside(place), tuple(n for n, _ in known.teachers), tuple(w for _, w in known.teachers),
-                  tuple(float(t.get('scale', 100.)) for t in said), decode or way, tuple(e.num_uids if e else None for e in entries))
+    return Source(
+        shown(place),
+        tuple(shards),
+        augment or known.augment or config_beside(place),
+        tuple(n for n, _ in known.teachers),
+        tuple(w for _, w in known.teachers),
+        tuple(float(t.get('scale', 100.0)) for t in said),
+        decode or way,
+        tuple(e.num_uids if e else None for e in entries),
+    )

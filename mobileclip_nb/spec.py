@@ -14,77 +14,95 @@ from .core import near
 
 # %% ../nbs/01_spec.ipynb #b0ebacaf
 def plain(
-    x:Any, # a spec, a number, a string, None, or tuples, lists and dictionaries of these
-)->Any: # the same in JSON's own types
+    x: Any,  # a spec, a number, a string, None, or tuples, lists and dictionaries of these
+) -> Any:  # the same in JSON's own types
     "Turn a value into what JSON can carry"
-    if isinstance(x, Spec): return x.to_dict()
-    if isinstance(x, (list, tuple)): return [plain(o) for o in x]
-    if isinstance(x, dict): return {str(k): plain(v) for k, v in x.items()}
-    if x is None or isinstance(x, (bool, int, float, str)): return x
-    raise TypeError(f"A spec cannot hold {x!r} of type {type(x).__name__}; use numbers, strings, tuples or specs")
+    if isinstance(x, Spec):
+        return x.to_dict()
+    if isinstance(x, (list, tuple)):
+        return [plain(o) for o in x]
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x
+    raise TypeError(
+        f"A spec cannot hold {x!r} of type {type(x).__name__}; use numbers, strings, tuples or specs"
+    )
 
 # %% ../nbs/01_spec.ipynb #d61aa803
 @dataclass(frozen=True, repr=False)
 class Spec:
     "A frozen configuration: subclass it as a frozen dataclass whose fields all have defaults"
 
-    id_name:ClassVar[str] = 'Spec' # hashed for the class; by default the class's name
+    id_name: ClassVar[str] = 'Spec'  # hashed for the class; by default the class's name
 
-    def __init_subclass__(cls, id_name:str='', **kwargs:Any)->None:
+    def __init_subclass__(cls, id_name: str = '', **kwargs: Any) -> None:
         "Fix the name that is hashed, as in `class Camera(Spec, id_name='Camera')`"
         super().__init_subclass__(**kwargs)
         cls.id_name = id_name or cls.__name__
 
     @classmethod
-    def of(cls, **changes:Any)->Self:
+    def of(cls, **changes: Any) -> Self:
         "The default with `changes`; an unknown field is refused with the nearest known one"
         known = [f.name for f in fields(cls)]
         for k in changes:
-            if k not in known: raise TypeError(f"{cls.__name__} has no field {k!r}.{near(k, known) or ' It has ' + ', '.join(known)}")
+            if k not in known:
+                raise TypeError(
+                    f"{cls.__name__} has no field {k!r}.{near(k, known) or ' It has ' + ', '.join(known)}"
+                )
         return cls(**changes)
 
-    def but(self, **changes:Any)->Self:
+    def but(self, **changes: Any) -> Self:
         "A copy that differs in `changes`"
         return type(self).of(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
-    def diff(self, other:Self|None=None)->dict[str,Any]:
+    def diff(self, other: Self | None = None) -> dict[str, Any]:
         "Fields in which this spec differs from `other` (by default from the default), with this spec's values"
         other = type(self)() if other is None else other
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        }
 
     @property
-    def id(self)->str:
+    def id(self) -> str:
         "Ten hexadecimal digits of the hash of what differs from the default, so a new field leaves old ids alone"
         said = json.dumps([self.id_name, _even(plain(self.diff()))], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:10]
 
-    def to_dict(self)->dict[str,Any]:
+    def to_dict(self) -> dict[str, Any]:
         "All fields, in JSON's own types"
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def from_dict(cls, d:dict[str,Any])->Self:
+    def from_dict(cls, d: dict[str, Any]) -> Self:
         "The spec that `to_dict` described; lists become tuples again and nested specs are rebuilt"
         hints = typing.get_type_hints(cls)
         return cls.of(**{k: _revive(hints.get(k), v) for k, v in d.items()})
 
-    def __repr__(self)->str:
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.diff().items())})"
 
 # %% ../nbs/01_spec.ipynb #d52ae940
 def _even(
-    x:Any, # JSON
-)->Any: # the same, with 1 for 1.0
+    x: Any,  # JSON
+) -> Any:  # the same, with 1 for 1.0
     "Write whole numbers one way, since 1 and 1.0 are equal"
-    if isinstance(x, dict): return {k: _even(v) for k, v in x.items()}
-    if isinstance(x, list): return [_even(v) for v in x]
+    if isinstance(x, dict):
+        return {k: _even(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_even(v) for v in x]
     return int(x) if isinstance(x, float) and x.is_integer() else x
 
+
 def _revive(
-    kind:Any, # the annotation of the field
-    v:Any, # what JSON held
-)->Any:
+    kind: Any,  # the annotation of the field
+    v: Any,  # what JSON held
+) -> Any:
     "Undo `plain` for one field"
-    if isinstance(kind, types.UnionType): kind = next((k for k in typing.get_args(kind) if k is not type(None)), None)
-    if isinstance(kind, type) and issubclass(kind, Spec) and isinstance(v, dict): return kind.from_dict(v)
+    if isinstance(kind, types.UnionType):
+        kind = next((k for k in typing.get_args(kind) if k is not type(None)), None)
+    if isinstance(kind, type) and issubclass(kind, Spec) and isinstance(v, dict):
+        return kind.from_dict(v)
     return tuple(_revive(None, o) for o in v) if isinstance(v, list) else v

@@ -32,51 +32,90 @@ from .workers import loyal
 # %% ../nbs/53_stream.ipynb #17134f9a
 class Chunk(NamedTuple):
     "Some samples, in order"
-    slots:list[Slot] # of those that are good
-    fields:dict[str,Tensor] # of `Taken`, one row a sample
-    bad:list[tuple[Slot,str,str,str]] # slot, key, reason, detail
+
+    slots: list[Slot]  # of those that are good
+    fields: dict[str, Tensor]  # of `Taken`, one row a sample
+    bad: list[tuple[Slot, str, str, str]]  # slot, key, reason, detail
+
 
 class Failure(NamedTuple):
     "What a reader cannot go on from"
-    kind:str # `FileNotFoundError` or another error of reading
-    told:str
+
+    kind: str  # `FileNotFoundError` or another error of reading
+    told: str
 
 # %% ../nbs/53_stream.ipynb #2beaff93
 class Readers(Dataset):
     "What a reading process does: slots in, a chunk out"
-    def __init__(self,
-        shards:Sequence[Sequence[tuple[int,str,int]]], # of each group: the number of its source, its url, its samples
-        sources:Sequence[Source],
-        spec:StreamSpec,
-        memory:str, # folder of this machine
-        tokens:Callable[[list[str],int],Tensor]|None=None, # None is CLIP's, by the fast path
-    ): self.shards, self.sources, self.spec, self.memory, self.tokens, self.state = shards, sources, spec, memory, tokens, None
 
-    def __getitem__(self, task:tuple[int,list[Slot]])->tuple[int,Chunk|Failure]:
+    def __init__(
+        self,
+        shards: Sequence[
+            Sequence[tuple[int, str, int]]
+        ],  # of each group: the number of its source, its url, its samples
+        sources: Sequence[Source],
+        spec: StreamSpec,
+        memory: str,  # folder of this machine
+        tokens: Callable[[list[str], int], Tensor]
+        | None = None,  # None is CLIP's, by the fast path
+    ):
+        self.shards, self.sources, self.spec, self.memory, self.tokens, self.state = (
+            shards,
+            sources,
+            spec,
+            memory,
+            tokens,
+            None,
+        )
+
+    def __getitem__(self, task: tuple[int, list[Slot]]) -> tuple[int, Chunk | Failure]:
         "Read the samples of one group at some slots"
-        if self.state is None: self.state = Archives(self.memory), TokenCache(self.spec.context, self.tokens)
-        try: return task[0], self.chunk(*task)
-        except OSError as e: return task[0], Failure(type(e).__name__, str(e))
+        if self.state is None:
+            self.state = Archives(self.memory), TokenCache(self.spec.context, self.tokens)
+        try:
+            return task[0], self.chunk(*task)
+        except OSError as e:
+            return task[0], Failure(type(e).__name__, str(e))
 
-    def chunk(self, group:int, slots:list[Slot])->Chunk:
+    def chunk(self, group: int, slots: list[Slot]) -> Chunk:
         "Read samples, and set aside those that are bad"
         (archives, tokens), good, rows, bad = self.state, [], [], []
         for slot in slots:
             number, url, n = self.shards[group][slot.shard]
             got = archives.read(url, slot.i)
-            if got is None: bad.append((slot, '', *_absent(archives[url][0], n))); continue
-            if slot.i == 0 and len(archives[url][0].keys) > n: raise OSError(f"{name_of(url)!r} has {len(archives[url][0].keys)} samples and its manifest says {n}. Write the manifest again")
-            try: rows.append(taken(*got, slot.epoch, self.sources[number], self.spec, tokens)); good.append(slot)
-            except Faulty as e: bad.append((slot, got[0], e.reason, e.detail))
+            if got is None:
+                bad.append((slot, '', *_absent(archives[url][0], n)))
+                continue
+            if slot.i == 0 and len(archives[url][0].keys) > n:
+                raise OSError(
+                    f"{name_of(url)!r} has {len(archives[url][0].keys)} samples and its manifest says {n}. Write the manifest again"
+                )
+            try:
+                rows.append(taken(*got, slot.epoch, self.sources[number], self.spec, tokens))
+                good.append(slot)
+            except Faulty as e:
+                bad.append((slot, got[0], e.reason, e.detail))
         columns = zip(Taken._fields, zip(*rows)) if rows else ()
-        return Chunk(good, {k: torch.from_numpy(np.stack(v)) if isinstance(v[0], np.ndarray) else torch.tensor(v) for k, v in columns if v[0] is not None}, bad)
+        return Chunk(
+            good,
+            {
+                k: torch.from_numpy(np.stack(v))
+                if isinstance(v[0], np.ndarray)
+                else torch.tensor(v)
+                for k, v in columns
+                if v[0] is not None
+            },
+            bad,
+        )
 
-def _absent(index:Index, n:int)->tuple[str,str]: # reason, detail
+
+def _absent(index: Index, n: int) -> tuple[str, str]:  # reason, detail
     "Why a sample that the manifest promises is not in a shard's list"
     reason = max(index.skips['counts'], key=index.skips['counts'].get, default='missing')
     return reason, f'the manifest promises {n} samples, and {len(index.keys)} can be read'
 
-def _begin(worker:int)->None:
+
+def _begin(worker: int) -> None:
     "A reading process leaves it to the loop to answer Ctrl-C and SIGTERM, ends with it, and computes on one thread"
     loyal()
     torch.set_num_threads(1)
@@ -84,182 +123,342 @@ def _begin(worker:int)->None:
 # %% ../nbs/53_stream.ipynb #eda3c0d8
 class Notes:
     "The bad samples of one rank: counted, remembered in a file, and skipped from the epoch on in which they were met"
-    def __init__(self,
-        path:Path, # a `.jsonl` file, appended to
-        groups:int, # of shards
-        skips:Skips, # is filled
+
+    def __init__(
+        self,
+        path: Path,  # a `.jsonl` file, appended to
+        groups: int,  # of shards
+        skips: Skips,  # is filled
     ):
         self.path, self.bad, self.skips = path, [{} for _ in range(groups)], skips
-        try: lines = path.read_text(encoding='utf-8').splitlines()
-        except OSError: lines = []
+        try:
+            lines = path.read_text(encoding='utf-8').splitlines()
+        except OSError:
+            lines = []
         for l in lines:
-            try: self.add(*json.loads(l), write=False)
-            except (ValueError, TypeError): pass # the last line of a run that was killed
+            try:
+                self.add(*json.loads(l), write=False)
+            except (ValueError, TypeError):
+                pass  # the last line of a run that was killed
 
-    def add(self, group:int, shard:int, i:int, epoch:int, name:str, key:str, reason:str, detail:str, write:bool=True)->None:
+    def add(
+        self,
+        group: int,
+        shard: int,
+        i: int,
+        epoch: int,
+        name: str,
+        key: str,
+        reason: str,
+        detail: str,
+        write: bool = True,
+    ) -> None:
         "Append one; a sample is counted once"
         known = self.bad[group].get((shard, i))
         self.bad[group][shard, i] = epoch if known is None else min(known, epoch)
-        if known is None: self.skips.add(reason, name, key, detail)
-        if known is not None and known <= epoch or not write: return
+        if known is None:
+            self.skips.add(reason, name, key, detail)
+        if known is not None and known <= epoch or not write:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps([group, shard, i, epoch, name, key, reason, detail])+'\n')
-        except OSError: pass # a folder that cannot be written to; the checkpoint may keep `Stream.state`
+            with open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps([group, shard, i, epoch, name, key, reason, detail]) + '\n')
+        except OSError:
+            pass  # a folder that cannot be written to; the checkpoint may keep `Stream.state`
 
-    def good(self, group:int, slot:Slot)->bool:
+    def good(self, group: int, slot: Slot) -> bool:
         "Whether a slot holds no sample known to be bad in its epoch"
-        return self.bad[group].get(slot[:2], slot.epoch+1) > slot.epoch
+        return self.bad[group].get(slot[:2], slot.epoch + 1) > slot.epoch
 
 # %% ../nbs/53_stream.ipynb #46132519
-CHUNK = 32 # samples that a reader takes at once
+CHUNK = 32  # samples that a reader takes at once
+
 
 class _Queue:
     "Good samples of one group that wait for their batch"
-    def __init__(self): self.chunks, self.used, self.n = deque(), 0, 0
 
-    def put(self, slots:list[Slot], fields:dict[str,Tensor])->None:
-        self.chunks.append((slots, fields)); self.n += len(slots)
+    def __init__(self):
+        self.chunks, self.used, self.n = deque(), 0, 0
 
-    def take(self, k:int)->list[tuple[list[Slot],dict[str,Tensor]]]:
+    def put(self, slots: list[Slot], fields: dict[str, Tensor]) -> None:
+        self.chunks.append((slots, fields))
+        self.n += len(slots)
+
+    def take(self, k: int) -> list[tuple[list[Slot], dict[str, Tensor]]]:
         "The next k samples, in pieces"
-        out = []; self.n -= k
+        out = []
+        self.n -= k
         while k:
             slots, fields = self.chunks[0]
-            m = min(k, len(slots)-self.used); part = slice(self.used, self.used+m)
-            out.append((slots[part], {f: x[part] for f, x in fields.items()})); self.used += m; k -= m
-            if self.used == len(slots): self.chunks.popleft(); self.used = 0
+            m = min(k, len(slots) - self.used)
+            part = slice(self.used, self.used + m)
+            out.append((slots[part], {f: x[part] for f, x in fields.items()}))
+            self.used += m
+            k -= m
+            if self.used == len(slots):
+                self.chunks.popleft()
+                self.used = 0
         return out
 
 # %% ../nbs/53_stream.ipynb #82ac1e6e
 class _Pass:
     "One going through the data: what is to be read, what has come, what is owed"
-    def __init__(self, feeds:list[Iterator[Slot]], mix:Mix, notes:Notes, sizes:Sequence[int]): # samples of each group
-        self.feeds, self.mix, self.notes, self.sizes = feeds, mix, notes, sizes
-        self.owed, self.queues, self.dry = [0]*len(feeds), [_Queue() for _ in feeds], [0]*len(feeds)
 
-    def tasks(self, at:int)->Iterator[tuple[int,list[Slot]]]:
+    def __init__(
+        self, feeds: list[Iterator[Slot]], mix: Mix, notes: Notes, sizes: Sequence[int]
+    ):  # samples of each group
+        self.feeds, self.mix, self.notes, self.sizes = feeds, mix, notes, sizes
+        self.owed, self.queues, self.dry = (
+            [0] * len(feeds),
+            [_Queue() for _ in feeds],
+            [0] * len(feeds),
+        )
+
+    def tasks(self, at: int) -> Iterator[tuple[int, list[Slot]]]:
         "What is to be read, in chunks; a group that met bad samples gets as many more"
         while True:
-            each = np.bincount(self.mix.draws(at, CHUNK), minlength=len(self.feeds)); at += CHUNK
+            each = np.bincount(self.mix.draws(at, CHUNK), minlength=len(self.feeds))
+            at += CHUNK
             for g, feed in enumerate(self.feeds):
                 k, self.owed[g] = int(each[g]) + self.owed[g], 0
-                if k: yield g, [next(feed) for _ in range(k)]
+                if k:
+                    yield g, [next(feed) for _ in range(k)]
 
-    def put(self, g:int, chunk:Chunk|Failure, names:Callable[[int,int],str])->None:
+    def put(self, g: int, chunk: Chunk | Failure, names: Callable[[int, int], str]) -> None:
         "Take in what a reader has done"
-        if isinstance(chunk, Failure): raise dict(FileNotFoundError=FileNotFoundError, PermissionError=PermissionError).get(chunk.kind, OSError)(chunk.told)
-        for slot, *why in chunk.bad: self.notes.add(g, *slot, names(g, slot.shard), *why)
+        if isinstance(chunk, Failure):
+            raise dict(FileNotFoundError=FileNotFoundError, PermissionError=PermissionError).get(
+                chunk.kind, OSError
+            )(chunk.told)
+        for slot, *why in chunk.bad:
+            self.notes.add(g, *slot, names(g, slot.shard), *why)
         keep = [n for n, s in enumerate(chunk.slots) if self.notes.good(g, s)]
         gone = len(chunk.bad) + len(chunk.slots) - len(keep)
-        self.owed[g] += gone; self.dry[g] = 0 if keep else self.dry[g] + gone
-        if keep: self.queues[g].put([chunk.slots[n] for n in keep], chunk.fields if len(keep) == len(chunk.slots) else {f: x[keep] for f, x in chunk.fields.items()})
-        if self.dry[g] > self.sizes[g] + 2*CHUNK: raise ValueError(f"No sample of {names(g, 0)} and its neighbors can be used.\n{self.notes.skips}")
+        self.owed[g] += gone
+        self.dry[g] = 0 if keep else self.dry[g] + gone
+        if keep:
+            self.queues[g].put(
+                [chunk.slots[n] for n in keep],
+                chunk.fields
+                if len(keep) == len(chunk.slots)
+                else {f: x[keep] for f, x in chunk.fields.items()},
+            )
+        if self.dry[g] > self.sizes[g] + 2 * CHUNK:
+            raise ValueError(
+                f"No sample of {names(g, 0)} and its neighbors can be used.\n{self.notes.skips}"
+            )
 
 # %% ../nbs/53_stream.ipynb #2052e298
 class _Endless:
     "What a loader takes for a sampler"
-    def __init__(self, tasks:Iterator[Any]): self.tasks = tasks
-    def __iter__(self)->Iterator[Any]: return self.tasks
 
-def _groups(sources:Sequence[Source], spec:StreamSpec, memory:str, skips:Skips)->list[list[tuple[int,str,int]]]: # source, url, samples
+    def __init__(self, tasks: Iterator[Any]):
+        self.tasks = tasks
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.tasks
+
+
+def _groups(
+    sources: Sequence[Source], spec: StreamSpec, memory: str, skips: Skips
+) -> list[list[tuple[int, str, int]]]:  # source, url, samples
     "The shards of each order: of each source its own where weights mix them, else of all together"
     out = []
     for number, s in enumerate(sources):
         out.append([])
         for url, n in zip(s.shards, s.counts):
-            if n is None: index = index_of(url, memory); n = len(index.keys); skips.merge(Skips.from_dict(index.skips))
-            if n: out[-1].append((number, url, n))
+            if n is None:
+                index = index_of(url, memory)
+                n = len(index.keys)
+                skips.merge(Skips.from_dict(index.skips))
+            if n:
+                out[-1].append((number, url, n))
     return out if spec.weights else [[x for group in out for x in group]]
 
 # %% ../nbs/53_stream.ipynb #1e2f659a
-def _files(groups:Sequence[Sequence[tuple[int,str,int]]])->str: # ten hexadecimal digits
+def _files(groups: Sequence[Sequence[tuple[int, str, int]]]) -> str:  # ten hexadecimal digits
     "Digest of where shards lie, and of their sizes and dates where they lie here"
-    said = [stamp(url, Path(shown(url)) if is_local(url) else None) for group in groups for _, url, _ in group]
+    said = [
+        stamp(url, Path(shown(url)) if is_local(url) else None)
+        for group in groups
+        for _, url, _ in group
+    ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:10]
 
 # %% ../nbs/53_stream.ipynb #d14457de
 class Shards:
     "What a stream reads: sources, their samples, their order, and what is known to be bad"
-    def __init__(self,
-        places:str|Path|Source|Sequence[str|Path|Source], # one or several: shards as `list_shards` takes them
-        spec:StreamSpec=StreamSpec(),
-        ranks:tuple[int,int]=(0, 1), # this one, and how many there are
-        workers:int=0, # reading processes; 0 reads in this one
-        memory:str|Path|None=None, # folder of this machine for what need not be found twice; None is the cache
-        state:dict[str,Any]|None=None, # of `state`, where a checkpoint kept it
-        tokens:Callable[[list[str],int],Tensor]|None=None, # texts and context length to ids; None is CLIP's, by the fast path
+
+    def __init__(
+        self,
+        places: str
+        | Path
+        | Source
+        | Sequence[str | Path | Source],  # one or several: shards as `list_shards` takes them
+        spec: StreamSpec = StreamSpec(),
+        ranks: tuple[int, int] = (0, 1),  # this one, and how many there are
+        workers: int = 0,  # reading processes; 0 reads in this one
+        memory: str
+        | Path
+        | None = None,  # folder of this machine for what need not be found twice; None is the cache
+        state: dict[str, Any] | None = None,  # of `state`, where a checkpoint kept it
+        tokens: Callable[[list[str], int], Tensor]
+        | None = None,  # texts and context length to ids; None is CLIP's, by the fast path
     ):
         places = [places] if isinstance(places, (str, Path, Source)) else list(places)
         self.sources = [p if isinstance(p, Source) else source_of(p) for p in places]
-        self.spec, self.batch, self.ranks, self.workers, self.skips, self.memory = spec, spec.batch, tuple(ranks), workers, Skips(), str(memory or cache_dir('stream'))
-        if spec.views == 'stored' and (lost := [s.place for s in self.sources if s.augment is None]):
-            raise ValueError(f"Nothing beside {lost[0]!r} tells what its stored augmentations mean. Give source_of({lost[0]!r}, augment=DATACOMPDR), or views='fresh', rows=False")
-        if spec.weights and len(spec.weights) != len(self.sources): raise ValueError(f"{len(spec.weights)} weights for {len(self.sources)} sources; give one each, or none")
+        self.spec, self.batch, self.ranks, self.workers, self.skips, self.memory = (
+            spec,
+            spec.batch,
+            tuple(ranks),
+            workers,
+            Skips(),
+            str(memory or cache_dir('stream')),
+        )
+        if spec.views == 'stored' and (
+            lost := [s.place for s in self.sources if s.augment is None]
+        ):
+            raise ValueError(
+                f"Nothing beside {lost[0]!r} tells what its stored augmentations mean. Give source_of({lost[0]!r}, augment=DATACOMPDR), or views='fresh', rows=False"
+            )
+        if spec.weights and len(spec.weights) != len(self.sources):
+            raise ValueError(
+                f"{len(spec.weights)} weights for {len(self.sources)} sources; give one each, or none"
+            )
         self.shards = _groups(self.sources, spec, self.memory, self.skips)
-        if not all(self.shards): raise ValueError(f"No sample in {', '.join(s.place for s in self.sources)}")
+        if not all(self.shards):
+            raise ValueError(f"No sample in {', '.join(s.place for s in self.sources)}")
         self.total = sum(n for group in self.shards for *_, n in group)
-        self.mix, self.readers = Mix(spec.weights or (1.,), spec.seed), Readers(self.shards, self.sources, spec, self.memory, tokens)
-        self.notes = Notes(Path(self.memory)/'bad'/f'{self.id}-{_files(self.shards)}-{self.ranks[0]}.jsonl', len(self.shards), self.skips)
-        for line in (state or {}).get('bad', ()): self.notes.add(*line)
+        self.mix, self.readers = (
+            Mix(spec.weights or (1.0,), spec.seed),
+            Readers(self.shards, self.sources, spec, self.memory, tokens),
+        )
+        self.notes = Notes(
+            Path(self.memory) / 'bad' / f'{self.id}-{_files(self.shards)}-{self.ranks[0]}.jsonl',
+            len(self.shards),
+            self.skips,
+        )
+        for line in (state or {}).get('bad', ()):
+            self.notes.add(*line)
         self.orders()
 
     @property
-    def id(self)->str:
+    def id(self) -> str:
         "Ten hexadecimal digits that change with data, spec and the number of ranks"
-        data = [[s.decode, s.augment and s.augment.to_dict()] for s in self.sources] + [[n, name_of(u), k] for group in self.shards for n, u, k in group]
-        return hashlib.sha256(json.dumps([self.spec.to_dict(), data, self.ranks[1]]).encode()).hexdigest()[:10]
+        data = [[s.decode, s.augment and s.augment.to_dict()] for s in self.sources] + [
+            [n, name_of(u), k] for group in self.shards for n, u, k in group
+        ]
+        return hashlib.sha256(
+            json.dumps([self.spec.to_dict(), data, self.ranks[1]]).encode()
+        ).hexdigest()[:10]
 
     @property
-    def per_epoch(self)->int:
+    def per_epoch(self) -> int:
         "Steps in which as many samples pass as there are; at least 1"
-        return max(self.total//(self.batch*self.ranks[1]), 1)
+        return max(self.total // (self.batch * self.ranks[1]), 1)
 
-    def state(self)->dict[str,Any]:
+    def state(self) -> dict[str, Any]:
         "What a checkpoint may keep, in JSON's own types: the bad samples that this rank has met"
-        return dict(bad=[[g, s, i, e, self._name(g, s), '', 'missing', 'known from a checkpoint'] for g, bad in enumerate(self.notes.bad) for (s, i), e in sorted(bad.items())])
+        return dict(
+            bad=[
+                [g, s, i, e, self._name(g, s), '', 'missing', 'known from a checkpoint']
+                for g, bad in enumerate(self.notes.bad)
+                for (s, i), e in sorted(bad.items())
+            ]
+        )
 
-    def orders(self)->list[Order]:
+    def orders(self) -> list[Order]:
         "The order of each group"
-        return [Order([n for *_, n in group], self.spec.seed+1_000_003*g, self.spec.window, *self.ranks, bad=self.notes.bad[g]) for g, group in enumerate(self.shards)]
+        return [
+            Order(
+                [n for *_, n in group],
+                self.spec.seed + 1_000_003 * g,
+                self.spec.window,
+                *self.ranks,
+                bad=self.notes.bad[g],
+            )
+            for g, group in enumerate(self.shards)
+        ]
 
-    def _name(self, g:int, shard:int)->str: return name_of(self.shards[g][shard][1])
+    def _name(self, g: int, shard: int) -> str:
+        return name_of(self.shards[g][shard][1])
 
 # %% ../nbs/53_stream.ipynb #9530e1e7
 class Stream(Shards):
     "Batches of reinforced samples from shards, without end; a batch depends on data, spec, ranks and step, and on nothing else"
-    def since(self,
-        step:int=0, # the first that is wanted
-    )->Iterator[Batch]:
+
+    def since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[Batch]:
         "Batches from a step on, without end; what comes before is not read"
-        sizes = [sum(n for *_, n in group)//self.ranks[1]+1 for group in self.shards]
-        p = _Pass([o.since(int(k)) for o, k in zip(self.orders(), self.mix.drawn(step*self.batch))], self.mix, self.notes, sizes)
-        tasks = p.tasks(step*self.batch)
-        done = iter(DataLoader(self.readers, None, sampler=_Endless(tasks), num_workers=self.workers, prefetch_factor=4, worker_init_fn=_begin)) if self.workers else map(self.readers.__getitem__, tasks)
+        sizes = [sum(n for *_, n in group) // self.ranks[1] + 1 for group in self.shards]
+        p = _Pass(
+            [o.since(int(k)) for o, k in zip(self.orders(), self.mix.drawn(step * self.batch))],
+            self.mix,
+            self.notes,
+            sizes,
+        )
+        tasks = p.tasks(step * self.batch)
+        done = (
+            iter(
+                DataLoader(
+                    self.readers,
+                    None,
+                    sampler=_Endless(tasks),
+                    num_workers=self.workers,
+                    prefetch_factor=4,
+                    worker_init_fn=_begin,
+                )
+            )
+            if self.workers
+            else map(self.readers.__getitem__, tasks)
+        )
         try:
             while True:
-                which = self.mix.draws(step*self.batch, self.batch); step += 1
+                which = self.mix.draws(step * self.batch, self.batch)
+                step += 1
                 need = np.bincount(which, minlength=len(sizes)).tolist()
-                while any(q.n < k for q, k in zip(p.queues, need)): p.put(*_next(done), self._name)
+                while any(q.n < k for q, k in zip(p.queues, need)):
+                    p.put(*_next(done), self._name)
                 yield self._joined(which, [q.take(k) for q, k in zip(p.queues, need)])
-        finally: del done
+        finally:
+            del done
 
-    def _joined(self, which:np.ndarray, parts:list[list[tuple[list[Slot],dict[str,Tensor]]]])->Batch:
+    def _joined(
+        self, which: np.ndarray, parts: list[list[tuple[list[Slot], dict[str, Tensor]]]]
+    ) -> Batch:
         "Put samples into the rows that they were drawn for, and normalize all pictures at once"
         flat = [x for group in parts for _, x in group]
         back = torch.from_numpy(np.argsort(np.argsort(which, kind='stable')))
         fields = {f: torch.cat([x[f] for x in flat]) for f in flat[0]}
-        starts = np.cumsum([0, *(n for group in self.shards for *_, n in group)]); first = np.cumsum([0, *map(len, self.shards)])
-        fields['index'] = torch.tensor([int(starts[first[g]+s.shard])+s.i for g, group in enumerate(parts) for slots, _ in group for s in slots])
-        if len(parts) > 1: fields = {f: x[back] for f, x in fields.items()}
+        starts = np.cumsum([0, *(n for group in self.shards for *_, n in group)])
+        first = np.cumsum([0, *map(len, self.shards)])
+        fields['index'] = torch.tensor(
+            [
+                int(starts[first[g] + s.shard]) + s.i
+                for g, group in enumerate(parts)
+                for slots, _ in group
+                for s in slots
+            ]
+        )
+        if len(parts) > 1:
+            fields = {f: x[back] for f, x in fields.items()}
         self.skips.kept += self.batch
         fields['image'] = normalized(fields['image'], self.spec.mean, self.spec.std)
-        if 'syn' not in fields: fields.pop('syn_label', None)
+        if 'syn' not in fields:
+            fields.pop('syn_label', None)
         return Batch(**{f: x.long() if f in ('text', 'syn') else x for f, x in fields.items()})
 
-def _next(done:Iterator[tuple[int,Chunk|Failure]])->tuple[int,Chunk|Failure]:
+
+def _next(done: Iterator[tuple[int, Chunk | Failure]]) -> tuple[int, Chunk | Failure]:
     "What a reader has done; a dead one is an error that says what to do"
-    try: return next(done)
+    try:
+        return next(done)
     except RuntimeError as e:
-        if 'DataLoader worker' not in str(e): raise
-        raise RuntimeError(f"A reading process died ({str(e).splitlines()[0]}): out of memory, or of shared memory? Resume goes on at the same step; workers=0 reads in this process") from e
+        if 'DataLoader worker' not in str(e):
+            raise
+        raise RuntimeError(
+            f"A reading process died ({str(e).splitlines()[0]}): out of memory, or of shared memory? Resume goes on at the same step; workers=0 reads in this process"
+        ) from e

@@ -18,80 +18,105 @@ from .losses import exact
 # %% ../nbs/52_syncnorm.ipynb #6d93be89
 class _Sum(torch.autograd.Function):
     "The sum over ranks; its gradient is the sum over ranks, too, for each rank's summand went into every rank's sum"
+
     @staticmethod
-    def forward(ctx:Any, x:Tensor)->Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         "Add"
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx:Any, grad:Tensor)->Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         "Add again"
         return _Sum.forward(ctx, grad)
 
+
 def over_ranks(
-    x:Tensor, # of the same shape on every rank
-)->Tensor:
+    x: Tensor,  # of the same shape on every rank
+) -> Tensor:
     "The sum over all ranks, with gradient; with one rank the very tensor"
     return _Sum.apply(x) if here().world > 1 else x
 
+
 class Moments(NamedTuple):
     "What a channel's values look like over all ranks"
-    mean:Tensor # `(C,)`
-    var:Tensor # `(C,)`, divided by `n`
-    n:Tensor # scalar, values a channel
+
+    mean: Tensor  # `(C,)`
+    var: Tensor  # `(C,)`, divided by `n`
+    n: Tensor  # scalar, values a channel
+
 
 def moments(
-    x:Tensor, # `(B, C, ...)` of this rank; ranks may hold different B
-)->Moments:
+    x: Tensor,  # `(B, C, ...)` of this rank; ranks may hold different B
+) -> Moments:
     "Mean and variance of each channel over batch, places and ranks, in float32, with gradient (BatchNorm §3)"
-    axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1]*(x.ndim-2))
+    axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
     x = exact(x)
-    sums = over_ranks(torch.cat([x.sum(axes), x.new_tensor([x.numel()/x.shape[1]])]))
-    mean, n = sums[:-1]/sums[-1], sums[-1].detach()
-    return Moments(mean, over_ranks((x-mean.view(shape)).square().sum(axes))/n, n)
+    sums = over_ranks(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
+    mean, n = sums[:-1] / sums[-1], sums[-1].detach()
+    return Moments(mean, over_ranks((x - mean.view(shape)).square().sum(axes)) / n, n)
 
 # %% ../nbs/52_syncnorm.ipynb #1dd7127d
 class _Synced:
     "The forward pass of a batch normalization over all ranks"
-    def forward(self, x:Tensor)->Tensor: # `(B, C, ...)` to the same shape
+
+    def forward(self, x: Tensor) -> Tensor:  # `(B, C, ...)` to the same shape
         "Normalize by the moments of all ranks; in eval mode by the running ones, as ever"
-        if not self.training: return super().forward(x)
-        shape, m = (1, -1, *[1]*(x.ndim-2)), moments(x)
-        if m.n < 2: raise ValueError(f"Normalization needs two values a channel and all ranks together hold {int(m.n)}. Use a larger batch")
-        if self.track_running_stats: self._remember(m)
-        y = (x-m.mean.view(shape))*(m.var+self.eps).rsqrt().view(shape)
-        return (y*self.weight.view(shape)+self.bias.view(shape) if self.affine else y).to(x.dtype)
+        if not self.training:
+            return super().forward(x)
+        shape, m = (1, -1, *[1] * (x.ndim - 2)), moments(x)
+        if m.n < 2:
+            raise ValueError(
+                f"Normalization needs two values a channel and all ranks together hold {int(m.n)}. Use a larger batch"
+            )
+        if self.track_running_stats:
+            self._remember(m)
+        y = (x - m.mean.view(shape)) * (m.var + self.eps).rsqrt().view(shape)
+        return (y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(
+            x.dtype
+        )
 
     @torch.no_grad()
-    def _remember(self, m:Moments)->None:
+    def _remember(self, m: Moments) -> None:
         "Move the running statistics, by the unbiased variance as torch does"
         self.num_batches_tracked.add_(1)
-        new = 1/self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        new = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         self.running_mean.lerp_(m.mean.to(self.running_mean.dtype), new)
-        self.running_var.lerp_((m.var*m.n/(m.n-1)).to(self.running_var.dtype), new)
+        self.running_var.lerp_((m.var * m.n / (m.n - 1)).to(self.running_var.dtype), new)
 
-class SyncNorm1d(_Synced, nn.BatchNorm1d): "Batch normalization of `(B, C)` or `(B, C, L)` over all ranks, on any device"
-class SyncNorm2d(_Synced, nn.BatchNorm2d): "Batch normalization of `(B, C, H, W)` over all ranks, on any device"
+
+class SyncNorm1d(_Synced, nn.BatchNorm1d):
+    "Batch normalization of `(B, C)` or `(B, C, L)` over all ranks, on any device"
+
+
+class SyncNorm2d(_Synced, nn.BatchNorm2d):
+    "Batch normalization of `(B, C, H, W)` over all ranks, on any device"
 
 # %% ../nbs/52_syncnorm.ipynb #b3e418fa
 def synced(
-    model:nn.Module, # is changed
-)->nn.Module: # the same model; the same parameters, buffers and names
+    model: nn.Module,  # is changed
+) -> nn.Module:  # the same model; the same parameters, buffers and names
     "Let every batch normalization see all ranks: torch's own on GPUs, ours elsewhere; with one rank nothing is done"
-    if here().world == 1: return model
-    if next(model.parameters()).is_cuda: return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if here().world == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return replaced(model)
 
+
 def replaced(
-    model:nn.Module, # is changed
-)->nn.Module: # the same model
+    model: nn.Module,  # is changed
+) -> nn.Module:  # the same model
     "Put our normalization in the place of each of torch's, around the same parameters and statistics"
     kinds = {nn.BatchNorm1d: SyncNorm1d, nn.BatchNorm2d: SyncNorm2d}
     for name, old in list(model.named_modules()):
-        if type(old) not in kinds: continue
-        new = kinds[type(old)](old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats).train(old.training)
-        new._parameters.update(old._parameters); new._buffers.update(old._buffers)
+        if type(old) not in kinds:
+            continue
+        new = kinds[type(old)](
+            old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats
+        ).train(old.training)
+        new._parameters.update(old._parameters)
+        new._buffers.update(old._buffers)
         model.get_submodule(name.rpartition('.')[0]).register_module(name.rpartition('.')[2], new)
     return model

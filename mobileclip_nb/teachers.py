@@ -27,282 +27,436 @@ from .text.tokens import tokenize
 from .zoo import record
 
 # %% ../nbs/42_teachers.ipynb #b4d47149
-HOMES = ('hf-hub:', 'local-dir:') # places that hold a model together with its weights
+HOMES = ('hf-hub:', 'local-dir:')  # places that hold a model together with its weights
+
 
 @dataclass(frozen=True, repr=False)
 class TeacherSpec(Spec, id_name='TeacherSpec'):
     "Which model teaches, with which weights, and how sharply it is read (MobileCLIP §3; MobileCLIP2 Table 3)"
-    model:str='teacher_nano_a' # a name of the zoo, `open_clip:NAME`, `hf-hub:ORG/REPO` or `local-dir:PATH`
-    weights:str='emoji' # a tag or a path; nothing for places that bring theirs
-    scale:float=100. # logit scale of the loss, above 0
 
-    def __post_init__(self)->None:
-        if not (isinstance(self.scale, (int, float)) and 0 < self.scale < math.inf): raise ValueError(f"scale={self.scale!r} is no logit scale; use a number above 0, such as 100")
-        if not self.model.startswith(HOMES): return
-        if self.weights not in ('', 'emoji'): raise ValueError(f"{self.model!r} brings its own weights; leave out weights={self.weights!r}")
+    model: str = 'teacher_nano_a'  # a name of the zoo, `open_clip:NAME`, `hf-hub:ORG/REPO` or `local-dir:PATH`
+    weights: str = 'emoji'  # a tag or a path; nothing for places that bring theirs
+    scale: float = 100.0  # logit scale of the loss, above 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.scale, (int, float)) and 0 < self.scale < math.inf):
+            raise ValueError(
+                f"scale={self.scale!r} is no logit scale; use a number above 0, such as 100"
+            )
+        if not self.model.startswith(HOMES):
+            return
+        if self.weights not in ('', 'emoji'):
+            raise ValueError(
+                f"{self.model!r} brings its own weights; leave out weights={self.weights!r}"
+            )
         object.__setattr__(self, 'weights', '')
 
     @property
-    def name(self)->str: # without folders
+    def name(self) -> str:  # without folders
         "How this teacher is called in an ensemble and in manifests"
         model = self.model.removeprefix('open_clip:').removeprefix('hf-hub:').replace('/', '-')
-        if self.model.startswith('local-dir:'): model = Path(self.model.removeprefix('local-dir:')).name
+        if self.model.startswith('local-dir:'):
+            model = Path(self.model.removeprefix('local-dir:')).name
         tail = Path(self.weights).stem if is_place(self.weights) else self.weights
-        return tail if f'{tail}.'.startswith(f'{model}.') else '.'.join(p for p in (model, tail) if p)
+        return (
+            tail if f'{tail}.'.startswith(f'{model}.') else '.'.join(p for p in (model, tail) if p)
+        )
 
 # %% ../nbs/42_teachers.ipynb #c380f5af
 @dataclass(frozen=True, repr=False)
 class Squashed(Pixels, id_name='Squashed'):
     "Preprocessing that resizes both sides instead of cropping, as SigLIP's"
-    def __call__(self,
-        image:Any, # any PIL image, or `(H, W, 3)` uint8
-    )->Tensor: # `(3, side, side)` float32
+
+    def __call__(
+        self,
+        image: Any,  # any PIL image, or `(H, W, 3)` uint8
+    ) -> Tensor:  # `(3, side, side)` float32
         "Turn one image into what the model reads"
         return super().__call__(rgb(image).resize((self.side, self.side), FILTERS[self.resize]))
 
+
 def pixels_of(
-    cfg:Mapping[str,Any], # open_clip's `preprocess_cfg`
-)->Pixels: # or `Squashed`
+    cfg: Mapping[str, Any],  # open_clip's `preprocess_cfg`
+) -> Pixels:  # or `Squashed`
     "open_clip's preprocessing as our value; what ours cannot express is refused"
-    side, mode, how = cfg.get('size', 224), cfg.get('resize_mode') or 'shortest', cfg.get('interpolation') or 'bicubic'
+    side, mode, how = (
+        cfg.get('size', 224),
+        cfg.get('resize_mode') or 'shortest',
+        cfg.get('interpolation') or 'bicubic',
+    )
     if not isinstance(side, int):
-        if len(set(side)) > 1: raise ValueError(f"The model reads pictures of {tuple(side)} pixels and ours are square; choose another teacher")
+        if len(set(side)) > 1:
+            raise ValueError(
+                f"The model reads pictures of {tuple(side)} pixels and ours are square; choose another teacher"
+            )
         side = side[0]
-    if cfg.get('mode', 'RGB') != 'RGB': raise ValueError(f"The model reads {cfg['mode']} pictures and ours are RGB; choose another teacher")
-    if mode not in ('shortest', 'squash'): raise ValueError(f"resize_mode={mode!r} pads pictures, which ours do not; use a teacher with 'shortest' or 'squash'")
-    how = 'bicubic' if how == 'random' else how                 # open_clip's rule outside training
-    each = {k: tuple(map(float, v)) if isinstance(v, (tuple, list)) else (float(v),)*3 for k in ('mean', 'std') if (v := cfg.get(k)) is not None}
-    return (Squashed if mode == 'squash' else Pixels)(side, how, **dict(mean=OPENAI_MEAN, std=OPENAI_STD) | each)
+    if cfg.get('mode', 'RGB') != 'RGB':
+        raise ValueError(
+            f"The model reads {cfg['mode']} pictures and ours are RGB; choose another teacher"
+        )
+    if mode not in ('shortest', 'squash'):
+        raise ValueError(
+            f"resize_mode={mode!r} pads pictures, which ours do not; use a teacher with 'shortest' or 'squash'"
+        )
+    how = 'bicubic' if how == 'random' else how  # open_clip's rule outside training
+    each = {
+        k: tuple(map(float, v)) if isinstance(v, (tuple, list)) else (float(v),) * 3
+        for k in ('mean', 'std')
+        if (v := cfg.get(k)) is not None
+    }
+    return (Squashed if mode == 'squash' else Pixels)(
+        side, how, **dict(mean=OPENAI_MEAN, std=OPENAI_STD) | each
+    )
 
 # %% ../nbs/42_teachers.ipynb #28e3d8b3
 def check_gelu(
-    name:str, # an architecture of open_clip's
-    tag:str, # of weights in open_clip's list; any other is passed over
-)->None:
+    name: str,  # an architecture of open_clip's
+    tag: str,  # of weights in open_clip's list; any other is passed over
+) -> None:
     "Refuse weights under the name whose activation they were not trained with"
     import open_clip
+
     plain = name.removesuffix('-quickgelu')
     said = open_clip.get_pretrained_cfg(name, tag) or open_clip.get_pretrained_cfg(plain, tag)
-    built, trained = (bool(c.get('quick_gelu')) for c in (open_clip.get_model_config(name), said or {}))
+    built, trained = (
+        bool(c.get('quick_gelu')) for c in (open_clip.get_model_config(name), said or {})
+    )
     twin = f'{plain}-quickgelu' if trained else plain
-    if not said or built == trained or twin == name or twin not in open_clip.list_models(): return
+    if not said or built == trained or twin == name or twin not in open_clip.list_models():
+        return
     words = {True: 'QuickGELU', False: 'plain GELU'}
-    raise ValueError(f"The weights {tag!r} were trained with {words[trained]} and {name!r} computes {words[built]}: they would load and answer wrong. Use model='open_clip:{twin}'")
+    raise ValueError(
+        f"The weights {tag!r} were trained with {words[trained]} and {name!r} computes {words[built]}: they would load and answer wrong. Use model='open_clip:{twin}'"
+    )
 
 # %% ../nbs/42_teachers.ipynb #41a6a327
 @torch.inference_mode()
-def _rows(tower:Callable[[Tensor],Tensor], x:Tensor, device:torch.device, batch:int)->Tensor: # `(B, D_k)` unit rows, float32, on the CPU
+def _rows(
+    tower: Callable[[Tensor], Tensor], x: Tensor, device: torch.device, batch: int
+) -> Tensor:  # `(B, D_k)` unit rows, float32, on the CPU
     "Embed in parts"
-    return torch.cat([F.normalize(tower(b.to(device)).float(), dim=-1).cpu() for b in x.split(batch)])
+    return torch.cat(
+        [F.normalize(tower(b.to(device)).float(), dim=-1).cpu() for b in x.split(batch)]
+    )
 
 # %% ../nbs/42_teachers.ipynb #7dde3c0e
 @dataclass(frozen=True, eq=False)
 class Teacher:
     "A model that gives its opinion"
-    spec:TeacherSpec # which it is
-    net:nn.Module # in eval mode, with `encode_image`, `encode_text` and `logit_scale`
-    pixels:Pixels # how it wants its pictures
-    tokens:Callable[[list[str]],Tensor] # texts to ids
-    width:int # D_k
+
+    spec: TeacherSpec  # which it is
+    net: nn.Module  # in eval mode, with `encode_image`, `encode_text` and `logit_scale`
+    pixels: Pixels  # how it wants its pictures
+    tokens: Callable[[list[str]], Tensor]  # texts to ids
+    width: int  # D_k
 
     @property
-    def name(self)->str: return self.spec.name
-    @property
-    def scale(self)->float: return self.spec.scale
-    @property
-    def side(self)->int: return self.pixels.side
-    @property
-    def learned(self)->float: return float(self.net.logit_scale.detach().exp())
+    def name(self) -> str:
+        return self.spec.name
 
-    def embed(self,
-        x:Tensor, # `(B, 3, side, side)`, preprocessed by `pixels`
-        batch:int=64, # pictures at a time
-    )->Tensor: # `(B, D_k)` unit rows, float32, on the CPU
+    @property
+    def scale(self) -> float:
+        return self.spec.scale
+
+    @property
+    def side(self) -> int:
+        return self.pixels.side
+
+    @property
+    def learned(self) -> float:
+        return float(self.net.logit_scale.detach().exp())
+
+    def embed(
+        self,
+        x: Tensor,  # `(B, 3, side, side)`, preprocessed by `pixels`
+        batch: int = 64,  # pictures at a time
+    ) -> Tensor:  # `(B, D_k)` unit rows, float32, on the CPU
         "Embed what `pixels` has prepared"
-        if not len(x): return torch.zeros(0, self.width)
-        return _rows(self.net.encode_image, x, self.net.logit_scale.device, batch).clone()     # a copy made out here may meet gradients
+        if not len(x):
+            return torch.zeros(0, self.width)
+        return _rows(
+            self.net.encode_image, x, self.net.logit_scale.device, batch
+        ).clone()  # a copy made out here may meet gradients
 
-    def image(self,
-        images:Sequence[Image.Image], # B, of any sizes
-        batch:int=64, # pictures at a time
-    )->Tensor: # `(B, D_k)` unit rows, float32, on the CPU
+    def image(
+        self,
+        images: Sequence[Image.Image],  # B, of any sizes
+        batch: int = 64,  # pictures at a time
+    ) -> Tensor:  # `(B, D_k)` unit rows, float32, on the CPU
         "Embed pictures, each resized from the original given"
         return self.embed(self.pixels.batch(images), batch)
 
-    def text(self,
-        texts:Sequence[str], # B
-        batch:int=256, # texts at a time
-    )->Tensor: # `(B, D_k)` unit rows, float32, on the CPU
+    def text(
+        self,
+        texts: Sequence[str],  # B
+        batch: int = 256,  # texts at a time
+    ) -> Tensor:  # `(B, D_k)` unit rows, float32, on the CPU
         "Embed texts"
-        if isinstance(texts, str): raise TypeError(f"text takes a list of texts; write [{texts[:20]!r}]")
-        if not len(texts): return torch.zeros(0, self.width)
-        return _rows(self.net.encode_text, self.tokens(list(texts)), self.net.logit_scale.device, batch).clone()
+        if isinstance(texts, str):
+            raise TypeError(f"text takes a list of texts; write [{texts[:20]!r}]")
+        if not len(texts):
+            return torch.zeros(0, self.width)
+        return _rows(
+            self.net.encode_text, self.tokens(list(texts)), self.net.logit_scale.device, batch
+        ).clone()
 
 # %% ../nbs/42_teachers.ipynb #2d0050d4
-def _zoo(spec:TeacherSpec, device:str)->tuple[nn.Module,Pixels,Callable]: # model, preprocessing, tokenizer
+def _zoo(
+    spec: TeacherSpec, device: str
+) -> tuple[nn.Module, Pixels, Callable]:  # model, preprocessing, tokenizer
     "One of our models"
-    if not spec.weights: raise ValueError(f"A teacher needs weights; {spec.model!r} has {', '.join(map(repr, record(spec.model).weights))}, or give a path")
+    if not spec.weights:
+        raise ValueError(
+            f"A teacher needs weights; {spec.model!r} has {', '.join(map(repr, record(spec.model).weights))}, or give a path"
+        )
     net = create_model(spec.model, spec.weights, folded=True, device=device)
     return net, net.record.pixels, partial(tokenize, context_length=net.record.context_length)
 
-def _known(name:str, weights:str)->None:
+
+def _known(name: str, weights: str) -> None:
     "Refuse what open_clip would not find"
     import open_clip
-    if name not in open_clip.list_models(): raise KeyError(f"open_clip has no architecture {name!r}.{near(name, open_clip.list_models())} `open_clip.list_models()` has all")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not weights: raise ValueError(f"A teacher needs weights; open_clip has {', '.join(tags) or 'none'} for {name!r}, or give a path")
-    check_gelu(name, weights)
-    if Path(weights).is_file() or open_clip.get_pretrained_cfg(name, weights): return
-    if is_place(weights): raise FileNotFoundError(f"No weight file {weights!r}; give a path to one, or a tag: {', '.join(tags)}")
-    raise KeyError(f"open_clip has no weights {weights!r} for {name!r}.{near(weights, tags)} Tags: {', '.join(tags)}; or give a path")
 
-def _guest(spec:TeacherSpec, device:str)->tuple[nn.Module,Pixels,Callable]: # model, preprocessing, tokenizer
+    if name not in open_clip.list_models():
+        raise KeyError(
+            f"open_clip has no architecture {name!r}.{near(name, open_clip.list_models())} `open_clip.list_models()` has all"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not weights:
+        raise ValueError(
+            f"A teacher needs weights; open_clip has {', '.join(tags) or 'none'} for {name!r}, or give a path"
+        )
+    check_gelu(name, weights)
+    if Path(weights).is_file() or open_clip.get_pretrained_cfg(name, weights):
+        return
+    if is_place(weights):
+        raise FileNotFoundError(
+            f"No weight file {weights!r}; give a path to one, or a tag: {', '.join(tags)}"
+        )
+    raise KeyError(
+        f"open_clip has no weights {weights!r} for {name!r}.{near(weights, tags)} Tags: {', '.join(tags)}; or give a path"
+    )
+
+
+def _guest(
+    spec: TeacherSpec, device: str
+) -> tuple[nn.Module, Pixels, Callable]:  # model, preprocessing, tokenizer
     "One of open_clip's models"
     import open_clip
-    name = spec.model if spec.model.startswith(HOMES) else spec.model.removeprefix('open_clip:').replace('/', '-')
-    if not spec.model.startswith(HOMES): _known(name, spec.weights)
+
+    name = (
+        spec.model
+        if spec.model.startswith(HOMES)
+        else spec.model.removeprefix('open_clip:').replace('/', '-')
+    )
+    if not spec.model.startswith(HOMES):
+        _known(name, spec.weights)
     try:
-        net = open_clip.create_model(name, spec.weights or None, device=device, require_pretrained=True)
+        net = open_clip.create_model(
+            name, spec.weights or None, device=device, require_pretrained=True
+        )
         return net, pixels_of(net.visual.preprocess_cfg), open_clip.get_tokenizer(name)
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"The teacher {spec.name} needs the package {e.name!r}: pip install {e.name}", name=e.name) from e
+        raise ModuleNotFoundError(
+            f"The teacher {spec.name} needs the package {e.name!r}: pip install {e.name}",
+            name=e.name,
+        ) from e
     except pickle.UnpicklingError as e:
-        raise ValueError(f"The weights of {spec.name} hold code besides tensors, which is never run; "
-                         "ask their maker for a .safetensors file") from e
-    except (RuntimeError, OSError) as e:                # of open_clip, torch or the hub
-        raise OSError(f"open_clip could not load {spec.name} ({type(e).__name__}: {str(e)[:300]}). Check name and connection, or download the weights and give their path") from e
+        raise ValueError(
+            f"The weights of {spec.name} hold code besides tensors, which is never run; "
+            "ask their maker for a .safetensors file"
+        ) from e
+    except (RuntimeError, OSError) as e:  # of open_clip, torch or the hub
+        raise OSError(
+            f"open_clip could not load {spec.name} ({type(e).__name__}: {str(e)[:300]}). Check name and connection, or download the weights and give their path"
+        ) from e
+
 
 def load_teacher(
-    spec:TeacherSpec, # which
-    device:str='cpu', # where it computes; rows come back to the CPU
-)->Teacher: # in eval mode
+    spec: TeacherSpec,  # which
+    device: str = 'cpu',  # where it computes; rows come back to the CPU
+) -> Teacher:  # in eval mode
     "Load a model to be asked for its opinion"
     ours = not spec.model.startswith((*HOMES, 'open_clip:'))
     net, pixels, tokens = (_zoo if ours else _guest)(spec, device)
     net = net.eval().requires_grad_(False)
-    with torch.inference_mode(): width = net.encode_text(tokens(['a']).to(net.logit_scale.device)).shape[-1]
+    with torch.inference_mode():
+        width = net.encode_text(tokens(['a']).to(net.logit_scale.device)).shape[-1]
     return Teacher(spec, net, pixels, tokens, width)
 
 # %% ../nbs/42_teachers.ipynb #ae672c03
 class Ensemble:
     "Teachers side by side, answering by name"
-    def __init__(self,
-        teachers:Sequence[Teacher], # at least one, no two of one name
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],  # at least one, no two of one name
     ):
-        if not teachers: raise ValueError("An ensemble needs at least one teacher")
+        if not teachers:
+            raise ValueError("An ensemble needs at least one teacher")
         self.teachers, self.names = tuple(teachers), tuple(t.name for t in teachers)
-        if double := sorted({n for n in self.names if self.names.count(n) > 1}): raise ValueError(f"Two teachers are called {double[0]!r}; give different models or weights, or files of different names")
-        self.widths, self.scales = tuple(t.width for t in teachers), tuple(t.scale for t in teachers)
+        if double := sorted({n for n in self.names if self.names.count(n) > 1}):
+            raise ValueError(
+                f"Two teachers are called {double[0]!r}; give different models or weights, or files of different names"
+            )
+        self.widths, self.scales = (
+            tuple(t.width for t in teachers),
+            tuple(t.scale for t in teachers),
+        )
 
     @property
-    def side(self)->int: return max(t.side for t in self.teachers)
+    def side(self) -> int:
+        return max(t.side for t in self.teachers)
 
-    def image(self,
-        images:Sequence[Image.Image], # B, of any sizes
-        batch:int=64, # pictures at a time
-    )->dict[str,Tensor]: # name to `(B, D_k)` unit rows
+    def image(
+        self,
+        images: Sequence[Image.Image],  # B, of any sizes
+        batch: int = 64,  # pictures at a time
+    ) -> dict[str, Tensor]:  # name to `(B, D_k)` unit rows
         "Ask all members about pictures"
         images = list(images)
         ready = {p: p.batch(images) for p in dict.fromkeys(t.pixels for t in self.teachers)}
         return {t.name: t.embed(ready[t.pixels], batch) for t in self.teachers}
 
-    def text(self,
-        texts:Sequence[str], # B
-        batch:int=256, # texts at a time
-    )->dict[str,Tensor]: # name to `(B, D_k)` unit rows
+    def text(
+        self,
+        texts: Sequence[str],  # B
+        batch: int = 256,  # texts at a time
+    ) -> dict[str, Tensor]:  # name to `(B, D_k)` unit rows
         "Ask all members about texts"
         return {t.name: t.text(texts, batch) for t in self.teachers}
 
+
 def load_ensemble(
-    specs:Sequence[TeacherSpec], # in the order rows will be joined
-    device:str='cpu', # where they compute
-)->Ensemble:
+    specs: Sequence[TeacherSpec],  # in the order rows will be joined
+    device: str = 'cpu',  # where they compute
+) -> Ensemble:
     "Load teachers that are asked together"
     return Ensemble([load_teacher(s, device) for s in specs])
 
 # %% ../nbs/42_teachers.ipynb #6a04cc9e
 def join(
-    parts:Mapping[str,Tensor], # name to `(B, D_k)`, in the order of teachers
-)->Tensor: # `(B, D)`
+    parts: Mapping[str, Tensor],  # name to `(B, D_k)`, in the order of teachers
+) -> Tensor:  # `(B, D)`
     "Rows side by side, lengths untouched, as shards store them (MobileCLIP, released data)"
     return torch.cat(list(parts.values()), dim=-1)
 
+
 def split(
-    rows:Tensor, # `(..., D)`
-    widths:Sequence[int], # D_k, their sum is D
-)->tuple[Tensor,...]: # `(..., D_k)` each
+    rows: Tensor,  # `(..., D)`
+    widths: Sequence[int],  # D_k, their sum is D
+) -> tuple[Tensor, ...]:  # `(..., D_k)` each
     "Undo `join`"
-    if rows.shape[-1] != sum(widths): raise ValueError(f"Rows are {rows.shape[-1]} wide and teachers {tuple(widths)} give {sum(widths)}; these rows come from other teachers")
+    if rows.shape[-1] != sum(widths):
+        raise ValueError(
+            f"Rows are {rows.shape[-1]} wide and teachers {tuple(widths)} give {sum(widths)}; these rows come from other teachers"
+        )
     return torch.split(rows, list(widths), dim=-1)
 
+
 def joint(
-    parts:Mapping[str,Tensor], # name to `(B, D_k)`
-)->Tensor: # `(B, D)` unit rows
+    parts: Mapping[str, Tensor],  # name to `(B, D_k)`
+) -> Tensor:  # `(B, D)` unit rows
     "The ensemble's own row: unit rows side by side, scaled to length 1"
     return F.normalize(join({n: F.normalize(p, dim=-1) for n, p in parts.items()}), dim=-1)
 
 # %% ../nbs/42_teachers.ipynb #3a2bb0b6
 def class_rows(
-    teacher:Teacher|Ensemble, # who is asked
-    names:Sequence[str], # C classes
-    templates:Sequence[str]=('{}',), # each with one pair of braces
-)->dict[str,Tensor]: # teacher's name to `(C, D_k)` unit rows
+    teacher: Teacher | Ensemble,  # who is asked
+    names: Sequence[str],  # C classes
+    templates: Sequence[str] = ('{}',),  # each with one pair of braces
+) -> dict[str, Tensor]:  # teacher's name to `(C, D_k)` unit rows
     "What each teacher makes of class names (CLIP §3.1.4)"
     asked = teacher if isinstance(teacher, Ensemble) else Ensemble([teacher])
-    if bad := [t for t in templates if t.count('{}') != 1]: raise ValueError(f"The template {bad[0]!r} needs exactly one {{}} for the name")
+    if bad := [t for t in templates if t.count('{}') != 1]:
+        raise ValueError(f"The template {bad[0]!r} needs exactly one {{}} for the name")
     said = [asked.text([t.replace('{}', n) for n in names]) for t in templates]
     return {n: F.normalize(torch.stack([s[n] for s in said]).mean(0), dim=-1) for n in asked.names}
 
+
 def accuracy(
-    image:Tensor, # `(B, D)` rows
-    classes:Tensor, # `(C, D)` rows
-    labels:Tensor|Sequence[int], # `(B,)` classes
-)->float: # share of pictures whose class is first, 0–1
+    image: Tensor,  # `(B, D)` rows
+    classes: Tensor,  # `(C, D)` rows
+    labels: Tensor | Sequence[int],  # `(B,)` classes
+) -> float:  # share of pictures whose class is first, 0–1
     "Zero-shot accuracy of rows; a tie counts against them (CLIP §3.1)"
     labels, cosines = torch.as_tensor(labels).long(), image @ classes.T
-    if labels.shape != cosines.shape[:1]: raise ValueError(f"{len(cosines)} pictures need {len(cosines)} labels, one each; got {tuple(labels.shape)}")
-    if not len(labels): raise ValueError("No picture to judge")
-    if labels.min() < 0 or labels.max() >= len(classes): raise ValueError(f"Labels reach from {labels.min()} to {labels.max()}; with {len(classes)} classes they are 0 to {len(classes)-1}")
+    if labels.shape != cosines.shape[:1]:
+        raise ValueError(
+            f"{len(cosines)} pictures need {len(cosines)} labels, one each; got {tuple(labels.shape)}"
+        )
+    if not len(labels):
+        raise ValueError("No picture to judge")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"Labels reach from {labels.min()} to {labels.max()}; with {len(classes)} classes they are 0 to {len(classes) - 1}"
+        )
     best = cosines.gather(1, labels[:, None])
     return float(((cosines >= best).sum(1) == 1).double().mean())
 
+
 def compare(
-    image:Mapping[str,Tensor], # teacher's name to `(B, D_k)`
-    classes:Mapping[str,Tensor], # teacher's name to `(C, D_k)`
-    labels:Tensor|Sequence[int], # `(B,)` classes
-)->dict[str,float]: # teacher's name to accuracy, 0–1; with more than one, `ensemble` too
+    image: Mapping[str, Tensor],  # teacher's name to `(B, D_k)`
+    classes: Mapping[str, Tensor],  # teacher's name to `(C, D_k)`
+    labels: Tensor | Sequence[int],  # `(B,)` classes
+) -> dict[str, float]:  # teacher's name to accuracy, 0–1; with more than one, `ensemble` too
     "Zero-shot accuracy of each teacher and of all together (MobileCLIP Table 14)"
     each = {n: accuracy(image[n], classes[n], labels) for n in image}
-    return each | ({'ensemble': accuracy(joint(image), joint({n: classes[n] for n in image}), labels)} if len(image) > 1 else {})
+    return each | (
+        {'ensemble': accuracy(joint(image), joint({n: classes[n] for n in image}), labels)}
+        if len(image) > 1
+        else {}
+    )
 
 # %% ../nbs/42_teachers.ipynb #0ffa9da7
 class Reading(NamedTuple):
     "What a logit scale makes of a teacher"
-    teacher:str # name, or `ensemble`
-    scale:float # logit scale
-    nll:float # of the true partner, nats
-    entropy:float # of the targets, nats
 
-def _targets(image:Tensor, text:Tensor, scale:float)->Tensor: # `(2, B, B)` probabilities
+    teacher: str  # name, or `ensemble`
+    scale: float  # logit scale
+    nll: float  # of the true partner, nats
+    entropy: float  # of the targets, nats
+
+
+def _targets(image: Tensor, text: Tensor, scale: float) -> Tensor:  # `(2, B, B)` probabilities
     "Targets of pictures among texts and of texts among pictures"
-    logits = scale*image.double() @ text.double().T
+    logits = scale * image.double() @ text.double().T
     return torch.stack([logits.softmax(1), logits.T.softmax(1)])
 
+
 def sweep(
-    image:Mapping[str,Tensor], # teacher's name to `(B, D_k)` unit rows
-    text:Mapping[str,Tensor], # teacher's name to `(B, D_k)`; row `i` belongs to picture `i`
-    scales:Sequence[float]=(10., 20., 30., 50., 60., 70., 100., 150.), # to try
-)->list[Reading]: # by teacher, then scale
+    image: Mapping[str, Tensor],  # teacher's name to `(B, D_k)` unit rows
+    text: Mapping[str, Tensor],  # teacher's name to `(B, D_k)`; row `i` belongs to picture `i`
+    scales: Sequence[float] = (10.0, 20.0, 30.0, 50.0, 60.0, 70.0, 100.0, 150.0),  # to try
+) -> list[Reading]:  # by teacher, then scale
     "Read teachers at several logit scales (MobileCLIP2 Table 3)"
-    def read(name:str, s:float, p:Tensor)->Reading:
-        return Reading(name, s, -float(p.diagonal(dim1=1, dim2=2).clamp_min(1e-300).log().mean()), float(torch.special.entr(p).sum(-1).mean()))
-    if odd := [n for n in image if image[n].shape != text[n].shape]: raise ValueError(f"{odd[0]}: {len(image[odd[0]])} pictures and {len(text[odd[0]])} texts; a sweep needs pairs")
+
+    def read(name: str, s: float, p: Tensor) -> Reading:
+        return Reading(
+            name,
+            s,
+            -float(p.diagonal(dim1=1, dim2=2).clamp_min(1e-300).log().mean()),
+            float(torch.special.entr(p).sum(-1).mean()),
+        )
+
+    if odd := [n for n in image if image[n].shape != text[n].shape]:
+        raise ValueError(
+            f"{odd[0]}: {len(image[odd[0]])} pictures and {len(text[odd[0]])} texts; a sweep needs pairs"
+        )
     said = [read(n, s, _targets(image[n], text[n], s)) for n in image for s in scales]
-    if len(image) < 2: return said
-    return said + [read('ensemble', s, sum(_targets(image[n], text[n], s) for n in image)/len(image)) for s in scales]
+    if len(image) < 2:
+        return said
+    return said + [
+        read('ensemble', s, sum(_targets(image[n], text[n], s) for n in image) / len(image))
+        for s in scales
+    ]
+
 
 def best(
-    readings:Sequence[Reading], # of a sweep
-)->dict[str,Reading]: # by teacher
+    readings: Sequence[Reading],  # of a sweep
+) -> dict[str, Reading]:  # by teacher
     "The reading of each teacher that believes the true pairs most"
-    return {n: min((r for r in readings if r.teacher == n), key=lambda r: r.nll) for n in dict.fromkeys(r.teacher for r in readings)}
+    return {
+        n: min((r for r in readings if r.teacher == n), key=lambda r: r.nll)
+        for n in dict.fromkeys(r.teacher for r in readings)
+    }

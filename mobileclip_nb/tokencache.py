@@ -19,56 +19,78 @@ from .core import need
 from .text.tokens import EOT, PAD, SOT, clean, encode, merges, tables, tokenize
 
 # %% ../nbs/51_tokencache.ipynb #67c01fc2
-_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+" # as `WORD`, without the two special words; texts are in lower case already
+_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # as `WORD`, without the two special words; texts are in lower case already
+
 
 @lru_cache(1)
-def rust()->Any: # a `tokenizers.Tokenizer`
+def rust() -> Any:  # a `tokenizers.Tokenizer`
     "Build the library's tokenizer from our tables, once a process"
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     lib = need('tokenizers', 'train')
-    out = lib.Tokenizer(lib.models.BPE(tables()[1], list(merges()), end_of_word_suffix='</w>', cache_capacity=65_536))
+    out = lib.Tokenizer(
+        lib.models.BPE(
+            tables()[1], list(merges()), end_of_word_suffix='</w>', cache_capacity=65_536
+        )
+    )
     split = lib.pre_tokenizers.Split(lib.Regex(_WORD), 'removed', invert=True)
-    out.pre_tokenizer = lib.pre_tokenizers.Sequence([split, lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    out.pre_tokenizer = lib.pre_tokenizers.Sequence(
+        [split, lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     return out
 
+
 def cleaned(
-    text:str, # anything
-)->str: # what `clean` gives
+    text: str,  # anything
+) -> str:  # what `clean` gives
     "Clean a caption; plain ASCII without entities needs no mending"
-    return ' '.join(text.split()).lower() if text.isascii() and text.isprintable() and '&' not in text else clean(text)
+    return (
+        ' '.join(text.split()).lower()
+        if text.isascii() and text.isprintable() and '&' not in text
+        else clean(text)
+    )
+
 
 def rust_ids(
-    text:str, # anything
-)->list[int]: # what `encode` gives
+    text: str,  # anything
+) -> list[int]:  # what `encode` gives
     "The ids of a text, merged in Rust"
     plain = cleaned(text)
-    if 'ſ' in plain or '<start_of_text>' in plain or '<end_of_text>' in plain: return encode(text)
-    try: return rust().encode(plain, add_special_tokens=False).ids
-    except UnicodeEncodeError: return encode(text) # half a character
+    if 'ſ' in plain or '<start_of_text>' in plain or '<end_of_text>' in plain:
+        return encode(text)
+    try:
+        return rust().encode(plain, add_special_tokens=False).ids
+    except UnicodeEncodeError:
+        return encode(text)  # half a character
 
 # %% ../nbs/51_tokencache.ipynb #05e60e68
 class TokenCache:
     "Token rows of captions, as `tokenize` makes them, remembered"
-    def __init__(self,
-        context:int=77, # tokens a row, padding included
-        tokens:Callable[[list[str],int],Tensor]|None=None, # another model's, which is only remembered; None is CLIP's
-        most:int=200_000, # rows kept; 77 numbers of four bytes each
+
+    def __init__(
+        self,
+        context: int = 77,  # tokens a row, padding included
+        tokens: Callable[[list[str], int], Tensor]
+        | None = None,  # another model's, which is only remembered; None is CLIP's
+        most: int = 200_000,  # rows kept; 77 numbers of four bytes each
     ):
         self.context, self.tokens, self.most, self.rows = context, tokens, most, {}
         self.ids = rust_ids if importlib.util.find_spec('tokenizers') else encode
 
-    def __getitem__(self, text:str)->np.ndarray: # `(T,)` int32, not to be written to
+    def __getitem__(self, text: str) -> np.ndarray:  # `(T,)` int32, not to be written to
         "The row of a caption"
         row = self.rows.get(text)
         if row is None:
             row = self._made(text)
-            if len(self.rows) >= self.most: self.rows.clear()
+            if len(self.rows) >= self.most:
+                self.rows.clear()
             self.rows[text] = row
         return row
 
-    def _made(self, text:str)->np.ndarray:
+    def _made(self, text: str) -> np.ndarray:
         "A row that was not there"
-        if self.tokens: return self.tokens([text], self.context)[0].numpy().astype(np.int32)
-        ids = [SOT, *self.ids(text)[:self.context-2], EOT]
-        row = np.full(self.context, PAD, np.int32); row[:len(ids)] = ids
+        if self.tokens:
+            return self.tokens([text], self.context)[0].numpy().astype(np.int32)
+        ids = [SOT, *self.ids(text)[: self.context - 2], EOT]
+        row = np.full(self.context, PAD, np.int32)
+        row[: len(ids)] = ids
         return row

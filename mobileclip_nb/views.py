@@ -19,7 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .augment import AugmentSpec, apply, unpack
-from .batches import STILL, Batch, Batches, BatchSpec, Jitter, as_input, picked, seeded, tokenized
+from mobileclip_nb.batches import (
+    STILL,
+    Batch,
+    Batches,
+    BatchSpec,
+    Jitter,
+    as_input,
+    picked,
+    seeded,
+    tokenized,
+)
 from .core import near
 from .shards.files import Skips, read_shard
 from .shards.limits import Faulty
@@ -31,188 +41,341 @@ from .text.tokens import tokenize
 @dataclass(frozen=True, eq=False)
 class Seen:
     "Pictures seen several times over, with what was said of them and what teachers thought"
-    images:Tensor # uint8 `(N, A, S, S, 3)`
-    captions:tuple[tuple[str,...],...] # N times one or more true captions
-    synthetic:tuple[tuple[str,...],...]=() # N times one or more, or nothing at all
-    image_rows:Tensor|None=None # `(N, A, D)`, of each view
-    text_rows:Tensor|None=None # `(M, D)`, of each true caption, in order
-    syn_rows:Tensor|None=None # of each synthetic caption, in order
-    names:tuple[str,...]=() # of the teachers
-    widths:tuple[int,...]=() # columns of each teacher
-    scales:tuple[float,...]=() # logit scale of each teacher
-    keys:tuple[str,...]=() # N, of the samples
 
-    def __post_init__(self)->None:
+    images: Tensor  # uint8 `(N, A, S, S, 3)`
+    captions: tuple[tuple[str, ...], ...]  # N times one or more true captions
+    synthetic: tuple[tuple[str, ...], ...] = ()  # N times one or more, or nothing at all
+    image_rows: Tensor | None = None  # `(N, A, D)`, of each view
+    text_rows: Tensor | None = None  # `(M, D)`, of each true caption, in order
+    syn_rows: Tensor | None = None  # of each synthetic caption, in order
+    names: tuple[str, ...] = ()  # of the teachers
+    widths: tuple[int, ...] = ()  # columns of each teacher
+    scales: tuple[float, ...] = ()  # logit scale of each teacher
+    keys: tuple[str, ...] = ()  # N, of the samples
+
+    def __post_init__(self) -> None:
         n, a = self.images.shape[:2]
-        for name, rows, want in (('image_rows', self.image_rows, (n, a)), ('text_rows', self.text_rows, (sum(map(len, self.captions)),)), ('syn_rows', self.syn_rows, (sum(map(len, self.synthetic)),))):
+        for name, rows, want in (
+            ('image_rows', self.image_rows, (n, a)),
+            ('text_rows', self.text_rows, (sum(map(len, self.captions)),)),
+            ('syn_rows', self.syn_rows, (sum(map(len, self.synthetic)),)),
+        ):
             if rows is not None and tuple(rows.shape) != (*want, sum(self.widths)):
-                raise ValueError(f"{name} has shape {tuple(rows.shape)}; these pictures, captions and teachers need {(*want, sum(self.widths))}")
-        if len(self.captions) != n or self.synthetic and len(self.synthetic) != n: raise ValueError(f"{n} pictures, but {len(self.captions)} lists of captions and {len(self.synthetic)} of synthetic ones")
+                raise ValueError(
+                    f"{name} has shape {tuple(rows.shape)}; these pictures, captions and teachers need {(*want, sum(self.widths))}"
+                )
+        if len(self.captions) != n or self.synthetic and len(self.synthetic) != n:
+            raise ValueError(
+                f"{n} pictures, but {len(self.captions)} lists of captions and {len(self.synthetic)} of synthetic ones"
+            )
 
-    def __len__(self)->int: return len(self.images)
+    def __len__(self) -> int:
+        return len(self.images)
 
 # %% ../nbs/53_views.ipynb #7459fddc
 class Views(Seen):
     "Reinforced pictures in memory"
-    def with_captions(self,
-        captions:Sequence[str|Sequence[str]], # N; one text each or several
-        text_rows:Tensor|np.ndarray|None=None, # `(M, D)` for these captions, in order; None leaves the true captions without
-    )->'Views':
+
+    def with_captions(
+        self,
+        captions: Sequence[str | Sequence[str]],  # N; one text each or several
+        text_rows: Tensor
+        | np.ndarray
+        | None = None,  # `(M, D)` for these captions, in order; None leaves the true captions without
+    ) -> 'Views':
         "The same pictures with other true captions, and the rows that belong to those"
         texts = tuple((c,) if isinstance(c, str) else tuple(c) for c in captions)
-        return replace(self, captions=texts, text_rows=None if text_rows is None else torch.as_tensor(text_rows))
+        return replace(
+            self,
+            captions=texts,
+            text_rows=None if text_rows is None else torch.as_tensor(text_rows),
+        )
 
-    def teachers(self,
-        *which:str|int, # names or numbers; none leaves no rows at all
-    )->'Views':
+    def teachers(
+        self,
+        *which: str | int,  # names or numbers; none leaves no rows at all
+    ) -> 'Views':
         "The same pictures as fewer teachers saw them"
         for w in which:
-            if w not in self.names and w not in range(len(self.names)): raise KeyError(f"No teacher {w!r}.{near(str(w), self.names)} There are {', '.join(self.names) or 'none'}")
+            if w not in self.names and w not in range(len(self.names)):
+                raise KeyError(
+                    f"No teacher {w!r}.{near(str(w), self.names)} There are {', '.join(self.names) or 'none'}"
+                )
         k = [w if isinstance(w, int) else self.names.index(w) for w in which]
-        def cut(rows:Tensor|None)->Tensor|None:
-            return None if rows is None or not k else torch.cat([rows.split(self.widths, -1)[i] for i in k], -1)
-        return replace(self, image_rows=cut(self.image_rows), text_rows=cut(self.text_rows), syn_rows=cut(self.syn_rows),
-                       **{f: tuple(getattr(self, f)[i] for i in k) for f in ('names', 'widths', 'scales')})
 
-    def take(self,
-        index:Sequence[int]|Tensor, # which pictures, in this order
-    )->'Views':
+        def cut(rows: Tensor | None) -> Tensor | None:
+            return (
+                None
+                if rows is None or not k
+                else torch.cat([rows.split(self.widths, -1)[i] for i in k], -1)
+            )
+
+        return replace(
+            self,
+            image_rows=cut(self.image_rows),
+            text_rows=cut(self.text_rows),
+            syn_rows=cut(self.syn_rows),
+            **{f: tuple(getattr(self, f)[i] for i in k) for f in ('names', 'widths', 'scales')},
+        )
+
+    def take(
+        self,
+        index: Sequence[int] | Tensor,  # which pictures, in this order
+    ) -> 'Views':
         "Some of the pictures"
         index = [int(i) for i in index]
-        return replace(self, images=self.images[index], captions=tuple(self.captions[i] for i in index), synthetic=tuple(self.synthetic[i] for i in index) if self.synthetic else (),
-                       image_rows=None if self.image_rows is None else self.image_rows[index], text_rows=_taken(self.text_rows, self.captions, index),
-                       syn_rows=_taken(self.syn_rows, self.synthetic, index), keys=tuple(self.keys[i] for i in index) if self.keys else ())
+        return replace(
+            self,
+            images=self.images[index],
+            captions=tuple(self.captions[i] for i in index),
+            synthetic=tuple(self.synthetic[i] for i in index) if self.synthetic else (),
+            image_rows=None if self.image_rows is None else self.image_rows[index],
+            text_rows=_taken(self.text_rows, self.captions, index),
+            syn_rows=_taken(self.syn_rows, self.synthetic, index),
+            keys=tuple(self.keys[i] for i in index) if self.keys else (),
+        )
 
 # %% ../nbs/53_views.ipynb #220c1708
-def _taken(rows:Tensor|None, texts:Sequence[Sequence[str]], index:Sequence[int])->Tensor|None:
+def _taken(
+    rows: Tensor | None, texts: Sequence[Sequence[str]], index: Sequence[int]
+) -> Tensor | None:
     "Rows of the captions of some pictures"
-    if rows is None: return None
+    if rows is None:
+        return None
     ends = [0, *accumulate(map(len, texts))]
-    return rows[[r for i in index for r in range(ends[i], ends[i+1])]]
+    return rows[[r for i in index for r in range(ends[i], ends[i + 1])]]
 
 # %% ../nbs/53_views.ipynb #ec31640e
 @dataclass
 class _Gathered:
     "What one sample gives"
-    key:str
-    views:np.ndarray # uint8 `(A, S, S, 3)`
-    captions:tuple[str,...]
-    synthetic:tuple[str,...]
-    image:np.ndarray|None # `(A, D)`
-    text:np.ndarray|None # a row a caption
-    syn:np.ndarray|None # a row a synthetic caption
+
+    key: str
+    views: np.ndarray  # uint8 `(A, S, S, 3)`
+    captions: tuple[str, ...]
+    synthetic: tuple[str, ...]
+    image: np.ndarray | None  # `(A, D)`
+    text: np.ndarray | None  # a row a caption
+    syn: np.ndarray | None  # a row a synthetic caption
+
 
 def replayed(
-    sample:Sample, # with image and parameters
-    augment:AugmentSpec, # what the parameters mean
-    side:int, # pixels
-    n_views:int|None=None, # the first so many; None is all
-    decode:str='upright', # one of `sources.DECODES`
-    rescale:bool=False, # of translations, by side over generation side
-)->np.ndarray: # uint8 `(A, side, side, 3)`
+    sample: Sample,  # with image and parameters
+    augment: AugmentSpec,  # what the parameters mean
+    side: int,  # pixels
+    n_views: int | None = None,  # the first so many; None is all
+    decode: str = 'upright',  # one of `sources.DECODES`
+    rescale: bool = False,  # of translations, by side over generation side
+) -> np.ndarray:  # uint8 `(A, side, side, 3)`
     "Perform the stored augmentations of a sample, all on one decoded picture"
     image, rows = decoded(sample.image, decode), sample.param_aug[:n_views]
-    if n_views and len(rows) < n_views: raise Faulty('params', f'it stores {len(rows)} augmentations, and {n_views} were asked for')
-    try: return np.stack([np.asarray(apply(augment, image, unpack(augment, row), side, rescale)) for row in rows])
-    except ValueError as e: raise Faulty('crop' if 'outside this picture' in str(e) else 'params', str(e)) from e
+    if n_views and len(rows) < n_views:
+        raise Faulty('params', f'it stores {len(rows)} augmentations, and {n_views} were asked for')
+    try:
+        return np.stack(
+            [np.asarray(apply(augment, image, unpack(augment, row), side, rescale)) for row in rows]
+        )
+    except ValueError as e:
+        raise Faulty('crop' if 'outside this picture' in str(e) else 'params', str(e)) from e
 
 # %% ../nbs/53_views.ipynb #f6c7de9f
 def load_views(
-    place:str|Path|Iterable[Sample], # shards as `list_shards` takes them, or samples
-    side:int, # pixels, of the student
-    n_views:int|None=None, # the first so many stored augmentations; None is all
-    limit:int|None=None, # the first so many samples
-    source:Source|None=None, # what is known; None looks beside the shards
-    dtype:torch.dtype=torch.float32, # of rows; float16 halves them
-    rescale:bool=False, # of translations, by side over generation side
-    skips:Skips|None=None, # is filled: samples kept, refused, and why
-    progress:bool=True, # draw a progress bar
-)->Views:
+    place: str | Path | Iterable[Sample],  # shards as `list_shards` takes them, or samples
+    side: int,  # pixels, of the student
+    n_views: int | None = None,  # the first so many stored augmentations; None is all
+    limit: int | None = None,  # the first so many samples
+    source: Source | None = None,  # what is known; None looks beside the shards
+    dtype: torch.dtype = torch.float32,  # of rows; float16 halves them
+    rescale: bool = False,  # of translations, by side over generation side
+    skips: Skips | None = None,  # is filled: samples kept, refused, and why
+    progress: bool = True,  # draw a progress bar
+) -> Views:
     "Read reinforced shards into memory: every picture decoded once, every stored view performed"
     is_place, skips = isinstance(place, (str, Path)), Skips() if skips is None else skips
     source = source or (source_of(place) if is_place else None)
-    if source is None or source.augment is None: raise ValueError("Nothing tells what the stored augmentations mean: there is no manifest of ours and no config.json. Give source=source_of(place, augment=...)")
-    samples = (s for u in source.shards for s in read_shard(u, skips, wants=('image', 'captions', 'param_aug'), widths=source.widths)) if is_place else iter(place)
+    if source is None or source.augment is None:
+        raise ValueError(
+            "Nothing tells what the stored augmentations mean: there is no manifest of ours and no config.json. Give source=source_of(place, augment=...)"
+        )
+    samples = (
+        (
+            s
+            for u in source.shards
+            for s in read_shard(
+                u, skips, wants=('image', 'captions', 'param_aug'), widths=source.widths
+            )
+        )
+        if is_place
+        else iter(place)
+    )
     out = []
-    for s in tqdm(islice(samples, limit), 'views', unit=' samples', disable=not progress, leave=False):
-        try: views = replayed(s, source.augment, side, n_views, source.decode, rescale)
-        except Faulty as e: skips.kept -= is_place; skips.add(e.reason, source.place, s.key, e.detail); continue
+    for s in tqdm(
+        islice(samples, limit), 'views', unit=' samples', disable=not progress, leave=False
+    ):
+        try:
+            views = replayed(s, source.augment, side, n_views, source.decode, rescale)
+        except Faulty as e:
+            skips.kept -= is_place
+            skips.add(e.reason, source.place, s.key, e.detail)
+            continue
         out.append(_gathered(s, views))
-    if not out: raise ValueError(f"No sample of {source.place} can be read.\n{skips}")
+    if not out:
+        raise ValueError(f"No sample of {source.place} can be read.\n{skips}")
     return _joined(out, source, dtype)
 
 # %% ../nbs/53_views.ipynb #28b53502
-def _gathered(s:Sample, views:np.ndarray)->_Gathered:
+def _gathered(s: Sample, views: np.ndarray) -> _Gathered:
     "Bring one sample's captions and rows into one order"
     syn = [k for k in sorted(s.synthetic) if not s.text_emb or k in s.text_emb]
     rows = np.concatenate([s.text_emb[k] for k in syn]) if syn and s.text_emb else None
-    return _Gathered(s.key, views, s.captions, tuple(t for k in syn for t in s.synthetic[k]), None if s.image_emb is None else s.image_emb[:len(views)], s.text_emb.get('text'), rows)
+    return _Gathered(
+        s.key,
+        views,
+        s.captions,
+        tuple(t for k in syn for t in s.synthetic[k]),
+        None if s.image_emb is None else s.image_emb[: len(views)],
+        s.text_emb.get('text'),
+        rows,
+    )
 
-def _joined(out:Sequence[_Gathered], source:Source, dtype:torch.dtype)->Views:
+
+def _joined(out: Sequence[_Gathered], source: Source, dtype: torch.dtype) -> Views:
     "Put samples side by side; a kind of rows that some lack is refused"
-    def rows(name:str, how:Callable)->Tensor|None:
+
+    def rows(name: str, how: Callable) -> Tensor | None:
         have = [x for g in out if (x := getattr(g, name)) is not None]
-        if have and len(have) < len(out): raise ValueError(f"{len(out)-len(have)} of {len(out)} samples lack rows of {name}; reinforce the shards again, or leave those out")
+        if have and len(have) < len(out):
+            raise ValueError(
+                f"{len(out) - len(have)} of {len(out)} samples lack rows of {name}; reinforce the shards again, or leave those out"
+            )
         return torch.from_numpy(how(have)).to(dtype) if have else None
+
     counts = {len(g.views) for g in out}
-    if len(counts) > 1: raise ValueError(f"Samples store {min(counts)} to {max(counts)} augmentations; ask for n_views={min(counts)}")
+    if len(counts) > 1:
+        raise ValueError(
+            f"Samples store {min(counts)} to {max(counts)} augmentations; ask for n_views={min(counts)}"
+        )
     syn = tuple(g.synthetic for g in out)
-    if any(syn) and not all(syn): raise ValueError(f"{sum(not s for s in syn)} of {len(syn)} samples have no synthetic captions; reinforce the shards again, or leave those out")
-    image, text, synthetic = rows('image', np.stack), rows('text', np.concatenate), rows('syn', np.concatenate)
+    if any(syn) and not all(syn):
+        raise ValueError(
+            f"{sum(not s for s in syn)} of {len(syn)} samples have no synthetic captions; reinforce the shards again, or leave those out"
+        )
+    image, text, synthetic = (
+        rows('image', np.stack),
+        rows('text', np.concatenate),
+        rows('syn', np.concatenate),
+    )
     width = next((r.shape[-1] for r in (image, text, synthetic) if r is not None), 0)
-    known = source.widths if sum(source.widths) == width else (width,)*bool(width)
-    names, scales = (source.teachers, source.scales) if known == source.widths else (('teacher',)*bool(width), (100.,)*bool(width))
-    return Views(torch.from_numpy(np.stack([g.views for g in out])), tuple(g.captions for g in out), syn if any(syn) else (), image, text, synthetic,
-                 names, known, scales, tuple(g.key for g in out))
+    known = source.widths if sum(source.widths) == width else (width,) * bool(width)
+    names, scales = (
+        (source.teachers, source.scales)
+        if known == source.widths
+        else (('teacher',) * bool(width), (100.0,) * bool(width))
+    )
+    return Views(
+        torch.from_numpy(np.stack([g.views for g in out])),
+        tuple(g.captions for g in out),
+        syn if any(syn) else (),
+        image,
+        text,
+        synthetic,
+        names,
+        known,
+        scales,
+        tuple(g.key for g in out),
+    )
 
 # %% ../nbs/53_views.ipynb #42482811
 @dataclass(frozen=True, repr=False)
 class ViewSpec(BatchSpec, id_name='ViewSpec'):
     "What tells one stream of batches from another over the same views"
-    jitter:Jitter=STILL # on top of the stored augmentation, which no teacher saw
-    synthetic:bool=True # whether a batch carries a synthetic caption beside the true one
 
-def _row(rows:Tensor|None, at:Tensor|tuple[Tensor,...])->Tensor|None:
+    jitter: Jitter = STILL  # on top of the stored augmentation, which no teacher saw
+    synthetic: bool = True  # whether a batch carries a synthetic caption beside the true one
+
+
+def _row(rows: Tensor | None, at: Tensor | tuple[Tensor, ...]) -> Tensor | None:
     "Some rows, float32"
     return None if rows is None else rows[at].float()
 
 # %% ../nbs/53_views.ipynb #3014a8ee
 class ViewBatches(Batches):
     "Batches of stored views, each a function of its step number"
-    def __init__(self,
-        views:Views,
-        spec:ViewSpec=ViewSpec(),
-        tokens:Callable[[list[str],int],Tensor]=tokenize, # texts and context length to ids
+
+    def __init__(
+        self,
+        views: Views,
+        spec: ViewSpec = ViewSpec(),
+        tokens: Callable[[list[str], int], Tensor] = tokenize,  # texts and context length to ids
     ):
-        self.data, self.spec, self.batch, self._epoch, self._order = views, spec, spec.batch, None, None
-        self.per_epoch = len(views)//spec.batch # steps
-        if not self.per_epoch: raise ValueError(f"{len(views)} pictures do not fill a batch of {spec.batch}. Use batch={len(views)} or less")
+        self.data, self.spec, self.batch, self._epoch, self._order = (
+            views,
+            spec,
+            spec.batch,
+            None,
+            None,
+        )
+        self.per_epoch = len(views) // spec.batch  # steps
+        if not self.per_epoch:
+            raise ValueError(
+                f"{len(views)} pictures do not fill a batch of {spec.batch}. Use batch={len(views)} or less"
+            )
         if views.text_rows is not None and tuple(spec.templates) != ('{}',):
-            raise ValueError(f"templates={spec.templates!r} would change the captions that the teachers' rows belong to. Leave templates out, or take views.teachers() without any teacher")
+            raise ValueError(
+                f"templates={spec.templates!r} would change the captions that the teachers' rows belong to. Leave templates out, or take views.teachers() without any teacher"
+            )
         self.texts = tokenized(views.captions, spec.templates, spec.context, tokens)
-        self.syn = tokenized(views.synthetic, ('{}',), spec.context, tokens) if spec.synthetic and views.synthetic else None
+        self.syn = (
+            tokenized(views.synthetic, ('{}',), spec.context, tokens)
+            if spec.synthetic and views.synthetic
+            else None
+        )
 
     @property
-    def id(self)->str:
+    def id(self) -> str:
         "Ten hexadecimal digits that change with pictures, captions, rows, spec and tokens"
         v = self.data
-        said = json.dumps([self.spec.to_dict(), v.captions, v.synthetic, list(v.images.shape), v.names, v.widths])
-        held = (v.images, v.image_rows, v.text_rows, v.syn_rows, self.texts.tokens, self.syn and self.syn.tokens)
-        return hashlib.sha256(f'{said}{[zlib.crc32(np.ascontiguousarray(t.numpy())) for t in held if t is not None]}'.encode()).hexdigest()[:10]
+        said = json.dumps(
+            [self.spec.to_dict(), v.captions, v.synthetic, list(v.images.shape), v.names, v.widths]
+        )
+        held = (
+            v.images,
+            v.image_rows,
+            v.text_rows,
+            v.syn_rows,
+            self.texts.tokens,
+            self.syn and self.syn.tokens,
+        )
+        return hashlib.sha256(
+            f'{said}{[zlib.crc32(np.ascontiguousarray(t.numpy())) for t in held if t is not None]}'.encode()
+        ).hexdigest()[:10]
 
-    def batch_at(self,
-        step:int, # counted from 0 over all epochs
-    )->Batch:
+    def batch_at(
+        self,
+        step: int,  # counted from 0 over all epochs
+    ) -> Batch:
         "The batch of a step, always the same"
         epoch, k = divmod(step, self.per_epoch)
-        index = self.order(epoch)[k*self.batch:(k+1)*self.batch]
+        index = self.order(epoch)[k * self.batch : (k + 1) * self.batch]
         g, s, v, n = seeded(self.spec.seed, 'views', step), self.spec, self.data, len(index)
         u = torch.rand(3, n, generator=g)
-        view = (u[0]*v.images.shape[1]).long()
+        view = (u[0] * v.images.shape[1]).long()
         template = torch.randint(len(s.templates), (n,), generator=g)
         caption = picked(self.texts, index, u[1])
         x = as_input(v.images[index, view], s, g)
-        out = Batch(x, self.texts.tokens[template, caption].long(), index, self.texts.label[caption], image_emb=_row(v.image_rows, (index, view)), text_emb=_row(v.text_rows, caption))
-        if not self.syn: return out
+        out = Batch(
+            x,
+            self.texts.tokens[template, caption].long(),
+            index,
+            self.texts.label[caption],
+            image_emb=_row(v.image_rows, (index, view)),
+            text_emb=_row(v.text_rows, caption),
+        )
+        if not self.syn:
+            return out
         said = picked(self.syn, index, u[2])
-        return out._replace(syn=self.syn.tokens[0, said].long(), syn_label=self.syn.label[said], syn_emb=_row(v.syn_rows, said))
+        return out._replace(
+            syn=self.syn.tokens[0, said].long(),
+            syn_label=self.syn.label[said],
+            syn_emb=_row(v.syn_rows, said),
+        )

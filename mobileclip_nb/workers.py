@@ -17,168 +17,284 @@ from typing import Any, NamedTuple, Self
 # %% ../nbs/08_workers.ipynb #f11093f9
 class Ahead:
     "Run an iterator in a thread, at most `depth` items ahead of whoever reads"
-    def __init__(self,
-        items:Iterable[Any], # is closed when the reader leaves, if it can be
-        depth:int, # items that may wait
-        patience:float|None=None, # seconds to wait for the thread when the reader leaves; None is for ever
+
+    def __init__(
+        self,
+        items: Iterable[Any],  # is closed when the reader leaves, if it can be
+        depth: int,  # items that may wait
+        patience: float
+        | None = None,  # seconds to wait for the thread when the reader leaves; None is for ever
     ):
-        self.items, self.queue, self.stop, self.patience = items, queue.Queue(depth), threading.Event(), patience
+        self.items, self.queue, self.stop, self.patience = (
+            items,
+            queue.Queue(depth),
+            threading.Event(),
+            patience,
+        )
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def _put(self, x:tuple[str,Any])->bool: # False: nobody wants it any more
+    def _put(self, x: tuple[str, Any]) -> bool:  # False: nobody wants it any more
         while not self.stop.is_set():
-            try: self.queue.put(x, timeout=.1); return True
-            except queue.Full: pass
+            try:
+                self.queue.put(x, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
         return False
 
-    def _work(self)->None:
+    def _work(self) -> None:
         end = ('end', None)
         try:
             for x in self.items:
-                if not self._put(('item', x)): break
-        except BaseException as e: end = ('error', e)
+                if not self._put(('item', x)):
+                    break
+        except BaseException as e:
+            end = ('error', e)
         finally:
-            if hasattr(self.items, 'close'): self.items.close()
+            if hasattr(self.items, 'close'):
+                self.items.close()
         self._put(end)
 
-    def __iter__(self)->Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:
         while not self.stop.is_set():
-            try: kind, x = self.queue.get(timeout=.1)
-            except queue.Empty: continue
-            if kind == 'item': yield x; continue
+            try:
+                kind, x = self.queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if kind == 'item':
+                yield x
+                continue
             self.stop.set()
-            if kind == 'error': raise x
+            if kind == 'error':
+                raise x
 
-    def close(self)->None:
+    def close(self) -> None:
         "Stop the thread, and wait until it has laid down what it was doing"
-        self.stop.set(); self.thread.join(self.patience)
+        self.stop.set()
+        self.thread.join(self.patience)
 
-    def __enter__(self)->Self: return self
-    def __exit__(self, *error:Any)->None: self.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
 # %% ../nbs/08_workers.ipynb #7378e17e
-def _obey(parent:Any, born:int)->None: # as a process; the number it has for us
+def _obey(parent: Any, born: int) -> None:  # as a process; the number it has for us
     "End this process when its parent says so, or is gone"
     while parent.is_alive() and os.getppid() == born:
-        told = signal.sigtimedwait({signal.SIGTERM}, .5) if hasattr(signal, 'sigtimedwait') else parent.join(.5)
-        if told and told.si_pid == parent.pid: os._exit(0)
+        told = (
+            signal.sigtimedwait({signal.SIGTERM}, 0.5)
+            if hasattr(signal, 'sigtimedwait')
+            else parent.join(0.5)
+        )
+        if told and told.si_pid == parent.pid:
+            os._exit(0)
     os._exit(1)
 
-def loyal()->None:
+
+def loyal() -> None:
     "Let this process hear its parent alone, and end with it: deaf to Ctrl-C, and to a SIGTERM from anybody else"
-    if multiprocessing.parent_process() is None: raise RuntimeError("Only a process that multiprocessing started has a parent to be loyal to; call loyal() in a worker")
+    if multiprocessing.parent_process() is None:
+        raise RuntimeError(
+            "Only a process that multiprocessing started has a parent to be loyal to; call loyal() in a worker"
+        )
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, 'sigtimedwait'):
-        signal.signal(signal.SIGTERM, lambda number, frame: None)              # where a library's thread catches it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})             # threads that start from now on leave it to `_obey`
-    threading.Thread(target=_obey, args=(multiprocessing.parent_process(), os.getppid()), daemon=True).start()
+        signal.signal(
+            signal.SIGTERM, lambda number, frame: None
+        )  # where a library's thread catches it
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGTERM}
+        )  # threads that start from now on leave it to `_obey`
+    threading.Thread(
+        target=_obey, args=(multiprocessing.parent_process(), os.getppid()), daemon=True
+    ).start()
 
 # %% ../nbs/08_workers.ipynb #9b712af5
 class Event(NamedTuple):
     "What a worker has to tell"
-    kind:str # `ready`, `done`, `failed`, `fatal` (it cannot go on), `end`, or what else the work tells
-    name:str='' # of the job
-    value:Any=None # plain numbers, strings, dictionaries
 
-def _serve(pipe:Connection, work:Callable[...,Iterator[Event]], arguments:tuple)->None:
+    kind: str  # `ready`, `done`, `failed`, `fatal` (it cannot go on), `end`, or what else the work tells
+    name: str = ''  # of the job
+    value: Any = None  # plain numbers, strings, dictionaries
+
+
+def _serve(pipe: Connection, work: Callable[..., Iterator[Event]], arguments: tuple) -> None:
     "A worker process from beginning to end"
     loyal()
     try:
-        for e in work(iter(pipe.recv, None), *arguments): pipe.send(e)
+        for e in work(iter(pipe.recv, None), *arguments):
+            pipe.send(e)
         pipe.send(Event('over'))
-    except Exception as e: pipe.send(Event('fatal', value=dict(errno=getattr(e, 'errno', None), told=f'{type(e).__name__}: {e}')))
+    except Exception as e:
+        pipe.send(
+            Event(
+                'fatal',
+                value=dict(errno=getattr(e, 'errno', None), told=f'{type(e).__name__}: {e}'),
+            )
+        )
 
 # %% ../nbs/08_workers.ipynb #c89ffb3a
 class _Crew:
     "Worker processes, the jobs in their hands, and the jobs that wait"
-    def __init__(self, jobs:Sequence[Any], start:Callable[[Connection],Any], lost:Callable[[Any,str],Event]):
+
+    def __init__(
+        self,
+        jobs: Sequence[Any],
+        start: Callable[[Connection], Any],
+        lost: Callable[[Any, str], Event],
+    ):
         self.waiting, self.start, self.lost = deque(jobs), start, lost
         self.hands, self.process, self.over, self.suspects = {}, {}, False, set()
 
-    def hire(self)->None:
+    def hire(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        self.process[ours] = self.start(theirs); theirs.close()
-        self.hands[ours] = None                             # not ready yet
+        self.process[ours] = self.start(theirs)
+        theirs.close()
+        self.hands[ours] = None  # not ready yet
 
-    def feed(self)->None:
+    def feed(self) -> None:
         "Everybody gets one job, and a second one if enough are left for all"
         for most in (1, 2):
             for pipe, hand in self.hands.items():
-                if hand is None or len(hand) >= most or len(self.waiting) <= (most-1)*sum(not h for h in self.hands.values()): continue
+                if (
+                    hand is None
+                    or len(hand) >= most
+                    or len(self.waiting) <= (most - 1) * sum(not h for h in self.hands.values())
+                ):
+                    continue
                 if not hand or not self.suspects & {hand[0].name, self.waiting[0].name}:
-                    hand.append(self.waiting.popleft()); self.send(pipe, hand[-1])
-        if not self.over and not self.waiting and not any(h is None or h for h in self.hands.values()):
-            for pipe in self.hands: self.send(pipe, None)
+                    hand.append(self.waiting.popleft())
+                    self.send(pipe, hand[-1])
+        if (
+            not self.over
+            and not self.waiting
+            and not any(h is None or h for h in self.hands.values())
+        ):
+            for pipe in self.hands:
+                self.send(pipe, None)
             self.over = True
 
-    def send(self, pipe:Connection, x:Any)->None:
-        try: pipe.send(x)
-        except OSError: pass                                # it is dead, which `wait` will tell
+    def send(self, pipe: Connection, x: Any) -> None:
+        try:
+            pipe.send(x)
+        except OSError:
+            pass  # it is dead, which `wait` will tell
 
-    def dead(self, pipe:Connection)->Event|None:
+    def dead(self, pipe: Connection) -> Event | None:
         "Report what a dead worker was working on alone, or put it back; and replace the worker"
-        p, hand = self.process.pop(pipe), self.hands.pop(pipe); p.join()
-        if self.over: return None
-        how = f'killed by signal {-p.exitcode} (out of memory?)' if p.exitcode < 0 else f'exit code {p.exitcode}'
-        if hand is None: raise RuntimeError(f"A worker process ended ({how}) before it was ready. Try one worker, which shows what happens")
-        if len(hand) > 1: self.suspects |= {j.name for j in hand}; self.waiting.extendleft(reversed(hand))
-        if self.waiting: self.hire()
-        return self.lost(hand[0], f'the worker process that had it ended: {how}') if len(hand) == 1 else None
+        p, hand = self.process.pop(pipe), self.hands.pop(pipe)
+        p.join()
+        if self.over:
+            return None
+        how = (
+            f'killed by signal {-p.exitcode} (out of memory?)'
+            if p.exitcode < 0
+            else f'exit code {p.exitcode}'
+        )
+        if hand is None:
+            raise RuntimeError(
+                f"A worker process ended ({how}) before it was ready. Try one worker, which shows what happens"
+            )
+        if len(hand) > 1:
+            self.suspects |= {j.name for j in hand}
+            self.waiting.extendleft(reversed(hand))
+        if self.waiting:
+            self.hire()
+        return (
+            self.lost(hand[0], f'the worker process that had it ended: {how}')
+            if len(hand) == 1
+            else None
+        )
 
-    def stop(self)->None:
-        for p in self.process.values(): p.kill()
-        for p in self.process.values(): p.join()
+    def stop(self) -> None:
+        for p in self.process.values():
+            p.kill()
+        for p in self.process.values():
+            p.join()
 
 # %% ../nbs/08_workers.ipynb #ff977a6e
-def _told(crew:_Crew, pipe:Connection)->Event|None: # None: nothing to tell
+def _told(crew: _Crew, pipe: Connection) -> Event | None:  # None: nothing to tell
     "One event of one worker, with what follows from it"
-    try: e = pipe.recv()
-    except (EOFError, ConnectionError): return crew.dead(pipe)
+    try:
+        e = pipe.recv()
+    except (EOFError, ConnectionError):
+        return crew.dead(pipe)
     if e.kind == 'fatal':
         told = f"A worker cannot go on: {e.value['told']}"
         raise OSError(e.value['errno'], told) if e.value['errno'] else RuntimeError(told)
-    if e.kind == 'ready': crew.hands[pipe] = []
-    if e.kind in ('done', 'failed'): crew.hands[pipe] = [j for j in crew.hands[pipe] if j.name != e.name]
-    if e.kind == 'over': crew.process.pop(pipe).join(); del crew.hands[pipe]; return None
+    if e.kind == 'ready':
+        crew.hands[pipe] = []
+    if e.kind in ('done', 'failed'):
+        crew.hands[pipe] = [j for j in crew.hands[pipe] if j.name != e.name]
+    if e.kind == 'over':
+        crew.process.pop(pipe).join()
+        del crew.hands[pipe]
+        return None
     return e
 
+
 @contextmanager
-def _hidden_main()->Iterator[None]:
+def _hidden_main() -> Iterator[None]:
     "Let processes that start now not run our script again"
-    main = sys.modules['__main__']; sys.modules['__main__'] = types.ModuleType('__main__')
-    try: yield
-    except (pickle.PicklingError, AttributeError) as e: raise ValueError(f"What a worker calls must be importable by its name; put it in a module ({e})") from None
-    finally: sys.modules['__main__'] = main
+    main = sys.modules['__main__']
+    sys.modules['__main__'] = types.ModuleType('__main__')
+    try:
+        yield
+    except (pickle.PicklingError, AttributeError) as e:
+        raise ValueError(
+            f"What a worker calls must be importable by its name; put it in a module ({e})"
+        ) from None
+    finally:
+        sys.modules['__main__'] = main
+
 
 def processes(
-    jobs:Sequence[Any], # each has a `name`
-    workers:int, # processes
-    work:Callable[...,Iterator[Event]], # called as `work(jobs, *arguments(i))` in worker `i`; importable there
-    arguments:Callable[[int],tuple], # of worker `i`, things that can be sent
-    lost:Callable[[Any,str],Event], # what to tell of a job whose worker died, and how it died
-)->Iterator[Event]:
+    jobs: Sequence[Any],  # each has a `name`
+    workers: int,  # processes
+    work: Callable[
+        ..., Iterator[Event]
+    ],  # called as `work(jobs, *arguments(i))` in worker `i`; importable there
+    arguments: Callable[[int], tuple],  # of worker `i`, things that can be sent
+    lost: Callable[[Any, str], Event],  # what to tell of a job whose worker died, and how it died
+) -> Iterator[Event]:
     "Do jobs in several processes; leaving the iterator stops them"
     spawn, hired = multiprocessing.get_context('spawn'), []
-    def start(pipe:Connection)->Any:
-        p = spawn.Process(target=_serve, args=(pipe, work, arguments(len(hired)%workers)), daemon=True)
-        with _hidden_main(): p.start()
+
+    def start(pipe: Connection) -> Any:
+        p = spawn.Process(
+            target=_serve, args=(pipe, work, arguments(len(hired) % workers)), daemon=True
+        )
+        with _hidden_main():
+            p.start()
         hired.append(p)
         return p
+
     crew = _Crew(jobs, start, lost)
     try:
-        for _ in range(min(workers, len(jobs))): crew.hire()
+        for _ in range(min(workers, len(jobs))):
+            crew.hire()
         while crew.hands:
             for pipe in wait(list(crew.hands)):
-                if e := _told(crew, pipe): yield e
+                if e := _told(crew, pipe):
+                    yield e
             crew.feed()
-    finally: crew.stop()
+    finally:
+        crew.stop()
 
 # %% ../nbs/08_workers.ipynb #c660e949
-def peak_mb()->float|None: # None where the system does not say
+def peak_mb() -> float | None:  # None where the system does not say
     "The most memory that this process has held, in MB"
-    try: return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024
-    except (OSError, TypeError): pass
-    try: import resource
-    except ImportError: return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if os.uname().sysname == 'Darwin' else 2**10)
+    try:
+        return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+    except (OSError, TypeError):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if os.uname().sysname == 'Darwin' else 2**10
+    )

@@ -29,141 +29,257 @@ from .text.transformer import TextSpec
 @dataclass(frozen=True, repr=False)
 class Record(Spec, id_name='Record'):
     "All that belongs to a model and is not a weight"
-    name:str='' # lower case, as in `list_models`
-    image:str|MCiSpec|ViTSpec='mci0' # a row of `MCI` or `VIT`, or a spec of one's own
-    text:TextSpec=TextSpec() # sizes of the text tower, context length among them
-    embed_dim:int=512 # width both towers share
-    pixels:Pixels=Pixels() # how pictures are prepared
-    sources:tuple[tuple[str,str],...]=() # pairs of tag and place: `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
-    code_license:str='Apache-2.0' # of this library's code, which is independent of the weights
-    weights_license:str='' # of the published weights
-    attribution:str='' # who has to be named with the weights
-    paper:str='' # where the scores are published
+
+    name: str = ''  # lower case, as in `list_models`
+    image: str | MCiSpec | ViTSpec = 'mci0'  # a row of `MCI` or `VIT`, or a spec of one's own
+    text: TextSpec = TextSpec()  # sizes of the text tower, context length among them
+    embed_dim: int = 512  # width both towers share
+    pixels: Pixels = Pixels()  # how pictures are prepared
+    sources: tuple[
+        tuple[str, str], ...
+    ] = ()  # pairs of tag and place: `hf-hub:ORG/REPO[/FILE]` or `package:FILE`
+    code_license: str = 'Apache-2.0'  # of this library's code, which is independent of the weights
+    weights_license: str = ''  # of the published weights
+    attribution: str = ''  # who has to be named with the weights
+    paper: str = ''  # where the scores are published
 
     @property
-    def weights(self)->dict[str,str]:
+    def weights(self) -> dict[str, str]:
         "Tag to place"
         return dict(self.sources)
 
     @property
-    def context_length(self)->int:
+    def context_length(self) -> int:
         "Tokens a text has"
         return self.text.context
 
     @property
-    def published(self)->dict[str,float|str]:
+    def published(self) -> dict[str, float | str]:
         "Published zero-shot results, 0–1, and who published them; empty for a model of ours"
-        if 'amlr' not in self.weights_license: return {}
-        return dict(imagenet1k=scores(self.name)['imagenet1k'].value, average38=average38(self.name), paper=self.paper)
+        if 'amlr' not in self.weights_license:
+            return {}
+        return dict(
+            imagenet1k=scores(self.name)['imagenet1k'].value,
+            average38=average38(self.name),
+            paper=self.paper,
+        )
 
     @classmethod
-    def from_dict(cls, d:dict[str,Any])->Self:
+    def from_dict(cls, d: dict[str, Any]) -> Self:
         "The record that `to_dict` described"
         image = d.get('image', 'mci0')
-        if isinstance(image, dict): image = (MCiSpec if 'depths' in image else ViTSpec).from_dict(image)
+        if isinstance(image, dict):
+            image = (MCiSpec if 'depths' in image else ViTSpec).from_dict(image)
         return super().from_dict({k: v for k, v in d.items() if k != 'image'}).but(image=image)
 
 # %% ../nbs/32_zoo.ipynb #018b32a9
-def kept_ids()->tuple[int,...]: # ascending; empty if the package has no list
+def kept_ids() -> tuple[int, ...]:  # ascending; empty if the package has no list
     "Token ids for which `mobileclip_nano` keeps an embedding row"
-    f = files('mobileclip_nb')/'data'/'nano_tokens.txt'
+    f = files('mobileclip_nb') / 'data' / 'nano_tokens.txt'
     return tuple(sorted({int(l) for l in f.read_text().split()})) if f.is_file() else ()
 
 # %% ../nbs/32_zoo.ipynb #2c5073a6
-BASE, CAUSAL, WIDE, MCT = TextSpec(), TextSpec(causal=True), TextSpec(width=768, heads=12), TextSpec(layers=4, conv_blocks=1)
+BASE, CAUSAL, WIDE, MCT = (
+    TextSpec(),
+    TextSpec(causal=True),
+    TextSpec(width=768, heads=12),
+    TextSpec(layers=4, conv_blocks=1),
+)
 PLAIN, PLAIN224 = Pixels(), Pixels(side=224)
 CLIP256 = Pixels(mean=OPENAI_MEAN, std=OPENAI_STD)
 CLIP224 = CLIP256.but(side=224, resize='bicubic')
 
+
 def _row(
-    name:str, # ours
-    image:str, # row of `MCI` or `VIT`
-    text:TextSpec, # sizes
-    embed_dim:int, # shared width
-    pixels:Pixels, # preprocessing
-    hub:str, # where the weights are: `ORG/REPO[/FILE]`
-    tag:str='datacompdr', # what they were trained on
-)->Record: # of a published model
+    name: str,  # ours
+    image: str,  # row of `MCI` or `VIT`
+    text: TextSpec,  # sizes
+    embed_dim: int,  # shared width
+    pixels: Pixels,  # preprocessing
+    hub: str,  # where the weights are: `ORG/REPO[/FILE]`
+    tag: str = 'datacompdr',  # what they were trained on
+) -> Record:  # of a published model
     "One published model"
-    paper = 'MobileCLIP2 (arXiv 2508.20691, TMLR 2025)' if tag == 'dfndr2b' or embed_dim == 768 else 'MobileCLIP (arXiv 2311.17049, CVPR 2024)'
-    return Record(name, image, text, embed_dim, pixels, ((tag, f'hf-hub:{hub}'),), weights_license='apple-amlr (research only)',
-                  attribution='Apple Inc.', paper=paper)
+    paper = (
+        'MobileCLIP2 (arXiv 2508.20691, TMLR 2025)'
+        if tag == 'dfndr2b' or embed_dim == 768
+        else 'MobileCLIP (arXiv 2311.17049, CVPR 2024)'
+    )
+    return Record(
+        name,
+        image,
+        text,
+        embed_dim,
+        pixels,
+        ((tag, f'hf-hub:{hub}'),),
+        weights_license='apple-amlr (research only)',
+        attribution='Apple Inc.',
+        paper=paper,
+    )
 
 # %% ../nbs/32_zoo.ipynb #1bd98a05
-ZOO = {r.name: r for r in (
-    _row('mobileclip_s0', 'mci0', MCT, 512, PLAIN, 'apple/MobileCLIP-S0/mobileclip_s0.pt'),
-    _row('mobileclip_s1', 'mci1', BASE, 512, PLAIN, 'apple/MobileCLIP-S1-OpenCLIP'),
-    _row('mobileclip_s2', 'mci2', BASE, 512, PLAIN, 'apple/MobileCLIP-S2-OpenCLIP'),
-    _row('mobileclip_b', 'vit_b16', CAUSAL, 512, PLAIN224, 'apple/MobileCLIP-B-OpenCLIP'),
-    _row('mobileclip_b_lt', 'vit_b16', CAUSAL, 512, PLAIN224, 'apple/MobileCLIP-B-LT-OpenCLIP', 'datacompdr_lt'),
-    _row('mobileclip_s3', 'mci3', WIDE, 768, CLIP256, 'apple/MobileCLIP-S3'),
-    _row('mobileclip_s4', 'mci4', WIDE, 768, CLIP256, 'apple/MobileCLIP-S4'),
-    _row('mobileclip_l14', 'vit_l14', WIDE, 768, CLIP224, 'apple/MobileCLIP-L-14'),
-    _row('mobileclip2_s0', 'mci0', BASE, 512, PLAIN, 'timm/MobileCLIP2-S0-OpenCLIP', 'dfndr2b'),
-    _row('mobileclip2_s2', 'mci2', BASE, 512, PLAIN, 'timm/MobileCLIP2-S2-OpenCLIP', 'dfndr2b'),
-    _row('mobileclip2_b', 'vit_b16', CAUSAL, 512, PLAIN224, 'timm/MobileCLIP2-B-OpenCLIP', 'dfndr2b'),
-    _row('mobileclip2_s3', 'mci3', WIDE, 768, CLIP256, 'timm/MobileCLIP2-S3-OpenCLIP', 'dfndr2b'),
-    _row('mobileclip2_s4', 'mci4', WIDE, 768, CLIP256, 'timm/MobileCLIP2-S4-OpenCLIP', 'dfndr2b'),
-    _row('mobileclip2_l14', 'vit_l14', WIDE, 768, CLIP224, 'timm/MobileCLIP2-L-14-OpenCLIP', 'dfndr2b'),
-    Record('mobileclip_nano', 'mci_nano', TextSpec(width=128, heads=4, layers=2, conv_blocks=1, kernel=5, context=20, ratio=2., rows=len(kept_ids()), layer_scale=.1),
-           128, Pixels(side=64), (('emoji', 'package:weights/mobileclip_nano.emoji.safetensors'),), weights_license='CC BY 4.0',
-           attribution='Trained on Twemoji art, (c) Twitter and contributors, CC BY 4.0'),
-    *(Record(f'teacher_nano_{n}', MCI['mci_nano'].but(dims=dims), TextSpec(width=128, heads=4, layers=2, conv_blocks=1, kernel=5, context=c, ratio=2., rows=1971, layer_scale=.1),
-             d, p, (('emoji', f'package:weights/teacher_nano_{n}.emoji.safetensors'),), weights_license='CC BY-SA 4.0',
-             attribution='Trained on Twemoji art, (c) Twitter and contributors, CC BY 4.0, and on OpenMoji art, CC BY-SA 4.0')
-      for n, dims, d, p, c in (('a', (32, 64, 128, 256), 128, Pixels(side=64), 20), ('b', (28, 56, 112, 224), 192, CLIP256.but(side=96, resize='bicubic'), 24))),
-)}
+ZOO = {
+    r.name: r
+    for r in (
+        _row('mobileclip_s0', 'mci0', MCT, 512, PLAIN, 'apple/MobileCLIP-S0/mobileclip_s0.pt'),
+        _row('mobileclip_s1', 'mci1', BASE, 512, PLAIN, 'apple/MobileCLIP-S1-OpenCLIP'),
+        _row('mobileclip_s2', 'mci2', BASE, 512, PLAIN, 'apple/MobileCLIP-S2-OpenCLIP'),
+        _row('mobileclip_b', 'vit_b16', CAUSAL, 512, PLAIN224, 'apple/MobileCLIP-B-OpenCLIP'),
+        _row(
+            'mobileclip_b_lt',
+            'vit_b16',
+            CAUSAL,
+            512,
+            PLAIN224,
+            'apple/MobileCLIP-B-LT-OpenCLIP',
+            'datacompdr_lt',
+        ),
+        _row('mobileclip_s3', 'mci3', WIDE, 768, CLIP256, 'apple/MobileCLIP-S3'),
+        _row('mobileclip_s4', 'mci4', WIDE, 768, CLIP256, 'apple/MobileCLIP-S4'),
+        _row('mobileclip_l14', 'vit_l14', WIDE, 768, CLIP224, 'apple/MobileCLIP-L-14'),
+        _row('mobileclip2_s0', 'mci0', BASE, 512, PLAIN, 'timm/MobileCLIP2-S0-OpenCLIP', 'dfndr2b'),
+        _row('mobileclip2_s2', 'mci2', BASE, 512, PLAIN, 'timm/MobileCLIP2-S2-OpenCLIP', 'dfndr2b'),
+        _row(
+            'mobileclip2_b',
+            'vit_b16',
+            CAUSAL,
+            512,
+            PLAIN224,
+            'timm/MobileCLIP2-B-OpenCLIP',
+            'dfndr2b',
+        ),
+        _row(
+            'mobileclip2_s3', 'mci3', WIDE, 768, CLIP256, 'timm/MobileCLIP2-S3-OpenCLIP', 'dfndr2b'
+        ),
+        _row(
+            'mobileclip2_s4', 'mci4', WIDE, 768, CLIP256, 'timm/MobileCLIP2-S4-OpenCLIP', 'dfndr2b'
+        ),
+        _row(
+            'mobileclip2_l14',
+            'vit_l14',
+            WIDE,
+            768,
+            CLIP224,
+            'timm/MobileCLIP2-L-14-OpenCLIP',
+            'dfndr2b',
+        ),
+        Record(
+            'mobileclip_nano',
+            'mci_nano',
+            TextSpec(
+                width=128,
+                heads=4,
+                layers=2,
+                conv_blocks=1,
+                kernel=5,
+                context=20,
+                ratio=2.0,
+                rows=len(kept_ids()),
+                layer_scale=0.1,
+            ),
+            128,
+            Pixels(side=64),
+            (('emoji', 'package:weights/mobileclip_nano.emoji.safetensors'),),
+            weights_license='CC BY 4.0',
+            attribution='Trained on Twemoji art, (c) Twitter and contributors, CC BY 4.0',
+        ),
+        *(
+            Record(
+                f'teacher_nano_{n}',
+                MCI['mci_nano'].but(dims=dims),
+                TextSpec(
+                    width=128,
+                    heads=4,
+                    layers=2,
+                    conv_blocks=1,
+                    kernel=5,
+                    context=c,
+                    ratio=2.0,
+                    rows=1971,
+                    layer_scale=0.1,
+                ),
+                d,
+                p,
+                (('emoji', f'package:weights/teacher_nano_{n}.emoji.safetensors'),),
+                weights_license='CC BY-SA 4.0',
+                attribution='Trained on Twemoji art, (c) Twitter and contributors, CC BY 4.0, and on OpenMoji art, CC BY-SA 4.0',
+            )
+            for n, dims, d, p, c in (
+                ('a', (32, 64, 128, 256), 128, Pixels(side=64), 20),
+                ('b', (28, 56, 112, 224), 192, CLIP256.but(side=96, resize='bicubic'), 24),
+            )
+        ),
+    )
+}
 
-def list_models()->list[str]:
+
+def list_models() -> list[str]:
     "Names of all models"
     return list(ZOO)
 
 # %% ../nbs/32_zoo.ipynb #1dbd3df1
-SIBLINGS = {('mobileclip_b', 'datacompdr_lt'): 'mobileclip_b_lt'} # open_clip's name and a tag that is a model of its own here
+SIBLINGS = {
+    ('mobileclip_b', 'datacompdr_lt'): 'mobileclip_b_lt'
+}  # open_clip's name and a tag that is a model of its own here
+
 
 def _bare(
-    name:str, # in any spelling
-)->str: # lower-case letters and digits
+    name: str,  # in any spelling
+) -> str:  # lower-case letters and digits
     "What all spellings of a name have in common"
     name = re.sub(r'^(hf-hub:)?((apple|timm)/)?', '', str(name).strip(), flags=re.I)
     return re.sub(r'[^a-z0-9]', '', re.sub(r'-openclip$', '', name.lower()))
 
+
 def record(
-    name:str, # in any spelling: `mobileclip_s0`, `MobileCLIP-B`, `apple/MobileCLIP2-S0`, ...
-    tag:str|None=None, # of weights; may tell siblings apart
-)->Record: # from the zoo
+    name: str,  # in any spelling: `mobileclip_s0`, `MobileCLIP-B`, `apple/MobileCLIP2-S0`, ...
+    tag: str | None = None,  # of weights; may tell siblings apart
+) -> Record:  # from the zoo
     "Look up a model; an unknown name is refused with the nearest known one"
     found = {_bare(n): n for n in ZOO}.get(_bare(name))
-    if found is None: raise KeyError(f"No model {name!r}.{near(name, ZOO)} `list_models()` has all of them.")
+    if found is None:
+        raise KeyError(f"No model {name!r}.{near(name, ZOO)} `list_models()` has all of them.")
     return ZOO[SIBLINGS.get((found, tag), found)]
 
 # %% ../nbs/32_zoo.ipynb #95b492ba
 class Undrawn(TorchFunctionMode):
     "While active, modules are made without drawing their first weights"
-    def __torch_function__(self, func:Any, types:Any, args:tuple=(), kwargs:dict|None=None)->Any:
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, '__module__', None) == 'torch.nn.init': return kwargs['tensor'] if 'tensor' in kwargs else args[0]
-        if getattr(func, '__name__', '') in ('normal_', 'uniform_'): return args[0].zero_()     # zeros: some initializers draw until they like what they see
+        if getattr(func, '__module__', None) == 'torch.nn.init':
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        if getattr(func, '__name__', '') in ('normal_', 'uniform_'):
+            return args[0].zero_()  # zeros: some initializers draw until they like what they see
         return func(*args, **kwargs)
 
+
 def image_spec(
-    r:Record, # of a model
-)->MCiSpec|ViTSpec: # sizes of its image tower
+    r: Record,  # of a model
+) -> MCiSpec | ViTSpec:  # sizes of its image tower
     "The image tower's spec, looked up if the record gives a name"
-    if not isinstance(r.image, str): return r.image
-    if r.image not in (known := MCI | VIT): raise KeyError(f"No image tower {r.image!r}.{near(r.image, known)} There are {', '.join(known)}.")
+    if not isinstance(r.image, str):
+        return r.image
+    if r.image not in (known := MCI | VIT):
+        raise KeyError(
+            f"No image tower {r.image!r}.{near(r.image, known)} There are {', '.join(known)}."
+        )
     return known[r.image]
 
 # %% ../nbs/32_zoo.ipynb #de279cdb
 def build(
-    r:Record, # of a model
-    empty:bool=False, # leave weights undrawn, for a checkpoint to fill
-)->CLIP: # in train mode, on the CPU, with `r` attached
+    r: Record,  # of a model
+    empty: bool = False,  # leave weights undrawn, for a checkpoint to fill
+) -> CLIP:  # in train mode, on the CPU, with `r` attached
     "Make the model a record describes, with random weights"
     if empty:
-        with Undrawn(): return build(r)
+        with Undrawn():
+            return build(r)
     spec = image_spec(r)
     image = (MCi if isinstance(spec, MCiSpec) else ViT)(spec, r.embed_dim)
     text = text_tower(r.text, r.embed_dim)
-    if r.text.rows and r.text.rows == len(kept_ids()): text.token.keep(kept_ids())
+    if r.text.rows and r.text.rows == len(kept_ids()):
+        text.token.keep(kept_ids())
     return CLIP(image, text, r)

@@ -1,4 +1,5 @@
 "Packages that are not installed: one line that says how to install them and exit status 2, never a traceback; or done without."
+
 import os, subprocess, sys
 from pathlib import Path
 
@@ -26,21 +27,39 @@ class Finder:
 sys.meta_path[:] = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 '''
 
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "Pictures with captions, a table, shards, and a start-up file that hides packages"
     at = tmp_path_factory.mktemp('missing')
-    (at/'hide').mkdir()
-    (at/'hide'/'sitecustomize.py').write_text(HIDE, encoding='utf-8')
-    for i in range(4): Image.new('RGB', (64, 64), (60*i, 255-60*i, 40)).save(at/f'{i}.png')
-    (at/'captions.csv').write_text('image,caption\n' + ''.join(f'{i}.png,color {i}\n' for i in range(4)), encoding='utf-8')
-    (at/'table.parquet').write_bytes(b'PAR1')
+    (at / 'hide').mkdir()
+    (at / 'hide' / 'sitecustomize.py').write_text(HIDE, encoding='utf-8')
+    for i in range(4):
+        Image.new('RGB', (64, 64), (60 * i, 255 - 60 * i, 40)).save(at / f'{i}.png')
+    (at / 'captions.csv').write_text(
+        'image,caption\n' + ''.join(f'{i}.png,color {i}\n' for i in range(4)), encoding='utf-8'
+    )
+    (at / 'table.parquet').write_bytes(b'PAR1')
     return at
+
 
 def lacking(folder, packages, *words):
     "Run a module as a shell does, without some packages and without what was cached before"
-    env = os.environ | dict(HIDE=packages, PYTHONPATH=f'{folder/"hide"}:{ROOT}', OMP_NUM_THREADS='1', MOBILECLIP_CACHE=str(folder/'cache'))
-    return subprocess.run([sys.executable, '-m', *words], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    env = os.environ | dict(
+        HIDE=packages,
+        PYTHONPATH=f'{folder / "hide"}:{ROOT}',
+        OMP_NUM_THREADS='1',
+        MOBILECLIP_CACHE=str(folder / 'cache'),
+    )
+    return subprocess.run(
+        [sys.executable, '-m', *words],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
 
 CLI, EMOJI, LAB = 'mobileclip_nb', "'mobileclip_nb[emoji]'", "'mobileclip_nb[lab]'"
 NEEDED = [
@@ -53,11 +72,40 @@ NEEDED = [
     ('nbconvert', LAB, (CLI, 'demo')),
     ('pyarrow', LAB, (CLI, 'embed', '.', '--out', 'e.parquet')),
     ('pyarrow', "'mobileclip_nb[reinforce]'", (CLI, 'shards', 'build', 'table.parquet', 'plain')),
-    ('wandb', "'mobileclip_nb[wandb]'", ('mobileclip_nb.train', 'nano-emoji', '--data', '.', '--steps', '1', '--set', 'stream.batch=4', '--out', 'w', '--watch', 'wandb', '--quiet', '--device', 'cpu')),
-    ('clip_benchmark', 'pip install clip_benchmark', ('mobileclip_nb.open_clip_tools', 'clip_benchmark', 'eval')),
+    (
+        'wandb',
+        "'mobileclip_nb[wandb]'",
+        (
+            'mobileclip_nb.train',
+            'nano-emoji',
+            '--data',
+            '.',
+            '--steps',
+            '1',
+            '--set',
+            'stream.batch=4',
+            '--out',
+            'w',
+            '--watch',
+            'wandb',
+            '--quiet',
+            '--device',
+            'cpu',
+        ),
+    ),
+    (
+        'clip_benchmark',
+        'pip install clip_benchmark',
+        ('mobileclip_nb.open_clip_tools', 'clip_benchmark', 'eval'),
+    ),
 ]
 
-@pytest.mark.parametrize('packages,remedy,words', NEEDED, ids=[f'{p}-{w[1] if len(w) > 1 else w[0]}' for p, _, w in NEEDED])
+
+@pytest.mark.parametrize(
+    'packages,remedy,words',
+    NEEDED,
+    ids=[f'{p}-{w[1] if len(w) > 1 else w[0]}' for p, _, w in NEEDED],
+)
 def test_a_needed_package(folder, packages, remedy, words):
     "Status 2, and the last line says what to install"
     done = lacking(folder, packages, *words)
@@ -65,9 +113,24 @@ def test_a_needed_package(folder, packages, remedy, words):
     line = done.stderr.splitlines()[-1]
     assert packages in line and remedy in line and '\r' not in line, line
 
+
 def test_done_without(folder):
     "Accelerators, sinks and widgets are not needed to train on a folder and to evaluate"
     hidden = 'simplejpeg,tokenizers,numba,tensorboard,wandb,ray,pyarrow,matplotlib,ipywidgets,nbclient,nbconvert,nbformat,webdataset,pandas,emoji,resvg_py'
-    for words in (('train', '.', '--scale', 'smoke', '--steps', '1', '--set', 'stream.batch=4', '--out', 'plain'), ('eval', '--on', '.')):
+    for words in (
+        (
+            'train',
+            '.',
+            '--scale',
+            'smoke',
+            '--steps',
+            '1',
+            '--set',
+            'stream.batch=4',
+            '--out',
+            'plain',
+        ),
+        ('eval', '--on', '.'),
+    ):
         done = lacking(folder, hidden, CLI, *words)
         assert done.returncode == 0, done.stderr[-1500:]

@@ -3,6 +3,7 @@
 No published weights can be downloaded here. The runs use open_clip's own classes built narrow, with
 random weights that stand in a local cache of the hub under the published repositories and files.
 """
+
 import io
 import json
 import re
@@ -18,8 +19,15 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from PIL import Image
 
 from mobileclip_nb.augment import apply, unpack
-from mobileclip_nb.captioner import (MOBILECLIP2, CaptionerSpec, build_coca, config_of,
-                                     load_captioner, places, weights_place)
+from mobileclip_nb.captioner import (
+    MOBILECLIP2,
+    CaptionerSpec,
+    build_coca,
+    config_of,
+    load_captioner,
+    places,
+    weights_place,
+)
 from mobileclip_nb.checkpoint import clean_tag, fetch_hub, hub_names
 from mobileclip_nb.cli import main
 from mobileclip_nb.published import ROWS
@@ -39,10 +47,12 @@ RUNS = {
 
 # ---- names ----
 
+
 class Listing(NamedTuple):
     "The weight file of a hub repository, and the public page that names it"
+
     file: str
-    source: str   # empty: no page was found that lists this file, the name is unverified
+    source: str  # empty: no page was found that lists this file, the name is unverified
 
 
 HUB = 'https://huggingface.co/'
@@ -50,30 +60,38 @@ COCA = 'apple/mobileclip2_coca_dfn2b_s13b_'
 FILES = {
     'laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k': Listing(
         'open_clip_pytorch_model.bin',
-        HUB + 'laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k/tree/main'),
+        HUB + 'laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k/tree/main',
+    ),
     'laion/CoCa-ViT-L-14-laion2B-s13B-b90k': Listing(
-        'open_clip_pytorch_model.bin', HUB + 'laion/CoCa-ViT-L-14-laion2B-s13B-b90k/tree/main'),
+        'open_clip_pytorch_model.bin', HUB + 'laion/CoCa-ViT-L-14-laion2B-s13B-b90k/tree/main'
+    ),
     'laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k': Listing(
         'open_clip_pytorch_model.bin',
-        HUB + 'laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k/tree/ef0732eb'),
+        HUB + 'laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k/tree/ef0732eb',
+    ),
     'laion/CoCa-ViT-B-32-laion2B-s13B-b90k': Listing(
-        'open_clip_pytorch_model.bin', HUB + 'laion/CoCa-ViT-B-32-laion2B-s13B-b90k/tree/main'),
+        'open_clip_pytorch_model.bin', HUB + 'laion/CoCa-ViT-B-32-laion2B-s13B-b90k/tree/main'
+    ),
     'laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K': Listing(
         'open_clip_pytorch_model.bin',
-        HUB + 'laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K/tree/11681a0c'),
+        HUB + 'laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K/tree/11681a0c',
+    ),
     'apple/DFN2B-CLIP-ViT-L-14': Listing(
         'open_clip_pytorch_model.bin',
-        HUB + 'apple/DFN2B-CLIP-ViT-L-14/commits/c50bc0f1/open_clip_pytorch_model.bin'),
+        HUB + 'apple/DFN2B-CLIP-ViT-L-14/commits/c50bc0f1/open_clip_pytorch_model.bin',
+    ),
     'apple/DFN2B-CLIP-ViT-L-14-39B': Listing(
-        'open_clip_pytorch_model.bin', HUB + 'apple/DFN2B-CLIP-ViT-L-14-39B/commits/main'),
+        'open_clip_pytorch_model.bin', HUB + 'apple/DFN2B-CLIP-ViT-L-14-39B/commits/main'
+    ),
     # The only listing found is older than open_clip's use of this repository.
     'timm/vit_large_patch14_clip_224.openai': Listing('open_clip_model.safetensors', ''),
     f'{COCA}context77': Listing(
-        'mobileclip2_coca_dfn2b_s13b_context77.pt', HUB + f'{COCA}context77/commit/03ca95c4'),
+        'mobileclip2_coca_dfn2b_s13b_context77.pt', HUB + f'{COCA}context77/commit/03ca95c4'
+    ),
     # By analogy with the base model. The README of apple/ml-mobileclip loads mobileclip2_coca.pt.
     **{f'apple/{m}': Listing(f'{m}.pt', '') for m in MOBILECLIP2[1:]},
 }
-README_FILE = 'mobileclip2_coca.pt'   # github.com/apple/ml-mobileclip, README.md, "CoCa Models"
+README_FILE = 'mobileclip2_coca.pt'  # github.com/apple/ml-mobileclip, README.md, "CoCa Models"
 
 
 def repository(teacher):
@@ -108,7 +126,7 @@ def test_every_published_recipe_is_tested():
 @pytest.mark.parametrize('name', RUNS)
 def test_captioner_resolves(name):
     "The model is open_clip's, its weights are in a recorded repository, and its file is tried"
-    captioner, = recipe(name).captioners
+    (captioner,) = recipe(name).captioners
     assert captioner.model in open_clip.list_models()
     place = weights_place(captioner)
     assert place.startswith('hf-hub:')
@@ -157,8 +175,10 @@ def test_captioner_of_mobileclip2_resolves(model):
 def test_unverified_names():
     "Which file names stand on no public listing; a name found in one moves out of this list"
     unverified = {repo for repo, listing in FILES.items() if not listing.source}
-    assert unverified == {'timm/vit_large_patch14_clip_224.openai',
-                          *(f'apple/{m}' for m in MOBILECLIP2[1:])}
+    assert unverified == {
+        'timm/vit_large_patch14_clip_224.openai',
+        *(f'apple/{m}' for m in MOBILECLIP2[1:]),
+    }
 
 
 def test_every_listing_is_used():
@@ -177,6 +197,7 @@ def test_tags_of_our_own_models_are_spelled_as_open_clip_spells():
 
 # ---- a local hub ----
 
+
 def narrow(cfg, embed_dim):
     "A configuration of open_clip with every width and depth made small, everything else kept"
     cfg = deepcopy(cfg) | dict(embed_dim=embed_dim)
@@ -188,18 +209,19 @@ def narrow(cfg, embed_dim):
 
 class Hub:
     "A cache of the hub in a folder, in the layout of huggingface_hub"
-    revision = '0'*40
+
+    revision = '0' * 40
 
     def __init__(self, root):
         self.root = root
 
     def add(self, repo, file):
         "The path of a file that is to be written"
-        folder = self.root/f"models--{repo.replace('/', '--')}"
-        path = folder/'snapshots'/self.revision/file
+        folder = self.root / f"models--{repo.replace('/', '--')}"
+        path = folder / 'snapshots' / self.revision / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        (folder/'refs').mkdir(exist_ok=True)
-        (folder/'refs/main').write_text(self.revision)
+        (folder / 'refs').mkdir(exist_ok=True)
+        (folder / 'refs/main').write_text(self.revision)
         return path
 
 
@@ -207,6 +229,7 @@ def write_weights(net, path):
     "Weights under a published name, which may end in .bin, .pt or .safetensors"
     if path.suffix == '.safetensors':
         from safetensors.torch import save_file
+
         save_file(net.state_dict(), path)
     else:
         torch.save(net.state_dict(), path)
@@ -217,7 +240,9 @@ def write_teacher(hub, teacher):
     model, repo = listed(teacher)[0], repository(teacher)
     write_weights(open_clip.create_model(model), hub.add(repo, FILES[repo].file))
     if teacher.model.startswith('hf-hub:'):
-        preprocess = dict(mean=[.48, .46, .41], std=[.27, .26, .28])   # not open_clip's defaults
+        preprocess = dict(
+            mean=[0.48, 0.46, 0.41], std=[0.27, 0.26, 0.28]
+        )  # not open_clip's defaults
         config = dict(model_cfg=open_clip.get_model_config(model), preprocess_cfg=preprocess)
         hub.add(repo, 'open_clip_config.json').write_text(json.dumps(config))
 
@@ -226,16 +251,17 @@ def write_teacher(hub, teacher):
 def hub(tmp_path, monkeypatch):
     "The published repositories with narrow weights, and no way to the real hub"
     import huggingface_hub.constants as constants
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     configs = open_clip.factory._MODEL_CONFIGS
     widths = {'coca_ViT-L-14': 32, 'ViT-L-14-quickgelu': 24, 'ViT-L-14': 40}
     for model, width in widths.items():
         monkeypatch.setitem(configs, model, narrow(configs[model], width))
-    hub = Hub(tmp_path/'hub')
+    hub = Hub(tmp_path / 'hub')
     torch.manual_seed(0)
     for name in RUNS:
-        captioner, = recipe(name).captioners
+        (captioner,) = recipe(name).captioners
         coca = build_coca(config_of(captioner.model))
         repo = weights_place(captioner).removeprefix('hf-hub:')
         write_weights(coca, hub.add(repo, FILES[repo].file))
@@ -253,8 +279,9 @@ def four_samples(folder):
         low = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         Image.fromarray(low).resize((260, 240), Image.Resampling.BICUBIC).save(data, 'JPEG')
         return data.getvalue()
+
     samples = [Sample(f'{i:04}', picture(), 'jpg', (f'a pattern of number {i}',)) for i in range(4)]
-    write_shard(folder/'00000000.tar', samples, StoreSpec())
+    write_shard(folder / '00000000.tar', samples, StoreSpec())
 
 
 def members(tar, key):
@@ -284,18 +311,18 @@ def open_clip_rows(hub, teacher, image, texts):
 def test_recipe_runs(name, file, hub, tmp_path, capsys):
     "`mobileclip reinforce IN OUT --recipe NAME`, from names to a shard, with the real classes"
     spec = recipe(name)
-    if file:   # the captioner's weights under the other public name
+    if file:  # the captioner's weights under the other public name
         repo = weights_place(spec.captioners[0]).removeprefix('hf-hub:')
         hub.add(repo, FILES[repo].file).rename(hub.add(repo, file))
-    source, out = tmp_path/'in', tmp_path/'out'
+    source, out = tmp_path / 'in', tmp_path / 'out'
     source.mkdir()
     four_samples(source)
     status = main(['reinforce', str(source), str(out), '--recipe', name])
     assert status == 0, capsys.readouterr()
-    assert json.loads((out/'recipe.json').read_text())['id'] == RUNS[name][1]
+    assert json.loads((out / 'recipe.json').read_text())['id'] == RUNS[name][1]
 
     wants = ('param_aug', 'image_emb', 'text_emb', 'synthetic')
-    samples = list(read_shard(out/'00000000.tar', wants=wants))
+    samples = list(read_shard(out / '00000000.tar', wants=wants))
     key = spec.captioners[0].key
     width = 24 + 40
     assert len(samples) == 4
@@ -319,7 +346,7 @@ def test_recipe_runs(name, file, hub, tmp_path, capsys):
     np.testing.assert_allclose(stored_text, text_rows, atol=tolerance)
 
     if spec.store.layout == 'legacy':
-        arrays = np.load(io.BytesIO(members(out/'00000000.tar', s.key)['npz']))
+        arrays = np.load(io.BytesIO(members(out / '00000000.tar', s.key)['npz']))
         assert sorted(arrays) == ['image_emb', 'text_emb']
         assert arrays['text_emb'].shape == (1 + 5, width)
 
@@ -331,8 +358,9 @@ def test_layouts():
     assert stores['datacompdr-12m'].form == stores['datacompdr-1b'].form == 'float32'
 
 
-@pytest.mark.parametrize('tag', ['mscoco_finetuned_laion2b_s13b_b90k',
-                                 'MSCOCO-finetuned-laion2B-s13B-b90k'])
+@pytest.mark.parametrize(
+    'tag', ['mscoco_finetuned_laion2b_s13b_b90k', 'MSCOCO-finetuned-laion2B-s13B-b90k']
+)
 def test_captioner_tag_in_any_spelling(tag, hub):
     captioner = load_captioner('coca_ViT-L-14', tag)
     assert captioner.context == 76
@@ -361,15 +389,18 @@ def test_mobileclip2_captioner_under_either_file_name(tuned, file, hub):
 
 # ---- what is asked of the hub, and errors ----
 
+
 @pytest.fixture
 def asked(monkeypatch):
     "The file names asked of a hub that has the repository and none of the files"
     import huggingface_hub
+
     names = []
 
     def missing(repo, file):
         names.append(file)
         raise huggingface_hub.errors.EntryNotFoundError(file)
+
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', missing)
     monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda repo, file: None)
     return names
@@ -377,7 +408,7 @@ def asked(monkeypatch):
 
 def test_error_names_all_files_and_the_remedy(asked):
     "dfndr-2b names a repository without a file: each name is tried once, and the error lists them"
-    captioner, = recipe('dfndr-2b').captioners
+    (captioner,) = recipe('dfndr-2b').captioners
     repo = captioner.weights.removeprefix('hf-hub:')
     with pytest.raises(OSError) as error:
         load_captioner(captioner)
@@ -397,21 +428,23 @@ def test_error_of_a_named_file_offers_the_others(asked):
 def test_error_without_network_names_what_was_looked_for(tmp_path, monkeypatch, capsys):
     "An empty cache and no network: one line, exit status 2, nothing written"
     import huggingface_hub.constants as constants
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    source = tmp_path/'in'
+    source = tmp_path / 'in'
     source.mkdir()
     four_samples(source)
     for name in RUNS:
-        assert main(['reinforce', str(source), str(tmp_path/name), '--recipe', name]) == 2
+        assert main(['reinforce', str(source), str(tmp_path / name), '--recipe', name]) == 2
         repo = weights_place(recipe(name).captioners[0]).removeprefix('hf-hub:')
         said = capsys.readouterr().err
         assert all(part in said for part in (repo, *hub_names(repo), 'pass its path')), said
-        assert not list((tmp_path/name).rglob('*.tar'))
+        assert not list((tmp_path / name).rglob('*.tar'))
 
 
 class Trap:
     "A pickle that would leave a file behind"
+
     def __init__(self, path):
         self.path = path
 
@@ -421,13 +454,13 @@ class Trap:
 
 def test_no_published_pickle_is_run(hub, tmp_path):
     "Weights are read with weights_only=True, by us and by open_clip: nothing in a file is called"
-    captioner, = recipe('dfndr-2b').captioners
+    (captioner,) = recipe('dfndr-2b').captioners
     repo = captioner.weights.removeprefix('hf-hub:')
     teacher = recipe('dfndr-2b').teachers[0]
     for path in (hub.add(repo, FILES[repo].file), hub.add(repository(teacher), HF_WEIGHTS_NAME)):
-        torch.save(dict(weight=Trap(tmp_path/'ran')), path)
+        torch.save(dict(weight=Trap(tmp_path / 'ran')), path)
     with pytest.raises(ValueError, match='holds code'):
         load_captioner(captioner)
     with pytest.raises(ValueError, match='hold code'):
         load_teacher(teacher)
-    assert not (tmp_path/'ran').exists()
+    assert not (tmp_path / 'ran').exists()

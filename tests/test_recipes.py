@@ -1,4 +1,5 @@
 "Recipes from their name to weights: every published run at its smallest, on shards of the published form; and the verbs that learn."
+
 import io, json, os, subprocess, sys
 from pathlib import Path
 
@@ -16,42 +17,98 @@ from mobileclip_nb.text.repmixer import TextRepMixer
 from mobileclip_nb.text.transformer import TextSpec
 from mobileclip_nb.train.loop import train
 from mobileclip_nb.recipes import fit, from_run
-from mobileclip_nb.train.recipe import Opening, learner, open_run, price, published_data, recipe, record_of, source
+from mobileclip_nb.train.recipe import (
+    Opening,
+    learner,
+    open_run,
+    price,
+    published_data,
+    recipe,
+    record_of,
+    source,
+)
 from mobileclip_nb.zoo import build
 
 RUN = [sys.executable, '-c', 'from mobileclip_nb.cli import main; raise SystemExit(main())']
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
-def told(*words, cwd): return subprocess.run([*RUN, *words], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
 
-def rows(rng, k, widths): return np.concatenate([(v := rng.standard_normal((k, w)).astype('f'))/np.linalg.norm(v, axis=1, keepdims=True) for w in widths], 1)
+def told(*words, cwd):
+    return subprocess.run(
+        [*RUN, *words], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300
+    )
+
+
+def rows(rng, k, widths):
+    return np.concatenate(
+        [
+            (v := rng.standard_normal((k, w)).astype('f'))
+            / np.linalg.norm(v, axis=1, keepdims=True)
+            for w in widths
+        ],
+        1,
+    )
+
 
 def write_published(at):
     "Sixteen samples as the papers publish them: two teachers of 768, two augmentations, two lists of synthetic captions, no manifest"
     rng, keys = np.random.default_rng(0), ('syn_text', 'syn_text_dfn_mscoco38k')
+
     def sample(i):
-        f = io.BytesIO(); Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(f, 'JPEG')
-        aug = tuple([[2, 3, 50, 40], [[9, -0.26999998092651367], [3, -30.45317268371582]]] for _ in range(2))
-        return Sample(f'{i:04}', f.getvalue(), 'jpg', (f'picture {i}',), {k: (f'one {i}', f'a {i}') for k in keys}, aug, rows(rng, 2, (768, 768)), dict(text=rows(rng, 1, (768, 768))) | {k: rows(rng, 2, (768, 768)) for k in keys})
+        f = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(f, 'JPEG')
+        aug = tuple(
+            [[2, 3, 50, 40], [[9, -0.26999998092651367], [3, -30.45317268371582]]] for _ in range(2)
+        )
+        return Sample(
+            f'{i:04}',
+            f.getvalue(),
+            'jpg',
+            (f'picture {i}',),
+            {k: (f'one {i}', f'a {i}') for k in keys},
+            aug,
+            rows(rng, 2, (768, 768)),
+            dict(text=rows(rng, 1, (768, 768))) | {k: rows(rng, 2, (768, 768)) for k in keys},
+        )
+
     at.mkdir(parents=True, exist_ok=True)
-    for n in range(2): write_shard(at/f'{n:08}.tar', [sample(8*n+i) for i in range(8)], StoreSpec('bf16' if n else 'float32'))
+    for n in range(2):
+        write_shard(
+            at / f'{n:08}.tar',
+            [sample(8 * n + i) for i in range(8)],
+            StoreSpec('bf16' if n else 'float32'),
+        )
     return at
 
+
 @pytest.fixture(scope='module')
-def shards(tmp_path_factory): return write_published(tmp_path_factory.mktemp('shards'))
+def shards(tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp('shards'))
+
 
 @pytest.mark.parametrize('name', ROWS)
 def test_published_recipe(name, shards):
     "The recipe's own pictures, captions, rows, loss, optimizer and schedule, two steps, with a small model in the place of its own; its own is built and counted without memory"
     r = recipe(name).at('smoke')
-    small = CLIP(MCi('mci_nano', 32), TextRepMixer(TextSpec(width=32, heads=2, layers=1, conv_blocks=1, kernel=5, context=77), 32))
+    small = CLIP(
+        MCi('mci_nano', 32),
+        TextRepMixer(
+            TextSpec(width=32, heads=2, layers=1, conv_blocks=1, kernel=5, context=77), 32
+        ),
+    )
     run = train(small, source(r, shards), r.train, progress=False)
     assert [np.isfinite(s['loss']) for s in run.history] == [True, True] and run.batch == 4
     whole = recipe(name).at('full')
-    with torch.device('meta'): model = build(record_of(whole), empty=True)
+    with torch.device('meta'):
+        model = build(record_of(whole), empty=True)
     assert sum(p.numel() for p in model.parameters()) > 50e6
-    cost = price(whole, 12.8e6/1.3/3600, published_data(whole.data), 'Table 4d, eight A100')
-    assert cost.samples == ROWS[name].steps*ROWS[name].batch and cost.stored > 5e11 and 'Table 4d' in str(cost)
+    cost = price(whole, 12.8e6 / 1.3 / 3600, published_data(whole.data), 'Table 4d, eight A100')
+    assert (
+        cost.samples == ROWS[name].steps * ROWS[name].batch
+        and cost.stored > 5e11
+        and 'Table 4d' in str(cost)
+    )
+
 
 def test_real_model_of_a_published_recipe(shards, tmp_path):
     "MobileCLIP-S0 itself takes two steps of its own recipe"
@@ -60,62 +117,154 @@ def test_real_model_of_a_published_recipe(shards, tmp_path):
     run = train(learner(r), source(r, shards), r.train, progress=False)
     assert len(run.history) == 2 and all(np.isfinite(s['loss']) for s in run.history)
 
+
 def test_train_on_shards_mixed_and_released(shards, tmp_path):
     "Shards and a folder in one run, a price first, a field by its name, raw weights out of the folder, and a refusal that names the field"
-    Image.new('RGB', (64, 64), 'red').save(tmp_path/'a.png'); Image.new('RGB', (64, 64), 'blue').save(tmp_path/'b.png')
-    (tmp_path/'captions.csv').write_text('image,caption\na.png,a red square\nb.png,a blue square\n')
-    words = ['train', f'{shards}:3,{tmp_path}:1', '--scale', 'smoke', '--steps', '2', '--set', 'stream.batch=8', '--out', 'run', '--freeze', 'image', '--json']
+    Image.new('RGB', (64, 64), 'red').save(tmp_path / 'a.png')
+    Image.new('RGB', (64, 64), 'blue').save(tmp_path / 'b.png')
+    (tmp_path / 'captions.csv').write_text(
+        'image,caption\na.png,a red square\nb.png,a blue square\n'
+    )
+    words = [
+        'train',
+        f'{shards}:3,{tmp_path}:1',
+        '--scale',
+        'smoke',
+        '--steps',
+        '2',
+        '--set',
+        'stream.batch=8',
+        '--out',
+        'run',
+        '--freeze',
+        'image',
+        '--json',
+    ]
     done = told(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-800:]
     assert '2 steps of 8: 16 pairs' in done.stderr and 'measured here' in done.stderr
     again = told(*words, '--resume', cwd=tmp_path)
-    assert again.returncode == 0 and json.loads(again.stdout)['metrics']['loss_nats'] == json.loads(done.stdout)['metrics']['loss_nats'], again.stderr[-800:]
+    assert (
+        again.returncode == 0
+        and json.loads(again.stdout)['metrics']['loss_nats']
+        == json.loads(done.stdout)['metrics']['loss_nats']
+    ), again.stderr[-800:]
     freed = told('release', 'run', '--out', 'raw.safetensors', '--raw', '--json', cwd=tmp_path)
-    assert freed.returncode == 0 and json.loads(freed.stdout)['run']['weights'] == 'raw', freed.stderr
+    assert freed.returncode == 0 and json.loads(freed.stdout)['run']['weights'] == 'raw', (
+        freed.stderr
+    )
     wrong = told('train', '.', '--set', 'train.lrr=1', cwd=tmp_path)
-    assert wrong.returncode == 2 and "Did you mean 'lr" in wrong.stderr and 'Traceback' not in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and "Did you mean 'lr" in wrong.stderr
+        and 'Traceback' not in wrong.stderr
+    )
+
 
 def test_price_of_a_published_run(tmp_path):
     "A published run has a price without its data, and says that its rate is assumed"
-    got = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', '--scale', 'full', '--price', '--rate', '20000', '--json', cwd=tmp_path)
+    got = told(
+        'train',
+        '--recipe',
+        'mobileclip_s0.datacompdr1b',
+        '--scale',
+        'full',
+        '--price',
+        '--rate',
+        '20000',
+        '--json',
+        cwd=tmp_path,
+    )
     p = json.loads(got.stdout)
-    assert got.returncode == 0 and p['samples'] == 200_000*65_536 and abs(p['hours']-p['samples']/20_000/3600) < 1e-6 and p['assumed'] == 'assumed: --rate'
-    person = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', '--price', '--rate', '20000', cwd=tmp_path)
-    assert person.returncode == 0 and '140 TB of data' in person.stdout and 'e+' not in person.stdout and 'This is not the published run' in person.stderr
+    assert (
+        got.returncode == 0
+        and p['samples'] == 200_000 * 65_536
+        and abs(p['hours'] - p['samples'] / 20_000 / 3600) < 1e-6
+        and p['assumed'] == 'assumed: --rate'
+    )
+    person = told(
+        'train',
+        '--recipe',
+        'mobileclip_s0.datacompdr1b',
+        '--price',
+        '--rate',
+        '20000',
+        cwd=tmp_path,
+    )
+    assert (
+        person.returncode == 0
+        and '140 TB of data' in person.stdout
+        and 'e+' not in person.stdout
+        and 'This is not the published run' in person.stderr
+    )
     absent = told('train', '--recipe', 'mobileclip_s0.datacompdr1b', cwd=tmp_path)
-    assert absent.returncode == 2 and 'datacompdr1b' in absent.stderr and 'Traceback' not in absent.stderr
+    assert (
+        absent.returncode == 2
+        and 'datacompdr1b' in absent.stderr
+        and 'Traceback' not in absent.stderr
+    )
+
 
 def test_release_of_a_short_run(tmp_path):
     "Its statistics are computed again from its data, as it was judged; where these are gone or others, the running ones stay and it is said"
-    for i in range(12): Image.new('RGB', (64, 64), (20*i, 240-20*i, 60)).save(tmp_path/f'{i}.png')
-    (tmp_path/'captions.csv').write_text('image,caption\n' + ''.join(f'{i}.png,color {i}\n' for i in range(12)))
-    out, r = tmp_path/'run', recipe('nano-emoji').at('smoke')
+    for i in range(12):
+        Image.new('RGB', (64, 64), (20 * i, 240 - 20 * i, 60)).save(tmp_path / f'{i}.png')
+    (tmp_path / 'captions.csv').write_text(
+        'image,caption\n' + ''.join(f'{i}.png,color {i}\n' for i in range(12))
+    )
+    out, r = tmp_path / 'run', recipe('nano-emoji').at('smoke')
     r = r.but(stream=r.stream.but(batch=8))
     data = open_run(r, tmp_path, Opening(progress=False))
-    done = fit(data.recipe, data.source, out, progress=False, place=str(tmp_path), held_out=data.shares)
+    done = fit(
+        data.recipe, data.source, out, progress=False, place=str(tmp_path), held_out=data.shares
+    )
     raw, said = from_run(out, 'raw')
-    assert said['statistics'] == 'running' and all(torch.equal(t, raw.state_dict()[k]) for k, t in done.run.raw.state_dict().items())
+    assert said['statistics'] == 'running' and all(
+        torch.equal(t, raw.state_dict()[k]) for k, t in done.run.raw.state_dict().items()
+    )
     model, said = from_run(out)
-    assert said['statistics'] == 'recomputed over 4 batches' and 'images_per_s_wall' not in said['metrics']
+    assert (
+        said['statistics'] == 'recomputed over 4 batches'
+        and 'images_per_s_wall' not in said['metrics']
+    )
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in done.model.state_dict().items())
     plain, said = from_run(out, statistics=False)
-    moved = {k.rpartition('.')[2] for k, t in plain.state_dict().items() if not torch.equal(t, model.state_dict()[k])}
+    moved = {
+        k.rpartition('.')[2]
+        for k, t in plain.state_dict().items()
+        if not torch.equal(t, model.state_dict()[k])
+    }
     assert said['statistics'] == 'running' and moved == {'running_mean', 'running_var'}
     freed = told('release', 'run', '--out', 'free.safetensors', '--json', cwd=tmp_path)
-    assert freed.returncode == 0 and json.loads(freed.stdout)['run']['statistics'] == 'recomputed over 4 batches', freed.stderr
-    (tmp_path/'11.png').unlink()
+    assert (
+        freed.returncode == 0
+        and json.loads(freed.stdout)['run']['statistics'] == 'recomputed over 4 batches'
+    ), freed.stderr
+    (tmp_path / '11.png').unlink()
     heard = []
-    assert from_run(out, say=heard.append)[1]['statistics'] == 'running' and 'other data than the run learned from' in heard[0]
-    for p in tmp_path.glob('*.png'): p.unlink()
+    assert (
+        from_run(out, say=heard.append)[1]['statistics'] == 'running'
+        and 'other data than the run learned from' in heard[0]
+    )
+    for p in tmp_path.glob('*.png'):
+        p.unlink()
     gone = told('release', 'run', '--out', 'free.safetensors', '--json', cwd=tmp_path)
-    assert gone.returncode == 0 and json.loads(gone.stdout)['run']['statistics'] == 'running' and 'cannot be opened' in gone.stderr, gone.stderr
+    assert (
+        gone.returncode == 0
+        and json.loads(gone.stdout)['run']['statistics'] == 'running'
+        and 'cannot be opened' in gone.stderr
+    ), gone.stderr
+
 
 def test_tuned_weights_keep_their_statistics(tmp_path):
     "A run that began with weights is not judged by the rule of runs that began with none"
     r = recipe('nano-emoji').at('smoke')
     r = r.but(stream=r.stream.but(batch=8))
     data = source(r, 'emoji', progress=False)
-    def judge(model): return dict(loss=1.)
+
+    def judge(model):
+        return dict(loss=1.0)
+
     runs = [fit(r, data, judge=judge, progress=False, started=name) for name in ('', 'weights')]
     assert ['statistics_batches' in x.run.judged[0] for x in runs] == [True, False]
     assert all(torch.equal(a, b) for a, b in zip(*(x.run.raw.state_dict().values() for x in runs)))

@@ -1,4 +1,5 @@
 "Reinforcement under fire: other workers, a cluster, kill -9, bad shards, bad samples, full disks; the bytes stay the same."
+
 import hashlib, io, json, os, random, resource, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -16,109 +17,214 @@ from mobileclip_nb.shards.files import read_manifest, read_shard, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.teachers import TeacherSpec
 
+
 class Toys:
     "Two teachers with a matrix each; one picture kills whoever sees it, one makes it stumble"
-    names, widths, scales = ('left', 'right'), (8, 6), (100., 70.)
+
+    names, widths, scales = ('left', 'right'), (8, 6), (100.0, 70.0)
+
     def __init__(self):
         g = torch.Generator().manual_seed(0)
         self.see = [torch.randn(768, w, generator=g) for w in self.widths]
         self.read = [torch.randn(256, w, generator=g) for w in self.widths]
-    def rows(self, x, mats): return {n: torch.nn.functional.normalize(x@m, dim=1) for n, m in zip(self.names, mats)}
+
+    def rows(self, x, mats):
+        return {n: torch.nn.functional.normalize(x @ m, dim=1) for n, m in zip(self.names, mats)}
+
     def image(self, images):
-        if os.environ.get('CRASH') and any(im.getpixel((9, 9)) == (1, 2, 3) for im in images): os.kill(os.getpid(), signal.SIGKILL)
-        x = torch.stack([torch.from_numpy(np.asarray(im.resize((16, 16)), dtype=np.float32)).flatten() for im in images])/255+.01
-        return {n: r*(float('nan') if os.environ.get('STUMBLE') else 1) for n, r in self.rows(x, self.see).items()}
-    def text(self, texts): return self.rows(torch.stack([torch.bincount(torch.tensor(list(t.encode())), minlength=256).float() for t in texts]), self.read)
+        if os.environ.get('CRASH') and any(im.getpixel((9, 9)) == (1, 2, 3) for im in images):
+            os.kill(os.getpid(), signal.SIGKILL)
+        x = (
+            torch.stack(
+                [
+                    torch.from_numpy(np.asarray(im.resize((16, 16)), dtype=np.float32)).flatten()
+                    for im in images
+                ]
+            )
+            / 255
+            + 0.01
+        )
+        return {
+            n: r * (float('nan') if os.environ.get('STUMBLE') else 1)
+            for n, r in self.rows(x, self.see).items()
+        }
+
+    def text(self, texts):
+        return self.rows(
+            torch.stack(
+                [
+                    torch.bincount(torch.tensor(list(t.encode())), minlength=256).float()
+                    for t in texts
+                ]
+            ),
+            self.read,
+        )
+
 
 class Namer:
-    def captions(self, images, keys): return [[f'picture {k}, {im.width} wide', f'number {i}'] for i, (im, k) in enumerate(zip(images, keys))]
+    def captions(self, images, keys):
+        return [
+            [f'picture {k}, {im.width} wide', f'number {i}']
+            for i, (im, k) in enumerate(zip(images, keys))
+        ]
 
-def toys(spec, device): return Models((Namer(),)*len(spec.captioners), Toys() if spec.teachers else None, dict(toys='1'))
-def never(spec, device): raise AssertionError('models were loaded for nothing')
-TOY = ReinforceSpec(name='toy', augment=DATACOMPDR.but(side=32), n_augmentations=2, captioners=(CaptionerSpec(),), teachers=(TeacherSpec(), TeacherSpec(model='teacher_nano_b')), batch=3)
+
+def toys(spec, device):
+    return Models(
+        (Namer(),) * len(spec.captioners), Toys() if spec.teachers else None, dict(toys='1')
+    )
+
+
+def never(spec, device):
+    raise AssertionError('models were loaded for nothing')
+
+
+TOY = ReinforceSpec(
+    name='toy',
+    augment=DATACOMPDR.but(side=32),
+    n_augmentations=2,
+    captioners=(CaptionerSpec(),),
+    teachers=(TeacherSpec(), TeacherSpec(model='teacher_nano_b')),
+    batch=3,
+)
+
 
 def picture(i, side=40):
-    rng = np.random.default_rng(i); b = io.BytesIO()
-    Image.fromarray(np.kron(rng.integers(0, 256, (5, 5, 3)), np.ones((8, 8, 1))).astype(np.uint8)).resize((side, side)).save(b, 'png')
+    rng = np.random.default_rng(i)
+    b = io.BytesIO()
+    Image.fromarray(
+        np.kron(rng.integers(0, 256, (5, 5, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    ).resize((side, side)).save(b, 'png')
     return b.getvalue()
 
-def plain(start, n): return [Sample(f'{i:06}', picture(i), 'png', (f'pattern number {i}',)) for i in range(start, start+n)]
+
+def plain(start, n):
+    return [
+        Sample(f'{i:06}', picture(i), 'png', (f'pattern number {i}',))
+        for i in range(start, start + n)
+    ]
+
 
 @pytest.fixture(scope='module')
 def shards(tmp_path_factory):
     "Twenty small shards in two folders, with the same names in both"
     place = tmp_path_factory.mktemp('in')
-    for i in range(20): write_shard(place/f'{i//10:02}/{i%10:08}.tar', plain(4*i, 4), StoreSpec())
+    for i in range(20):
+        write_shard(place / f'{i // 10:02}/{i % 10:08}.tar', plain(4 * i, 4), StoreSpec())
     return place
 
-def made(out): return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(out).rglob('*') if p.suffix in ('.tar', '.jsonl') or p.name == 'manifest.json'}
+
+def made(out):
+    return {
+        p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in Path(out).rglob('*')
+        if p.suffix in ('.tar', '.jsonl') or p.name == 'manifest.json'
+    }
+
 
 @pytest.fixture(scope='module')
 def undisturbed(shards, tmp_path_factory):
-    out = tmp_path_factory.mktemp('undisturbed')/'out'
+    out = tmp_path_factory.mktemp('undisturbed') / 'out'
     report = reinforce(shards, out, TOY, load=toys, progress=False)
     assert report.ok and (report.done, report.samples) == (20, 80)
     return made(out)
 
+
 # ---- the same bytes whoever does the work
+
 
 @pytest.fixture(scope='module')
 def nano(tmp_path_factory):
     "A few shards, and what one worker makes of them with the nano recipe's own models"
     place = tmp_path_factory.mktemp('nano')
     spec = recipe('nano-emoji').but(n_augmentations=2, batch=4)
-    for i in range(6): write_shard(place/f'in/{i:08}.tar', plain(100+8*i, 8), StoreSpec())
-    assert reinforce(place/'in', place/'one', spec, progress=False).ok
+    for i in range(6):
+        write_shard(place / f'in/{i:08}.tar', plain(100 + 8 * i, 8), StoreSpec())
+    assert reinforce(place / 'in', place / 'one', spec, progress=False).ok
     return place, spec
+
 
 def test_two_workers(nano):
     place, spec = nano
-    report = reinforce(place/'in', place/'two', spec, workers=2, progress=False)
+    report = reinforce(place / 'in', place / 'two', spec, workers=2, progress=False)
     assert report.ok and report.done == 6, str(report)
-    assert made(place/'two') == made(place/'one') and len(made(place/'one')) == 8
+    assert made(place / 'two') == made(place / 'one') and len(made(place / 'one')) == 8
+
 
 def test_ray(nano):
     pytest.importorskip('ray', reason='ray is not installed; it comes with the extra reinforce')
     from mobileclip_nb.reinforce.ray import reinforce as on_ray
+
     place, spec = nano
-    report = on_ray(place/'in', place/'ray', spec, workers=2, progress=False)
+    report = on_ray(place / 'in', place / 'ray', spec, workers=2, progress=False)
     assert report.ok and report.done == 6, str(report)
-    assert made(place/'ray') == made(place/'one')
-    assert on_ray(place/'in', place/'ray', spec, progress=False, load=never).skipped == 6
+    assert made(place / 'ray') == made(place / 'one')
+    assert on_ray(place / 'in', place / 'ray', spec, progress=False, load=never).skipped == 6
+
 
 def test_rows_belong_to_what_they_say(nano):
     "Every sample is complete, also those beyond the first batch; text rows are as many as captions"
     place, spec = nano
-    for s in (s for p in sorted((place/'one').glob('*.tar')) for s in read_shard(p, wants=('param_aug', 'image_emb', 'text_emb', 'synthetic', 'sha256'))):
-        assert len(s.param_aug) == len(s.image_emb) == 2 and {k: len(v) for k, v in s.text_emb.items()} == {'text': 1, 'syn_text': len(s.synthetic['syn_text'])}
+    for s in (
+        s
+        for p in sorted((place / 'one').glob('*.tar'))
+        for s in read_shard(p, wants=('param_aug', 'image_emb', 'text_emb', 'synthetic', 'sha256'))
+    ):
+        assert len(s.param_aug) == len(s.image_emb) == 2 and {
+            k: len(v) for k, v in s.text_emb.items()
+        } == {'text': 1, 'syn_text': len(s.synthetic['syn_text'])}
         assert s.sha256 == hashlib.sha256(s.image).hexdigest()
-    assert read_manifest(place/'one').samples == 48
+    assert read_manifest(place / 'one').samples == 48
+
 
 # ---- kill -9
+
 
 def zygote(src):
     "A process that has imported everything and forks a run for each line it reads; it computes nothing itself"
     for line in sys.stdin:
         told = json.loads(line)
         if not (pid := os.fork()):
-            if 'limit' in told: resource.setrlimit(resource.RLIMIT_FSIZE, (told['limit'],)*2)
+            if 'limit' in told:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (told['limit'],) * 2)
             status = 0
-            try: status = not reinforce(src, told['out'], TOY, load=toys, progress=False).ok
-            except BaseException as e: Path(told['out']+'.error').write_text(f'{type(e).__name__}: {e}'); status = 3
-            finally: os._exit(status)
+            try:
+                status = not reinforce(src, told['out'], TOY, load=toys, progress=False).ok
+            except BaseException as e:
+                Path(told['out'] + '.error').write_text(f'{type(e).__name__}: {e}')
+                status = 3
+            finally:
+                os._exit(status)
         print(pid, flush=True)
         print(os.waitpid(pid, 0)[1], flush=True)
 
+
 class Runs:
     "Starts runs quickly, through a zygote"
+
     def __init__(self, src):
         code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_reinforce; test_reinforce.zygote({str(src)!r})'
-        self.process = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | dict(OMP_NUM_THREADS='1'),
+        )
+
     def start(self, **told):
-        self.process.stdin.write(json.dumps(told)+'\n'); self.process.stdin.flush()
+        self.process.stdin.write(json.dumps(told) + '\n')
+        self.process.stdin.flush()
         return int(self.process.stdout.readline())
-    def status(self): return int(self.process.stdout.readline())
-    def close(self): self.process.stdin.close(); self.process.stdout.close(); self.process.wait(30)
+
+    def status(self):
+        return int(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(30)
+
 
 @pytest.fixture(scope='module')
 def runs(shards):
@@ -126,161 +232,303 @@ def runs(shards):
     yield r
     r.close()
 
-def finished(out): return [p.relative_to(out/'.done').as_posix()[:-5] for p in (out/'.done').rglob('*.tar.json')]
+
+def finished(out):
+    return [
+        p.relative_to(out / '.done').as_posix()[:-5] for p in (out / '.done').rglob('*.tar.json')
+    ]
+
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_ten_times_kill_nine(runs, shards, undisturbed, tmp_path):
     "Killed at ten moments drawn by a seed, and resumed: the bytes of an undisturbed run, and nothing that was finished is touched"
     rng, middle, halves = random.Random(9), 0, 0
     for i in range(10):
-        out, after, wait = tmp_path/f'out{i}', rng.randrange(19), rng.uniform(0, .03)
+        out, after, wait = tmp_path / f'out{i}', rng.randrange(19), rng.uniform(0, 0.03)
         pid, began = runs.start(out=str(out)), time.monotonic()
-        while len(finished(out)) < after and time.monotonic()-began < 60: time.sleep(.001)
+        while len(finished(out)) < after and time.monotonic() - began < 60:
+            time.sleep(0.001)
         time.sleep(wait)
         os.kill(pid, signal.SIGKILL)
         assert runs.status() in (9, 0)
-        before = {n: (out/n).stat().st_mtime_ns for n in finished(out)}
-        halves += bool(list(out.rglob('.*.part*'))); middle += 0 < len(before) < 20
+        before = {n: (out / n).stat().st_mtime_ns for n in finished(out)}
+        halves += bool(list(out.rglob('.*.part*')))
+        middle += 0 < len(before) < 20
         report = reinforce(shards, out, TOY, load=toys, progress=False)
-        assert report.ok and report.skipped == len(before) and report.done == 20-len(before)
-        assert {n: (out/n).stat().st_mtime_ns for n in before} == before
+        assert report.ok and report.skipped == len(before) and report.done == 20 - len(before)
+        assert {n: (out / n).stat().st_mtime_ns for n in before} == before
         assert made(out) == undisturbed and not list(out.rglob('.*.part*'))
     assert middle >= 5, f'only {middle} of ten kills fell in the middle of a run'
 
-def children(pid): return [int(c) for t in Path(f'/proc/{pid}/task').iterdir() for c in (t/'children').read_text().split()]
+
+def children(pid):
+    return [
+        int(c)
+        for t in Path(f'/proc/{pid}/task').iterdir()
+        for c in (t / 'children').read_text().split()
+    ]
+
+
 def alive(pid):
-    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except OSError: return False
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks for processes in /proc')
 def test_the_parent_is_killed(shards, undisturbed, tmp_path):
     "Two worker processes end with their parent, instead of writing into the next run's folder"
-    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_reinforce import *\nif __name__ == "__main__": reinforce({str(shards)!r}, {str(tmp_path/"out")!r}, TOY, workers=2, load=toys, progress=False)'
-    p, began = subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1')), time.monotonic()
-    while not finished(tmp_path/'out') and time.monotonic()-began < 90 and p.poll() is None: time.sleep(.002)
+    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_reinforce import *\nif __name__ == "__main__": reinforce({str(shards)!r}, {str(tmp_path / "out")!r}, TOY, workers=2, load=toys, progress=False)'
+    p, began = (
+        subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1')),
+        time.monotonic(),
+    )
+    while not finished(tmp_path / 'out') and time.monotonic() - began < 90 and p.poll() is None:
+        time.sleep(0.002)
     workers = children(p.pid)
-    p.kill(); p.wait()
+    p.kill()
+    p.wait()
     assert len(workers) >= 2, workers
     began = time.monotonic()
-    while any(map(alive, workers)) and time.monotonic()-began < 20: time.sleep(.05)
+    while any(map(alive, workers)) and time.monotonic() - began < 20:
+        time.sleep(0.05)
     assert not any(map(alive, workers))
-    assert reinforce(shards, tmp_path/'out', TOY, load=toys, progress=False).ok
-    assert made(tmp_path/'out') == undisturbed
+    assert reinforce(shards, tmp_path / 'out', TOY, load=toys, progress=False).ok
+    assert made(tmp_path / 'out') == undisturbed
+
 
 def test_a_worker_dies(shards, tmp_path, monkeypatch):
     "Its shard is set aside, the others are done, and the next run tries it again"
-    for i in range(3): write_shard(tmp_path/f'in/{i}.tar', plain(4*i, 4), StoreSpec())
-    b = io.BytesIO(); Image.new('RGB', (40, 40), (1, 2, 3)).save(b, 'png')
-    write_shard(tmp_path/'in/killer.tar', [plain(90, 1)[0].but(image=b.getvalue())], StoreSpec())
-    steady = TOY.but(augment=DATACOMPDR.but(side=32, rand_augment=None))            # the color that kills stays as it is
+    for i in range(3):
+        write_shard(tmp_path / f'in/{i}.tar', plain(4 * i, 4), StoreSpec())
+    b = io.BytesIO()
+    Image.new('RGB', (40, 40), (1, 2, 3)).save(b, 'png')
+    write_shard(tmp_path / 'in/killer.tar', [plain(90, 1)[0].but(image=b.getvalue())], StoreSpec())
+    steady = TOY.but(
+        augment=DATACOMPDR.but(side=32, rand_augment=None)
+    )  # the color that kills stays as it is
     monkeypatch.setenv('CRASH', '1')
-    report = reinforce(tmp_path/'in', tmp_path/'out', steady, workers=2, load=toys, progress=False)
-    assert list(report.failed) == ['killer.tar'] and 'signal 9' in report.failed['killer.tar'] and report.done == 3
+    report = reinforce(
+        tmp_path / 'in', tmp_path / 'out', steady, workers=2, load=toys, progress=False
+    )
+    assert (
+        list(report.failed) == ['killer.tar']
+        and 'signal 9' in report.failed['killer.tar']
+        and report.done == 3
+    )
     monkeypatch.delenv('CRASH')
-    again = reinforce(tmp_path/'in', tmp_path/'out', steady, load=toys, progress=False)
-    assert again.ok and (again.done, again.skipped) == (1, 3) and not list((tmp_path/'out/.failed').rglob('*.json'))
+    again = reinforce(tmp_path / 'in', tmp_path / 'out', steady, load=toys, progress=False)
+    assert (
+        again.ok
+        and (again.done, again.skipped) == (1, 3)
+        and not list((tmp_path / 'out/.failed').rglob('*.json'))
+    )
+
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_a_disk_that_is_full(runs, shards, undisturbed, tmp_path):
     "The run stops with a clear error; what is finished stays, and the next run goes on"
-    out = tmp_path/'out'
-    runs.start(out=str(out), limit=6000)                             # no file may be larger: a shard is, a marker is not
+    out = tmp_path / 'out'
+    runs.start(out=str(out), limit=6000)  # no file may be larger: a shard is, a marker is not
     assert runs.status() == 3 << 8
     told = Path(f'{out}.error').read_text()
-    assert told.startswith('OSError') and 'cannot go on writing' in told and 'run the same again' in told, told
+    assert (
+        told.startswith('OSError')
+        and 'cannot go on writing' in told
+        and 'run the same again' in told
+    ), told
     assert reinforce(shards, out, TOY, load=toys, progress=False).ok and made(out) == undisturbed
+
 
 def test_a_disk_that_is_full_for_workers(shards, tmp_path):
     "A worker whose writing fails says so and ends; the parent does not wait for it"
     code = f'''import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_reinforce import *
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-try: reinforce({str(shards)!r}, {str(tmp_path/"out")!r}, TOY, workers=2, load=toys, progress=False)
+try: reinforce({str(shards)!r}, {str(tmp_path / "out")!r}, TOY, workers=2, load=toys, progress=False)
 except OSError as e: print(e)'''
-    told = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=120)
-    assert 'cannot go on writing' in told.stdout and 'run the same again' in told.stdout, told.stdout+told.stderr
+    told = subprocess.run(
+        [sys.executable, '-c', code],
+        env=os.environ | dict(OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert 'cannot go on writing' in told.stdout and 'run the same again' in told.stdout, (
+        told.stdout + told.stderr
+    )
+
 
 # ---- again, otherwise, elsewhere
 
+
 def test_again_and_otherwise(shards, undisturbed, tmp_path):
     "The same recipe again does nothing; another recipe, other weights or other input under old names are refused by name"
-    out = tmp_path/'out'
+    out = tmp_path / 'out'
     assert reinforce(shards, out, TOY, load=toys, progress=False).done == 20
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob('*.tar*')}
     again = reinforce(shards, out, TOY, load=never, progress=False)
-    assert (again.done, again.skipped, again.ok) == (0, 20, True) and stamps == {p: p.stat().st_mtime_ns for p in out.rglob('*.tar*')}
-    with pytest.raises(ValueError, match=r'batch: 3 there, 4 here.*Choose another folder'): reinforce(shards, out, TOY.but(batch=4), load=never)
-    (out/'01/00000003.tar').unlink()
-    with pytest.raises(ValueError, match='other weights'): reinforce(shards, out, TOY, load=lambda s, d: toys(s, d)._replace(weights=dict(toys='2')), progress=False)
-    with pytest.raises(ValueError, match='other inputs of the same name'): reinforce(other(tmp_path), out, TOY, load=never)
-    with pytest.raises(ValueError, match='lie in each other'): reinforce(shards, shards/'out', TOY, load=never)
-    assert reinforce(shards, out, TOY, load=toys, progress=False).done == 1 and made(out) == undisturbed
+    assert (again.done, again.skipped, again.ok) == (0, 20, True) and stamps == {
+        p: p.stat().st_mtime_ns for p in out.rglob('*.tar*')
+    }
+    with pytest.raises(ValueError, match=r'batch: 3 there, 4 here.*Choose another folder'):
+        reinforce(shards, out, TOY.but(batch=4), load=never)
+    (out / '01/00000003.tar').unlink()
+    with pytest.raises(ValueError, match='other weights'):
+        reinforce(
+            shards,
+            out,
+            TOY,
+            load=lambda s, d: toys(s, d)._replace(weights=dict(toys='2')),
+            progress=False,
+        )
+    with pytest.raises(ValueError, match='other inputs of the same name'):
+        reinforce(other(tmp_path), out, TOY, load=never)
+    with pytest.raises(ValueError, match='lie in each other'):
+        reinforce(shards, shards / 'out', TOY, load=never)
+    assert (
+        reinforce(shards, out, TOY, load=toys, progress=False).done == 1
+        and made(out) == undisturbed
+    )
+
 
 def other(place):
     "A shard of other content under a name that was used"
-    write_shard(place/'other/00/00000000.tar', plain(500, 4), StoreSpec())
-    return place/'other'
+    write_shard(place / 'other/00/00000000.tar', plain(500, 4), StoreSpec())
+    return place / 'other'
+
 
 def test_bad_shards(shards, tmp_path):
     "No tar, cut short, not there, without samples: each set aside with its error, and tried again when mended"
-    for i in range(5): write_shard(tmp_path/f'in/{i}.tar', plain(4*i, 4), StoreSpec())
-    whole = (tmp_path/'in/1.tar').read_bytes()
-    (tmp_path/'in/1.tar').write_bytes(whole[:5000]); (tmp_path/'in/2.tar').write_bytes(b'no tar'); write_shard(tmp_path/'in/3.tar', [], StoreSpec())
-    report = reinforce(f'{tmp_path}/in/{{0..5}}.tar', tmp_path/'out', TOY, load=toys, progress=False)
-    assert set(report.failed) == {'1.tar', '2.tar', '3.tar', '5.tar'} and report.done == 2 and not report.ok
-    assert 'ends early' in report.failed['1.tar'] and 'empty' in report.failed['3.tar'] and 'FileNotFoundError' in report.failed['5.tar']
-    (tmp_path/'in/1.tar').write_bytes(whole)
-    assert reinforce(tmp_path/'in', tmp_path/'out', TOY, load=toys, progress=False).done == 1
-    with pytest.raises(FileNotFoundError, match='No shards'): reinforce(tmp_path/'nothing', tmp_path/'x', TOY)
+    for i in range(5):
+        write_shard(tmp_path / f'in/{i}.tar', plain(4 * i, 4), StoreSpec())
+    whole = (tmp_path / 'in/1.tar').read_bytes()
+    (tmp_path / 'in/1.tar').write_bytes(whole[:5000])
+    (tmp_path / 'in/2.tar').write_bytes(b'no tar')
+    write_shard(tmp_path / 'in/3.tar', [], StoreSpec())
+    report = reinforce(
+        f'{tmp_path}/in/{{0..5}}.tar', tmp_path / 'out', TOY, load=toys, progress=False
+    )
+    assert (
+        set(report.failed) == {'1.tar', '2.tar', '3.tar', '5.tar'}
+        and report.done == 2
+        and not report.ok
+    )
+    assert (
+        'ends early' in report.failed['1.tar']
+        and 'empty' in report.failed['3.tar']
+        and 'FileNotFoundError' in report.failed['5.tar']
+    )
+    (tmp_path / 'in/1.tar').write_bytes(whole)
+    assert reinforce(tmp_path / 'in', tmp_path / 'out', TOY, load=toys, progress=False).done == 1
+    with pytest.raises(FileNotFoundError, match='No shards'):
+        reinforce(tmp_path / 'nothing', tmp_path / 'x', TOY)
+
 
 def test_bad_samples(tmp_path):
     "Those that fail are dropped with their reason, and their neighbors have the rows they would have had"
     good = plain(0, 9)
-    bad = [good[0].but(key='a', image=b'no picture'), good[0].but(key='b', image=good[0].image[:200]), good[0].but(key='c', captions=()), good[0].but(key='d', image=None)]
-    write_shard(tmp_path/'good/0.tar', good, StoreSpec()); write_shard(tmp_path/'in/0.tar', [bad[0], *good[:4], bad[1], bad[2], *good[4:], bad[3]], StoreSpec())
-    for name in ('good', 'in'): report = reinforce(tmp_path/name, tmp_path/f'{name}_out', TOY, load=toys, progress=False)
+    bad = [
+        good[0].but(key='a', image=b'no picture'),
+        good[0].but(key='b', image=good[0].image[:200]),
+        good[0].but(key='c', captions=()),
+        good[0].but(key='d', image=None),
+    ]
+    write_shard(tmp_path / 'good/0.tar', good, StoreSpec())
+    write_shard(
+        tmp_path / 'in/0.tar', [bad[0], *good[:4], bad[1], bad[2], *good[4:], bad[3]], StoreSpec()
+    )
+    for name in ('good', 'in'):
+        report = reinforce(
+            tmp_path / name, tmp_path / f'{name}_out', TOY, load=toys, progress=False
+        )
     assert report.ok and report.dropped == dict(image=2, missing=2) and report.samples == 9
-    marker = json.loads((tmp_path/'in_out/.done/0.tar.json').read_text())
+    marker = json.loads((tmp_path / 'in_out/.done/0.tar.json').read_text())
     assert [d[0] for d in marker['dropped']] == list('abcd')
-    assert (tmp_path/'in_out/0.tar').read_bytes() == (tmp_path/'good_out/0.tar').read_bytes()
+    assert (tmp_path / 'in_out/0.tar').read_bytes() == (tmp_path / 'good_out/0.tar').read_bytes()
+
 
 def test_rows_that_are_no_numbers(tmp_path, monkeypatch):
     "A model that answers nothing but NaN is no sample's fault: the shard is set aside, nothing is emptied"
-    write_shard(tmp_path/'in/0.tar', plain(0, 4), StoreSpec())
+    write_shard(tmp_path / 'in/0.tar', plain(0, 4), StoreSpec())
     monkeypatch.setenv('STUMBLE', '1')
-    report = reinforce(tmp_path/'in', tmp_path/'out', TOY, load=toys, progress=False)
-    assert 'not finite' in report.failed['0.tar'] and not list((tmp_path/'out').glob('*.tar'))
+    report = reinforce(tmp_path / 'in', tmp_path / 'out', TOY, load=toys, progress=False)
+    assert 'not finite' in report.failed['0.tar'] and not list((tmp_path / 'out').glob('*.tar'))
+
 
 def test_reinforced_again(tmp_path):
     "Old parameters and rows are replaced together; captions under other keys stay, and are embedded"
-    write_shard(tmp_path/'in/0.tar', plain(0, 5), StoreSpec())
-    reinforce(tmp_path/'in', tmp_path/'first', TOY, load=toys, progress=False)
-    second = TOY.but(captioners=(CaptionerSpec(key='syn_text_b'),), n_augmentations=3, seed=1, store=StoreSpec(form='float32'))
-    assert reinforce(tmp_path/'first', tmp_path/'second', second, load=toys, progress=False).ok
-    old, new = (list(read_shard(tmp_path/x/'0.tar')) for x in ('first', 'second'))
+    write_shard(tmp_path / 'in/0.tar', plain(0, 5), StoreSpec())
+    reinforce(tmp_path / 'in', tmp_path / 'first', TOY, load=toys, progress=False)
+    second = TOY.but(
+        captioners=(CaptionerSpec(key='syn_text_b'),),
+        n_augmentations=3,
+        seed=1,
+        store=StoreSpec(form='float32'),
+    )
+    assert reinforce(tmp_path / 'first', tmp_path / 'second', second, load=toys, progress=False).ok
+    old, new = (list(read_shard(tmp_path / x / '0.tar')) for x in ('first', 'second'))
     for a, b in zip(old, new, strict=True):
-        assert set(b.synthetic) == {'syn_text', 'syn_text_b'} == set(b.text_emb)-{'text'} and b.synthetic['syn_text'] == a.synthetic['syn_text']
-        assert len(b.param_aug) == len(b.image_emb) == 3 and b.param_aug[:2] != a.param_aug and b.image == a.image
+        assert (
+            set(b.synthetic) == {'syn_text', 'syn_text_b'} == set(b.text_emb) - {'text'}
+            and b.synthetic['syn_text'] == a.synthetic['syn_text']
+        )
+        assert (
+            len(b.param_aug) == len(b.image_emb) == 3
+            and b.param_aug[:2] != a.param_aug
+            and b.image == a.image
+        )
+
 
 def test_in_memory(shards, undisturbed):
     "Any place that fsspec knows; processes are refused where memory is not shared"
-    for p in shards.rglob('*.tar'): write_bytes(f'memory://reinforce/in/{p.relative_to(shards).as_posix()}', p.read_bytes())
-    report = reinforce('memory://reinforce/in', 'memory://reinforce/out', TOY, load=toys, progress=False)
+    for p in shards.rglob('*.tar'):
+        write_bytes(f'memory://reinforce/in/{p.relative_to(shards).as_posix()}', p.read_bytes())
+    report = reinforce(
+        'memory://reinforce/in', 'memory://reinforce/out', TOY, load=toys, progress=False
+    )
     assert report.ok and report.done == 20
-    assert {n: hashlib.sha256(read_bytes(f'memory://reinforce/out/{n}')).hexdigest() for n in undisturbed} == undisturbed
-    assert reinforce('memory://reinforce/in', 'memory://reinforce/out', TOY, load=never, progress=False).skipped == 20
-    with pytest.raises(ValueError, match='memory of this process'): reinforce('memory://reinforce/in', 'memory://reinforce/out', TOY, workers=2)
+    assert {
+        n: hashlib.sha256(read_bytes(f'memory://reinforce/out/{n}')).hexdigest()
+        for n in undisturbed
+    } == undisturbed
+    assert (
+        reinforce(
+            'memory://reinforce/in', 'memory://reinforce/out', TOY, load=never, progress=False
+        ).skipped
+        == 20
+    )
+    with pytest.raises(ValueError, match='memory of this process'):
+        reinforce('memory://reinforce/in', 'memory://reinforce/out', TOY, workers=2)
+
 
 def test_an_interrupt(shards, undisturbed, tmp_path):
     "Ctrl-C drops what is in flight and says how to go on"
+
     class Impatient(Toys):
         def text(self, texts):
-            if 'pattern number 30' in texts: os.kill(os.getpid(), signal.SIGINT); time.sleep(.2)
+            if 'pattern number 30' in texts:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
             return super().text(texts)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)          # a shell that runs us in the background has told us to ignore it
+
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell that runs us in the background has told us to ignore it
     try:
         with pytest.raises(KeyboardInterrupt, match='of 20 shards.*the same command goes on'):
-            reinforce(shards, tmp_path/'out', TOY, load=lambda s, d: Models((Namer(),), Impatient(), dict(toys='1')), progress=False)
-    finally: signal.signal(signal.SIGINT, before)
-    assert not list((tmp_path/'out').rglob('.*.part*')) and len(finished(tmp_path/'out')) < 20
-    assert reinforce(shards, tmp_path/'out', TOY, load=toys, progress=False).ok and made(tmp_path/'out') == undisturbed
+            reinforce(
+                shards,
+                tmp_path / 'out',
+                TOY,
+                load=lambda s, d: Models((Namer(),), Impatient(), dict(toys='1')),
+                progress=False,
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list((tmp_path / 'out').rglob('.*.part*')) and len(finished(tmp_path / 'out')) < 20
+    assert (
+        reinforce(shards, tmp_path / 'out', TOY, load=toys, progress=False).ok
+        and made(tmp_path / 'out') == undisturbed
+    )

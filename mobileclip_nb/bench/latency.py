@@ -14,104 +14,143 @@ from ..core import near
 
 # %% ../../nbs/65_bench.latency.ipynb #0546c3f7
 def rounds(
-    arms:dict[str,Callable[[],Any]], # what to time, by name; called without arguments
-    n:int=20, # rounds that count
-    warmup:int=3, # rounds before them that do not
-)->dict[str,list[float]]: # milliseconds, one an arm and round
+    arms: dict[str, Callable[[], Any]],  # what to time, by name; called without arguments
+    n: int = 20,  # rounds that count
+    warmup: int = 3,  # rounds before them that do not
+) -> dict[str, list[float]]:  # milliseconds, one an arm and round
     "Time every arm once a round, in alternating order"
-    if not arms or n < 1: raise ValueError("Nothing to time: give at least one arm and one round")
+    if not arms or n < 1:
+        raise ValueError("Nothing to time: give at least one arm and one round")
     ms = {name: [] for name in arms}
-    for i in range(warmup+n):
-        for name in (list(arms) if i % 2 else list(arms)[::-1]):
+    for i in range(warmup + n):
+        for name in list(arms) if i % 2 else list(arms)[::-1]:
             start = time.perf_counter()
             arms[name]()
-            if i >= warmup: ms[name].append((time.perf_counter()-start)*1e3)
+            if i >= warmup:
+                ms[name].append((time.perf_counter() - start) * 1e3)
     return ms
 
 # %% ../../nbs/65_bench.latency.ipynb #9313c307
 class Latency(NamedTuple):
     "What was measured of one arm"
-    name:str # of the arm
-    ms_p50:float # median, milliseconds
-    ms_min:float # fastest, milliseconds
-    ratio:float # median over rounds of this arm's time to the base's; below 1 is faster
-    ratio_p25:float # lower quartile of the same
-    ratio_p75:float # upper quartile of the same
-    n:int # rounds
+
+    name: str  # of the arm
+    ms_p50: float  # median, milliseconds
+    ms_min: float  # fastest, milliseconds
+    ratio: float  # median over rounds of this arm's time to the base's; below 1 is faster
+    ratio_p25: float  # lower quartile of the same
+    ratio_p75: float  # upper quartile of the same
+    n: int  # rounds
+
 
 def compare(
-    ms:dict[str,list[float]], # as `rounds` gives them
-    base:str|None=None, # the arm that others are compared with; by default the first
-)->list[Latency]: # in the order of `ms`
+    ms: dict[str, list[float]],  # as `rounds` gives them
+    base: str | None = None,  # the arm that others are compared with; by default the first
+) -> list[Latency]:  # in the order of `ms`
     "Summarize rounds as medians, and as ratios taken within each round"
     base = next(iter(ms)) if base is None else base
-    if base not in ms: raise KeyError(f"No arm {base!r}.{near(base, ms)} There are {', '.join(ms)}.")
-    def one(name:str, ts:list[float])->Latency:
-        r = sorted(t/b for t, b in zip(ts, ms[base]))
-        lo, mid, hi = statistics.quantiles(r, n=4, method='inclusive') if len(r) > 1 else r*3
+    if base not in ms:
+        raise KeyError(f"No arm {base!r}.{near(base, ms)} There are {', '.join(ms)}.")
+
+    def one(name: str, ts: list[float]) -> Latency:
+        r = sorted(t / b for t, b in zip(ts, ms[base]))
+        lo, mid, hi = statistics.quantiles(r, n=4, method='inclusive') if len(r) > 1 else r * 3
         return Latency(name, statistics.median(ts), min(ts), mid, lo, hi, len(ts))
+
     return [one(name, ts) for name, ts in ms.items()]
 
 # %% ../../nbs/65_bench.latency.ipynb #e10b8960
 def table(
-    found:list[Latency], # as `compare` gives them
-)->str: # Markdown
+    found: list[Latency],  # as `compare` gives them
+) -> str:  # Markdown
     "Latencies as a table, ratios with their quartiles"
     base = next((f.name for f in found if f.ratio == f.ratio_p25 == f.ratio_p75 == 1), 'the base')
-    head = f'| | median ms | fastest ms | time over that of {base} [quartiles] |\n|---|---|---|---|\n'
-    return head + '\n'.join(f'| {f.name} | {f.ms_p50:.2f} | {f.ms_min:.2f} | {f.ratio:.2f} [{f.ratio_p25:.2f}–{f.ratio_p75:.2f}] |' for f in found)
+    head = (
+        f'| | median ms | fastest ms | time over that of {base} [quartiles] |\n|---|---|---|---|\n'
+    )
+    return head + '\n'.join(
+        f'| {f.name} | {f.ms_p50:.2f} | {f.ms_min:.2f} | {f.ratio:.2f} [{f.ratio_p25:.2f}–{f.ratio_p75:.2f}] |'
+        for f in found
+    )
 
 # %% ../../nbs/65_bench.latency.ipynb #aaa6618a
 def towers(
-    models:dict[str,Any], # modules in eval mode, each taking `x`
-    x:Any, # a batch, a tensor
-    threads:int=1, # of torch's pool
-    n:int=20, # rounds that count
-)->list[Latency]: # ratios against the first model
+    models: dict[str, Any],  # modules in eval mode, each taking `x`
+    x: Any,  # a batch, a tensor
+    threads: int = 1,  # of torch's pool
+    n: int = 20,  # rounds that count
+) -> list[Latency]:  # ratios against the first model
     "Time modules on one batch, side by side, at a given number of threads"
     import torch
+
     wrong = [k for k, m in models.items() if m.training]
-    if wrong: raise ValueError(f"{', '.join(wrong)} in train mode; time what will be used: model.eval()")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} in train mode; time what will be used: model.eval()")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(): return compare(rounds({k: (lambda m=m: m(x)) for k, m in models.items()}, n))
-    finally: torch.set_num_threads(before)
+        with torch.inference_mode():
+            return compare(rounds({k: (lambda m=m: m(x)) for k, m in models.items()}, n))
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/65_bench.latency.ipynb #753c0b7e
 def quickest_threads(
-    f:Callable[[],Any], # a small piece of the work to come
-    choices:tuple[int,...]=(), # numbers of threads; empty tries one and as many as torch has now
-    n:int=3, # rounds
-)->int: # the number chosen, and set from now on
+    f: Callable[[], Any],  # a small piece of the work to come
+    choices: tuple[
+        int, ...
+    ] = (),  # numbers of threads; empty tries one and as many as torch has now
+    n: int = 3,  # rounds
+) -> int:  # the number chosen, and set from now on
     "Set torch to the number of threads at which `f` was quickest"
     import torch
+
     choices = choices or tuple(dict.fromkeys((1, torch.get_num_threads())))
-    def at(threads:int)->Callable[[],Any]: return lambda: (torch.set_num_threads(threads), f())
-    ms = rounds({str(t): at(t) for t in choices}, n, 1) if len(choices) > 1 else {str(choices[0]): [0.]}
+
+    def at(threads: int) -> Callable[[], Any]:
+        return lambda: (torch.set_num_threads(threads), f())
+
+    ms = (
+        rounds({str(t): at(t) for t in choices}, n, 1)
+        if len(choices) > 1
+        else {str(choices[0]): [0.0]}
+    )
     best = min(ms, key=lambda k: statistics.median(ms[k]))
     torch.set_num_threads(int(best))
     return int(best)
 
 # %% ../../nbs/65_bench.latency.ipynb #db847ec1
 def against_timm(
-    name:str='mci0', # a row of `MCI` that timm has too: `mci0` to `mci4`
-    threads:int=1, # of torch's pool
-    n:int=20, # rounds that count
-)->list[Latency]: # timm's reparameterized tower first, ours second
+    name: str = 'mci0',  # a row of `MCI` that timm has too: `mci0` to `mci4`
+    threads: int = 1,  # of torch's pool
+    n: int = 20,  # rounds that count
+) -> list[Latency]:  # timm's reparameterized tower first, ours second
     "Our folded image tower beside timm's reparameterized one, batch 1, 256 pixels (MobileCLIP §3.2)"
     import timm, torch
     from timm.utils import reparameterize_model
     from mobileclip_nb.blocks.fold import fold
     from mobileclip_nb.image.mci import MCi
+
     theirs = reparameterize_model(timm.create_model(f'fastvit_{name}', num_classes=512).eval())
-    models = {f'timm {name}, reparameterized': theirs, f'ours {name}, folded': fold(MCi(name, 512).eval())}
+    models = {
+        f'timm {name}, reparameterized': theirs,
+        f'ours {name}, folded': fold(MCi(name, 512).eval()),
+    }
     return towers(models, torch.rand(1, 3, 256, 256), threads, n)
 
 # %% ../../nbs/65_bench.latency.ipynb #2e3cc2d3
 def cold_start(
-    n:int=10, # interpreters an arm
-)->list[Latency]: # a bare interpreter first
+    n: int = 10,  # interpreters an arm
+) -> list[Latency]:  # a bare interpreter first
     "Time `import mobileclip_nb` in fresh interpreters beside a bare one"
-    def arm(code:str)->Callable[[],Any]: return lambda: subprocess.run([sys.executable, '-c', code], check=True)
-    return compare(rounds({'bare interpreter': arm('pass'), 'import mobileclip_nb': arm('import mobileclip_nb')}, n, 1))
+
+    def arm(code: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, '-c', code], check=True)
+
+    return compare(
+        rounds(
+            {'bare interpreter': arm('pass'), 'import mobileclip_nb': arm('import mobileclip_nb')},
+            n,
+            1,
+        )
+    )

@@ -15,121 +15,149 @@ from .fold import affine, fold, remade, settled
 # %% ../../nbs/16_blocks.attention.ipynb #e0ef66c3
 class Attention(nn.Module):
     "Multi-head self-attention over token rows, or over the cells of a map (1706.03762, §3.2)"
-    def __init__(self,
-        dim:int, # width of a token
-        heads:int, # divides `dim`
-        qkv_bias:bool=True, # bias on queries, keys and values
-        causal:bool=False, # a token sees only itself and what stands before it
+
+    def __init__(
+        self,
+        dim: int,  # width of a token
+        heads: int,  # divides `dim`
+        qkv_bias: bool = True,  # bias on queries, keys and values
+        causal: bool = False,  # a token sees only itself and what stands before it
     ):
         super().__init__()
-        if heads < 1 or dim % heads: raise ValueError(f"{heads} heads cannot share a width of {dim}; choose a divisor of {dim}")
+        if heads < 1 or dim % heads:
+            raise ValueError(
+                f"{heads} heads cannot share a width of {dim}; choose a divisor of {dim}"
+            )
         self.heads, self.causal = heads, causal
-        self.qkv, self.proj = nn.Linear(dim, 3*dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
 
-    def forward(self,
-        x:Tensor, # `(B, T, D)` tokens or `(B, D, H, W)` a map
-    )->Tensor: # the same shape
-        if x.ndim == 4: return self(x.flatten(2).transpose(1,2)).transpose(1,2).unflatten(2, x.shape[2:])
-        q,k,v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2,0,3,1,4)      # each (B, heads, T, D/heads)
+    def forward(
+        self,
+        x: Tensor,  # `(B, T, D)` tokens or `(B, D, H, W)` a map
+    ) -> Tensor:  # the same shape
+        if x.ndim == 4:
+            return self(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, T, D/heads)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.proj(y.transpose(1,2).flatten(2))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/16_blocks.attention.ipynb #b713d824
 def init_linear(
-    module:nn.Module, # changed in place if it is a linear layer
-)->None:
+    module: nn.Module,  # changed in place if it is a linear layer
+) -> None:
     "Draw a linear layer's first weights, in place: truncated normal of deviation 0.02, zero bias"
-    if not isinstance(module, nn.Linear): return
-    nn.init.trunc_normal_(module.weight, std=.02)
-    if module.bias is not None: nn.init.zeros_(module.bias)
+    if not isinstance(module, nn.Linear):
+        return
+    nn.init.trunc_normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 # %% ../../nbs/16_blocks.attention.ipynb #dbe4ba8f
 class MLP(nn.Module):
     "Two linear layers with GELU between (1706.03762, §3.3)"
-    def __init__(self, dim:int, hidden:int): # width in and out; width between
+
+    def __init__(self, dim: int, hidden: int):  # width in and out; width between
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
-    def forward(self,
-        x:Tensor, # `(B, T, D)`
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        x: Tensor,  # `(B, T, D)`
+    ) -> Tensor:  # the same shape
         return self.fc2(F.gelu(self.fc1(x)))
 
 # %% ../../nbs/16_blocks.attention.ipynb #7e56932d
 class TransformerBlock(nn.Module):
     "Pre-norm attention and MLP over token rows (ViT, 2010.11929, §3.1)"
-    def __init__(self,
-        dim:int, # width of a token
-        heads:int, # divides `dim`
-        ratio:float=4., # hidden width of the MLP over `dim`
-        causal:bool=False, # a token sees only itself and what stands before it
-        eps:float=1e-5, # of the layer norms
-        drop:float=0., # probability of stochastic depth, 0 to below 1
+
+    def __init__(
+        self,
+        dim: int,  # width of a token
+        heads: int,  # divides `dim`
+        ratio: float = 4.0,  # hidden width of the MLP over `dim`
+        causal: bool = False,  # a token sees only itself and what stands before it
+        eps: float = 1e-5,  # of the layer norms
+        drop: float = 0.0,  # probability of stochastic depth, 0 to below 1
     ):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps), Attention(dim, heads, causal=causal)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, int(dim*ratio))
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, int(dim * ratio))
         self.drop = drop
 
-    def forward(self,
-        x:Tensor, # `(B, T, D)`
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        x: Tensor,  # `(B, T, D)`
+    ) -> Tensor:  # the same shape
         x = x + drop_path(self.attn(self.norm1(x)), self.drop, self.training)
         return x + drop_path(self.mlp(self.norm2(x)), self.drop, self.training)
 
 # %% ../../nbs/16_blocks.attention.ipynb #8f66cbbe
 class ChannelNorm(nn.LayerNorm):
     "Layer normalization over the channels of a map"
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)`
-    )->Tensor: # the same shape
-        return super().forward(x.permute(0,2,3,1)).permute(0,3,1,2)
+
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)`
+    ) -> Tensor:  # the same shape
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 # %% ../../nbs/16_blocks.attention.ipynb #af2c8db7
 class AttentionBlock(nn.Module):
     "Attention over the cells of a map, then ConvFFN (FastViT §3.2)"
-    def __init__(self,
-        c:int, # channels
-        hidden:int, # channels inside the FFN
-        norm:str='batch', # `batch` (MCi0–2) or `layer` (MCi3–4)
-        head_dim:int=32, # channels a head, a divisor of `c`
-        drop:float=0., # probability of stochastic depth, 0 to below 1
-        init:float=1e-5, # first value of the layer scales
+
+    def __init__(
+        self,
+        c: int,  # channels
+        hidden: int,  # channels inside the FFN
+        norm: str = 'batch',  # `batch` (MCi0–2) or `layer` (MCi3–4)
+        head_dim: int = 32,  # channels a head, a divisor of `c`
+        drop: float = 0.0,  # probability of stochastic depth, 0 to below 1
+        init: float = 1e-5,  # first value of the layer scales
     ):
         super().__init__()
-        if norm not in ('batch', 'layer'): raise ValueError(f"The norm before attention is 'batch' or 'layer'; got {norm!r}")
-        if c % head_dim: raise ValueError(f"Heads of {head_dim} channels cannot share {c}; choose channels divisible by {head_dim}, or another head_dim")
+        if norm not in ('batch', 'layer'):
+            raise ValueError(f"The norm before attention is 'batch' or 'layer'; got {norm!r}")
+        if c % head_dim:
+            raise ValueError(
+                f"Heads of {head_dim} channels cannot share {c}; choose channels divisible by {head_dim}, or another head_dim"
+            )
         self.norm = nn.BatchNorm2d(c) if norm == 'batch' else ChannelNorm(c, 1e-5)
-        self.attn = Attention(c, c//head_dim, qkv_bias=False)
+        self.attn = Attention(c, c // head_dim, qkv_bias=False)
         self.scale1, self.scale2 = LayerScale(c, init), LayerScale(c, init)
         self.ffn = ConvFFN(c, hidden)
         self.drop = drop
 
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)`
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)`
+    ) -> Tensor:  # the same shape
         x = x + drop_path(self.scale1(self.attn(self.norm(x))), self.drop, self.training)
         return x + drop_path(self.scale2(self.ffn(x)), self.drop, self.training)
 
 # %% ../../nbs/16_blocks.attention.ipynb #3ac5859e
 def fold_norm_into(
-    norm:nn.BatchNorm2d, # stands before `linear`
-    linear:nn.Linear, # `(D_out, D)`
-)->nn.Linear: # a new layer, with bias
+    norm: nn.BatchNorm2d,  # stands before `linear`
+    linear: nn.Linear,  # `(D_out, D)`
+) -> nn.Linear:  # a new layer, with bias
     "One linear layer that answers as `norm` then `linear`"
     gain, shift = affine(norm)
     w, b = linear.weight, linear.bias
     new = nn.Linear(linear.in_features, linear.out_features, device='meta')
-    for k, t in dict(weight=w*gain, bias=w.to(gain.dtype)@shift + (0 if b is None else b)).items():
+    for k, t in dict(
+        weight=w * gain, bias=w.to(gain.dtype) @ shift + (0 if b is None else b)
+    ).items():
         setattr(new, k, nn.Parameter(t.detach().to(w.dtype, copy=True), w.requires_grad))
     return new.eval()
 
 # %% ../../nbs/16_blocks.attention.ipynb #81df905a
 @fold.register
-def _(block:AttentionBlock)->nn.Module:
+def _(block: AttentionBlock) -> nn.Module:
     settled(block)
     new = remade(block)
-    if isinstance(block.norm, nn.BatchNorm2d): new.norm, new.attn.qkv = nn.Identity().eval(), fold_norm_into(block.norm, block.attn.qkv)
+    if isinstance(block.norm, nn.BatchNorm2d):
+        new.norm, new.attn.qkv = nn.Identity().eval(), fold_norm_into(block.norm, block.attn.qkv)
     new.attn.proj, new.scale1 = absorb(new.attn.proj, block.scale1), nn.Identity().eval()
     new.ffn.fc2, new.scale2 = absorb(new.ffn.fc2, block.scale2), nn.Identity().eval()
     return new

@@ -15,56 +15,67 @@ from .fold import CONV, ConvNorm
 # %% ../../nbs/13_blocks.ffn.ipynb #df16523c
 class LayerScale(nn.Module):
     "Multiply each channel by a learned number that starts small (CaiT, 2103.17239, §2)"
-    def __init__(self, c:int, init:float=1e-5): # channels; first value
+
+    def __init__(self, c: int, init: float = 1e-5):  # channels; first value
         super().__init__()
         self.gamma = nn.Parameter(torch.full((c,), init))
 
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)` or `(B, C, T)`
-    )->Tensor: # the same shape
-        return x*self.gamma.view(-1, *[1]*(x.ndim-2))
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)` or `(B, C, T)`
+    ) -> Tensor:  # the same shape
+        return x * self.gamma.view(-1, *[1] * (x.ndim - 2))
 
 # %% ../../nbs/13_blocks.ffn.ipynb #b6d90757
 def drop_path(
-    x:Tensor, # `(B, ...)`, a residual branch
-    p:float, # probability that a row is dropped, 0 to below 1
-    training:bool, # outside training nothing is dropped
-)->Tensor: # the same shape; kept rows are divided by 1-p
+    x: Tensor,  # `(B, ...)`, a residual branch
+    p: float,  # probability that a row is dropped, 0 to below 1
+    training: bool,  # outside training nothing is dropped
+) -> Tensor:  # the same shape; kept rows are divided by 1-p
     "Stochastic depth: drop the whole branch for some rows of the batch (1603.09382, §3)"
-    if not 0 <= p < 1: raise ValueError(f"A branch is dropped with probability 0 to below 1; got {p}. To leave it out for good, remove the block")
-    if not training or p == 0: return x
-    keep = torch.rand(len(x), *[1]*(x.ndim-1), device=x.device) >= p
-    return x*keep/(1-p)
+    if not 0 <= p < 1:
+        raise ValueError(
+            f"A branch is dropped with probability 0 to below 1; got {p}. To leave it out for good, remove the block"
+        )
+    if not training or p == 0:
+        return x
+    keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= p
+    return x * keep / (1 - p)
 
 # %% ../../nbs/13_blocks.ffn.ipynb #b4b52067
 class ConvFFN(nn.Module):
     "Depthwise convolution, then two pointwise ones with GELU between (FastViT §3.2.3)"
-    def __init__(self,
-        c:int, # channels in and out
-        hidden:int, # channels between
-        k:int=7, # depthwise kernel width, odd
-        ndim:int=2, # 2 for maps, 1 for token rows
+
+    def __init__(
+        self,
+        c: int,  # channels in and out
+        hidden: int,  # channels between
+        k: int = 7,  # depthwise kernel width, odd
+        ndim: int = 2,  # 2 for maps, 1 for token rows
     ):
         super().__init__()
         self.dw = ConvNorm(c, c, k, groups=c, ndim=ndim)
         self.fc1, self.fc2 = CONV[ndim](c, hidden, 1), CONV[ndim](hidden, c, 1)
-        for m in (self.dw.conv, self.fc1, self.fc2): nn.init.trunc_normal_(m.weight, std=.02)
-        for m in (self.fc1, self.fc2): nn.init.zeros_(m.bias)
+        for m in (self.dw.conv, self.fc1, self.fc2):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+        for m in (self.fc1, self.fc2):
+            nn.init.zeros_(m.bias)
 
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)` or `(B, C, T)`
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)` or `(B, C, T)`
+    ) -> Tensor:  # the same shape
         return self.fc2(F.gelu(self.fc1(self.dw(x))))
 
 # %% ../../nbs/13_blocks.ffn.ipynb #fdf64a76
 def absorb(
-    linear:nn.Module, # the last layer of a branch: a linear layer or a convolution, with bias
-    scale:nn.Module, # the `LayerScale` behind it, or an identity
-)->nn.Module: # a new layer that answers as `linear` then `scale`
+    linear: nn.Module,  # the last layer of a branch: a linear layer or a convolution, with bias
+    scale: nn.Module,  # the `LayerScale` behind it, or an identity
+) -> nn.Module:  # a new layer that answers as `linear` then `scale`
     "Multiply a layer scale into the layer before it"
     new = copy.deepcopy(linear)
     if isinstance(scale, LayerScale):
         with torch.no_grad():
-            new.weight.mul_(scale.gamma.view(-1, *[1]*(new.weight.ndim-1)))
+            new.weight.mul_(scale.gamma.view(-1, *[1] * (new.weight.ndim - 1)))
             new.bias.mul_(scale.gamma)
     return new

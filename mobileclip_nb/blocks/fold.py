@@ -15,11 +15,14 @@ import torch.nn.functional as F
 
 # %% ../../nbs/10_blocks.fold.ipynb #5dc69452
 def middle(
-    k:int, # kernel width, odd
-)->int: # index of the middle tap, and the padding that keeps a map's size
+    k: int,  # kernel width, odd
+) -> int:  # index of the middle tap, and the padding that keeps a map's size
     "Half of an odd kernel; an even one has no middle and is refused"
-    if k % 2 == 0: raise ValueError(f"A kernel of width {k} is even and has no middle, so branches cannot be laid over each other; use {k-1 or 1} or {k+1}")
-    return k//2
+    if k % 2 == 0:
+        raise ValueError(
+            f"A kernel of width {k} is even and has no middle, so branches cannot be laid over each other; use {k - 1 or 1} or {k + 1}"
+        )
+    return k // 2
 
 # %% ../../nbs/10_blocks.fold.ipynb #fde1e8a2
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -28,113 +31,145 @@ NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 # %% ../../nbs/10_blocks.fold.ipynb #167e9d0a
 class ConvNorm(nn.Module):
     "Convolution without bias, then batch normalization: one branch of everything that folds (MobileOne §3.3)"
-    def __init__(self,
-        c_in:int, # channels in
-        c_out:int, # channels out
-        k:int, # kernel width; odd unless `pad` is given
-        stride:int=1, # pixels or tokens between outputs
-        groups:int=1, # `c_in` makes it depthwise
-        ndim:int=2, # 2 for maps `(B, C, H, W)`, 1 for token rows `(B, C, T)`
-        pad:int|None=None, # pixels; None keeps the size at stride 1
+
+    def __init__(
+        self,
+        c_in: int,  # channels in
+        c_out: int,  # channels out
+        k: int,  # kernel width; odd unless `pad` is given
+        stride: int = 1,  # pixels or tokens between outputs
+        groups: int = 1,  # `c_in` makes it depthwise
+        ndim: int = 2,  # 2 for maps `(B, C, H, W)`, 1 for token rows `(B, C, T)`
+        pad: int | None = None,  # pixels; None keeps the size at stride 1
     ):
         super().__init__()
         pad = middle(k) if pad is None else pad
         self.conv = CONV[ndim](c_in, c_out, k, stride, pad, groups=groups, bias=False)
         self.norm = NORM[ndim](c_out)
 
-    def forward(self,
-        x:Tensor, # `(B, C_in, H, W)` or `(B, C_in, T)`
-    )->Tensor: # `(B, C_out, H/stride, W/stride)` or `(B, C_out, T/stride)`
+    def forward(
+        self,
+        x: Tensor,  # `(B, C_in, H, W)` or `(B, C_in, T)`
+    ) -> Tensor:  # `(B, C_out, H/stride, W/stride)` or `(B, C_out, T/stride)`
         c = self.conv
-        if max(c.kernel_size) > 1 or max(c.stride) == 1: return self.norm(c(x))
-        x = x[(..., *(slice(None, None, s) for s in c.stride))]           # a strided 1x1 looks at every s-th place only
-        return self.norm((F.conv1d, F.conv2d)[x.ndim-3](x, c.weight, groups=c.groups))
+        if max(c.kernel_size) > 1 or max(c.stride) == 1:
+            return self.norm(c(x))
+        x = x[
+            (..., *(slice(None, None, s) for s in c.stride))
+        ]  # a strided 1x1 looks at every s-th place only
+        return self.norm((F.conv1d, F.conv2d)[x.ndim - 3](x, c.weight, groups=c.groups))
 
 # %% ../../nbs/10_blocks.fold.ipynb #16017fec
 def settled(
-    module:nn.Module, # about to be folded
-)->None:
+    module: nn.Module,  # about to be folded
+) -> None:
     "Refuse a module any part of which is in train mode: its statistics still move"
     for name, m in module.named_modules():
-        if m.training: raise ValueError(f"{type(m).__name__} {f'at {name!r} ' if name else ''}is in train mode, so its batch statistics still move; fold(model.eval())")
+        if m.training:
+            raise ValueError(
+                f"{type(m).__name__} {f'at {name!r} ' if name else ''}is in train mode, so its batch statistics still move; fold(model.eval())"
+            )
 
 # %% ../../nbs/10_blocks.fold.ipynb #9a32e61b
 def affine(
-    norm:nn.Module, # a batch normalization in eval mode
-)->tuple[Tensor,Tensor]: # gain `(C,)` and shift `(C,)`, float32 or wider
+    norm: nn.Module,  # a batch normalization in eval mode
+) -> tuple[Tensor, Tensor]:  # gain `(C,)` and shift `(C,)`, float32 or wider
     "The channelwise `gain*x + shift` that a batch normalization is once its statistics stand still"
     settled(norm)
-    if norm.running_var is None: raise ValueError(f"{norm} keeps no running statistics, so there is nothing to fold; build it with track_running_stats=True")
-    w, b, mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
-    gain = w/(var+norm.eps).sqrt()
-    return gain, b - mean*gain
+    if norm.running_var is None:
+        raise ValueError(
+            f"{norm} keeps no running statistics, so there is nothing to fold; build it with track_running_stats=True"
+        )
+    w, b, mean, var = (
+        t.to(torch.promote_types(t.dtype, torch.float32))
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+    gain = w / (var + norm.eps).sqrt()
+    return gain, b - mean * gain
 
 # %% ../../nbs/10_blocks.fold.ipynb #d47400fa
 def fold_bn(
-    kernel:Tensor, # `(C_out, C_in/groups, k, k)` or `(C_out, C_in/groups, k)`
-    norm:nn.Module, # follows the convolution; its running statistics are used
-)->tuple[Tensor,Tensor]: # kernel of the same shape, and bias `(C_out,)`
+    kernel: Tensor,  # `(C_out, C_in/groups, k, k)` or `(C_out, C_in/groups, k)`
+    norm: nn.Module,  # follows the convolution; its running statistics are used
+) -> tuple[Tensor, Tensor]:  # kernel of the same shape, and bias `(C_out,)`
     "One biased convolution that answers as convolution then `norm` (RepVGG §3.3)"
     gain, shift = affine(norm)
-    return kernel*gain.view(-1, *[1]*(kernel.ndim-1)), shift
+    return kernel * gain.view(-1, *[1] * (kernel.ndim - 1)), shift
 
 # %% ../../nbs/10_blocks.fold.ipynb #6de1dcf0
 def identity_kernel(
-    like:nn.Module, # a convolution with as many channels out as in
-)->Tensor: # a kernel of the shape of `like.weight` that copies its input
+    like: nn.Module,  # a convolution with as many channels out as in
+) -> Tensor:  # a kernel of the shape of `like.weight` that copies its input
     "A one in the middle of each channel's own kernel, zeros elsewhere (RepVGG §3.3)"
     k = torch.zeros_like(like.weight, requires_grad=False)
     i = torch.arange(like.out_channels, device=k.device)
-    k[(i, i % k.shape[1], *[s//2 for s in k.shape[2:]])] = 1
+    k[(i, i % k.shape[1], *[s // 2 for s in k.shape[2:]])] = 1
     return k
 
 # %% ../../nbs/10_blocks.fold.ipynb #3bca2d18
 def biased(
-    conv:nn.Module, # gives channels, stride, padding, groups, dtype and device
-    kernel:Tensor, # of the shape of `conv.weight`
-    bias:Tensor, # `(C_out,)`
-)->nn.Module: # a new convolution with these weights, in eval mode
+    conv: nn.Module,  # gives channels, stride, padding, groups, dtype and device
+    kernel: Tensor,  # of the shape of `conv.weight`
+    bias: Tensor,  # `(C_out,)`
+) -> nn.Module:  # a new convolution with these weights, in eval mode
     "Build the convolution like `conv` that has this kernel and this bias"
     old = conv.weight
-    new = type(conv)(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, device='meta')
-    new.weight, new.bias = (nn.Parameter(t.detach().to(old.dtype, copy=True), old.requires_grad) for t in (kernel, bias))
+    new = type(conv)(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        device='meta',
+    )
+    new.weight, new.bias = (
+        nn.Parameter(t.detach().to(old.dtype, copy=True), old.requires_grad) for t in (kernel, bias)
+    )
     return new.eval()
 
 # %% ../../nbs/10_blocks.fold.ipynb #24a23183
 @singledispatch
 def fold(
-    module:nn.Module, # in eval mode
-)->nn.Module: # a new module with the same answers and no branches; `module` is left as it is
+    module: nn.Module,  # in eval mode
+) -> nn.Module:  # a new module with the same answers and no branches; `module` is left as it is
     "Fold whatever folds inside `module`; every block registers its own rule (MobileOne §3.3, FastViT §3.2)"
     settled(module)
     return remade(module)
 
+
 def remade(
-    module:nn.Module, # in eval mode
-)->nn.Module: # of the same type, sharing no storage with `module`
+    module: nn.Module,  # in eval mode
+) -> nn.Module:  # of the same type, sharing no storage with `module`
     "A deep copy of a module whose children are folded"
     return copy.deepcopy(module, {id(m): fold(m) for m in module.children()})
 
 # %% ../../nbs/10_blocks.fold.ipynb #91b81ab4
 @fold.register
-def _(block:ConvNorm)->nn.Module:
+def _(block: ConvNorm) -> nn.Module:
     settled(block)
     return biased(block.conv, *fold_bn(block.conv.weight, block.norm))
 
 # %% ../../nbs/10_blocks.fold.ipynb #0ce9a295
 @torch.no_grad()
 def season(
-    module:nn.Module, # changed in place
-    seed:int=0, # the same seed draws the same numbers
-)->nn.Module: # `module` itself
+    module: nn.Module,  # changed in place
+    seed: int = 0,  # the same seed draws the same numbers
+) -> nn.Module:  # `module` itself
     "Draw, in place, all that training would have moved: for tests, where fresh values would prove nothing"
     g = torch.Generator().manual_seed(seed)
     for name, t in [*module.named_parameters(), *module.named_buffers()]:
-        if not t.is_floating_point(): continue
+        if not t.is_floating_point():
+            continue
         last, z = name.split('.')[-1], torch.randn(t.shape, generator=g)
-        if last == 'running_var' or (last == 'weight' and t.ndim == 1): z = .5 + torch.rand(t.shape, generator=g)
-        elif last == 'gamma': z = .05 + .25*torch.rand(t.shape, generator=g)
-        elif last == 'weight': z = z/t[0].numel()**.5
-        else: z = .3*z
+        if last == 'running_var' or (last == 'weight' and t.ndim == 1):
+            z = 0.5 + torch.rand(t.shape, generator=g)
+        elif last == 'gamma':
+            z = 0.05 + 0.25 * torch.rand(t.shape, generator=g)
+        elif last == 'weight':
+            z = z / t[0].numel() ** 0.5
+        else:
+            z = 0.3 * z
         t.copy_(z)
     return module

@@ -14,31 +14,41 @@ from .mobileone import SqueezeExcite, summed
 # %% ../../nbs/12_blocks.largekernel.ipynb #a61e6278
 class LargeKernel(nn.Module):
     "A wide depthwise-expanding convolution with a small one beside it (FastViT §3.2.3; RepLKNet, 2203.06717, §3)"
-    def __init__(self,
-        c_in:int, # channels in
-        c_out:int, # channels out, a multiple of `c_in`
-        k:int=7, # width of the wide kernel, odd
-        small:int=3, # width of the small kernel, odd, at most `k`
-        stride:int=2, # pixels
-        se:int=0, # channels of the squeeze-excite bottleneck; 0 leaves it out
+
+    def __init__(
+        self,
+        c_in: int,  # channels in
+        c_out: int,  # channels out, a multiple of `c_in`
+        k: int = 7,  # width of the wide kernel, odd
+        small: int = 3,  # width of the small kernel, odd, at most `k`
+        stride: int = 2,  # pixels
+        se: int = 0,  # channels of the squeeze-excite bottleneck; 0 leaves it out
     ):
         super().__init__()
-        if c_out % c_in: raise ValueError(f"Each of {c_in} channels becomes a whole number of channels, so {c_out} is not possible; use a multiple of {c_in}")
-        if small > k: raise ValueError(f"The small kernel ({small}) must fit into the wide one ({k}); swap them or choose small <= k")
+        if c_out % c_in:
+            raise ValueError(
+                f"Each of {c_in} channels becomes a whole number of channels, so {c_out} is not possible; use a multiple of {c_in}"
+            )
+        if small > k:
+            raise ValueError(
+                f"The small kernel ({small}) must fit into the wide one ({k}); swap them or choose small <= k"
+            )
         self.large = ConvNorm(c_in, c_out, k, stride, c_in)
         self.small = ConvNorm(c_in, c_out, small, stride, c_in)
         self.se = SqueezeExcite(c_out, se) if se else nn.Identity()
         self.act = nn.GELU()
 
-    def forward(self,
-        x:Tensor, # `(B, C_in, H, W)`
-    )->Tensor: # `(B, C_out, H/stride, W/stride)`
+    def forward(
+        self,
+        x: Tensor,  # `(B, C_in, H, W)`
+    ) -> Tensor:  # `(B, C_out, H/stride, W/stride)`
         return self.act(self.se(self.large(x) + self.small(x)))
 
 # %% ../../nbs/12_blocks.largekernel.ipynb #c6a5a5b2
 @fold.register
-def _(block:LargeKernel)->nn.Module:
+def _(block: LargeKernel) -> nn.Module:
     settled(block)
     parts = OrderedDict(conv=biased(block.large.conv, *summed([block.large, block.small])))
-    if not isinstance(block.se, nn.Identity): parts['se'] = fold(block.se)
+    if not isinstance(block.se, nn.Identity):
+        parts['se'] = fold(block.se)
     return nn.Sequential(OrderedDict(**parts, act=nn.GELU())).eval()

@@ -10,78 +10,103 @@ from collections import OrderedDict
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-from .fold import ConvNorm, NORM, biased, fold, fold_bn, identity_kernel, middle, settled
+from mobileclip_nb.blocks.fold import (
+    ConvNorm,
+    NORM,
+    biased,
+    fold,
+    fold_bn,
+    identity_kernel,
+    middle,
+    settled,
+)
 
 # %% ../../nbs/11_blocks.mobileone.ipynb #9549419d
 class SqueezeExcite(nn.Module):
     "Weigh channels by what the whole map holds (Squeeze-and-Excitation, 1709.01507, §3)"
-    def __init__(self,
-        c:int, # channels
-        hidden:int, # channels of the bottleneck
+
+    def __init__(
+        self,
+        c: int,  # channels
+        hidden: int,  # channels of the bottleneck
     ):
         super().__init__()
         self.fc1, self.fc2 = nn.Conv2d(c, hidden, 1), nn.Conv2d(hidden, c, 1)
 
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)`
-    )->Tensor: # the same shape
-        return x*self.fc2(F.relu(self.fc1(x.mean((2,3), keepdim=True)))).sigmoid()
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)`
+    ) -> Tensor:  # the same shape
+        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 # %% ../../nbs/11_blocks.mobileone.ipynb #91c85d62
 class MobileOne(nn.Module):
     "Parallel convolutions, each with its own normalization, summed (MobileOne §3.3)"
-    def __init__(self,
-        c_in:int, # channels in
-        c_out:int, # channels out
-        k:int=3, # kernel width, odd
-        stride:int=1, # pixels
-        groups:int=1, # `c_in` makes it depthwise
-        copies:int=1, # k x k branches, at least 1
-        scale:bool=True, # add a 1x1 branch (if `k` > 1)
-        se:int=0, # channels of the squeeze-excite bottleneck; 0 leaves it out
-        act:bool=True, # GELU at the end
-        ndim:int=2, # 2 for maps, 1 for token rows
+
+    def __init__(
+        self,
+        c_in: int,  # channels in
+        c_out: int,  # channels out
+        k: int = 3,  # kernel width, odd
+        stride: int = 1,  # pixels
+        groups: int = 1,  # `c_in` makes it depthwise
+        copies: int = 1,  # k x k branches, at least 1
+        scale: bool = True,  # add a 1x1 branch (if `k` > 1)
+        se: int = 0,  # channels of the squeeze-excite bottleneck; 0 leaves it out
+        act: bool = True,  # GELU at the end
+        ndim: int = 2,  # 2 for maps, 1 for token rows
     ):
         super().__init__()
-        if copies < 1: raise ValueError(f"MobileOne needs at least one k x k branch to fold into; got copies={copies}")
-        self.convs = nn.ModuleList(ConvNorm(c_in, c_out, k, stride, groups, ndim) for _ in range(copies))
+        if copies < 1:
+            raise ValueError(
+                f"MobileOne needs at least one k x k branch to fold into; got copies={copies}"
+            )
+        self.convs = nn.ModuleList(
+            ConvNorm(c_in, c_out, k, stride, groups, ndim) for _ in range(copies)
+        )
         self.scale = ConvNorm(c_in, c_out, 1, stride, groups, ndim) if scale and k > 1 else None
         self.skip = NORM[ndim](c_in) if c_in == c_out and stride == 1 else None
         self.se = SqueezeExcite(c_out, se) if se else nn.Identity()
         self.act = nn.GELU() if act else nn.Identity()
 
-    def branches(self)->list[nn.Module]:
+    def branches(self) -> list[nn.Module]:
         "All that is summed, a k x k branch first"
         return [*self.convs, *(b for b in (self.scale, self.skip) if b is not None)]
 
-    def forward(self,
-        x:Tensor, # `(B, C_in, H, W)` or `(B, C_in, T)`
-    )->Tensor: # `(B, C_out, H/stride, W/stride)` or `(B, C_out, T/stride)`
+    def forward(
+        self,
+        x: Tensor,  # `(B, C_in, H, W)` or `(B, C_in, T)`
+    ) -> Tensor:  # `(B, C_out, H/stride, W/stride)` or `(B, C_out, T/stride)`
         return self.act(self.se(sum(b(x) for b in self.branches())))
 
 # %% ../../nbs/11_blocks.mobileone.ipynb #01e95a13
 def branch_kernel(
-    branch:nn.Module, # a `ConvNorm` of odd kernel, at most as wide as `like`, or a batch normalization
-    like:nn.Module, # the convolution whose kernel's shape is wanted
-)->tuple[Tensor,Tensor]: # kernel of the shape of `like.weight`, and bias `(C_out,)`
+    branch: nn.Module,  # a `ConvNorm` of odd kernel, at most as wide as `like`, or a batch normalization
+    like: nn.Module,  # the convolution whose kernel's shape is wanted
+) -> tuple[Tensor, Tensor]:  # kernel of the shape of `like.weight`, and bias `(C_out,)`
     "One branch as a kernel of the common size (RepVGG §3.3)"
-    if not isinstance(branch, ConvNorm): return fold_bn(identity_kernel(like), branch)
+    if not isinstance(branch, ConvNorm):
+        return fold_bn(identity_kernel(like), branch)
     kernel, bias = fold_bn(branch.conv.weight, branch.norm)
     rim = middle(like.kernel_size[0]) - middle(branch.conv.kernel_size[0])
-    return F.pad(kernel, [rim]*2*(kernel.ndim-2)), bias
+    return F.pad(kernel, [rim] * 2 * (kernel.ndim - 2)), bias
 
 # %% ../../nbs/11_blocks.mobileone.ipynb #66cac362
 def summed(
-    branches:list[nn.Module], # first a `ConvNorm` with the widest kernel
-)->tuple[Tensor,Tensor]: # kernel and bias of the sum
+    branches: list[nn.Module],  # first a `ConvNorm` with the widest kernel
+) -> tuple[Tensor, Tensor]:  # kernel and bias of the sum
     "Kernels add as their answers do"
     kernels, biases = zip(*(branch_kernel(b, branches[0].conv) for b in branches))
     return sum(kernels), sum(biases)
 
 # %% ../../nbs/11_blocks.mobileone.ipynb #306b8248
 @fold.register
-def _(block:MobileOne)->nn.Module:
+def _(block: MobileOne) -> nn.Module:
     settled(block)
     conv = biased(block.convs[0].conv, *summed(block.branches()))
-    rest = {k: fold(m) for k, m in (('se', block.se), ('act', block.act)) if not isinstance(m, nn.Identity)}
+    rest = {
+        k: fold(m)
+        for k, m in (('se', block.se), ('act', block.act))
+        if not isinstance(m, nn.Identity)
+    }
     return nn.Sequential(OrderedDict(conv=conv, **rest)).eval()

@@ -12,20 +12,23 @@ from .fold import biased, fold, identity_kernel, middle, settled
 # %% ../../nbs/15_blocks.repcpe.ipynb #51d1aa32
 class RepCPE(nn.Module):
     "Positions from what lies around: `x + conv(x)` with a wide depthwise kernel (FastViT §3.2.1; CPVT, 2102.10882, §3)"
-    def __init__(self,
-        c:int, # channels
-        k:int=7, # kernel width, odd
+
+    def __init__(
+        self,
+        c: int,  # channels
+        k: int = 7,  # kernel width, odd
     ):
         super().__init__()
         self.conv = nn.Conv2d(c, c, k, padding=middle(k), groups=c)
 
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)`
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)`
+    ) -> Tensor:  # the same shape
         return x + self.conv(x)
 
 # %% ../../nbs/15_blocks.repcpe.ipynb #e9c3f81f
 @fold.register
-def _(block:RepCPE)->nn.Module:
+def _(block: RepCPE) -> nn.Module:
     settled(block)
     return biased(block.conv, block.conv.weight + identity_kernel(block.conv), block.conv.bias)

@@ -15,44 +15,53 @@ from .mobileone import MobileOne, summed
 # %% ../../nbs/14_blocks.repmixer.ipynb #b2edb57c
 class RepMixer(nn.Module):
     "Mix neighbors without attention: `x + gamma*(mixer(x) - norm(x))`, one convolution when folded (FastViT §3.2.1)"
-    def __init__(self,
-        c:int, # channels
-        k:int=3, # depthwise kernel width, odd
-        scale:bool=True, # a 1x1 branch in the mixer
-        ndim:int=2, # 2 for maps, 1 for token rows
-        init:float=1e-5, # first value of the layer scale
+
+    def __init__(
+        self,
+        c: int,  # channels
+        k: int = 3,  # depthwise kernel width, odd
+        scale: bool = True,  # a 1x1 branch in the mixer
+        ndim: int = 2,  # 2 for maps, 1 for token rows
+        init: float = 1e-5,  # first value of the layer scale
     ):
         super().__init__()
         self.norm = NORM[ndim](c)
         self.mixer = MobileOne(c, c, k, groups=c, scale=scale, act=False, ndim=ndim)
         self.scale = LayerScale(c, init)
 
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)` or `(B, C, T)`
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)` or `(B, C, T)`
+    ) -> Tensor:  # the same shape
         return x + self.scale(self.mixer(x) - self.norm(x))
 
 # %% ../../nbs/14_blocks.repmixer.ipynb #7cbd6062
 @fold.register
-def _(block:RepMixer)->nn.Module:
+def _(block: RepMixer) -> nn.Module:
     settled(block)
     like = block.mixer.convs[0].conv
     skip = identity_kernel(like)
-    (k, b), (kn, bn), gamma = summed(block.mixer.branches()), fold_bn(skip, block.norm), block.scale.gamma
-    return biased(like, skip + (k-kn)*gamma.view(-1, *[1]*(k.ndim-1)), (b-bn)*gamma)
+    (k, b), (kn, bn), gamma = (
+        summed(block.mixer.branches()),
+        fold_bn(skip, block.norm),
+        block.scale.gamma,
+    )
+    return biased(like, skip + (k - kn) * gamma.view(-1, *[1] * (k.ndim - 1)), (b - bn) * gamma)
 
 # %% ../../nbs/14_blocks.repmixer.ipynb #d21b6989
 class RepMixerBlock(nn.Module):
     "RepMixer in space, then ConvFFN over channels (FastViT §3.2)"
-    def __init__(self,
-        c:int, # channels
-        hidden:int, # channels inside the FFN
-        k:int=3, # kernel width of the mixer, odd
-        k_ffn:int=7, # kernel width of the FFN, odd
-        scale:bool=True, # a 1x1 branch in the mixer
-        ndim:int=2, # 2 for maps, 1 for token rows
-        drop:float=0., # probability of stochastic depth, 0 to below 1
-        init:float=1e-5, # first value of the layer scales
+
+    def __init__(
+        self,
+        c: int,  # channels
+        hidden: int,  # channels inside the FFN
+        k: int = 3,  # kernel width of the mixer, odd
+        k_ffn: int = 7,  # kernel width of the FFN, odd
+        scale: bool = True,  # a 1x1 branch in the mixer
+        ndim: int = 2,  # 2 for maps, 1 for token rows
+        drop: float = 0.0,  # probability of stochastic depth, 0 to below 1
+        init: float = 1e-5,  # first value of the layer scales
     ):
         super().__init__()
         self.mixer = RepMixer(c, k, scale, ndim, init)
@@ -60,15 +69,16 @@ class RepMixerBlock(nn.Module):
         self.scale = LayerScale(c, init)
         self.drop = drop
 
-    def forward(self,
-        x:Tensor, # `(B, C, H, W)` or `(B, C, T)`
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        x: Tensor,  # `(B, C, H, W)` or `(B, C, T)`
+    ) -> Tensor:  # the same shape
         x = self.mixer(x)
         return x + drop_path(self.scale(self.ffn(x)), self.drop, self.training)
 
 # %% ../../nbs/14_blocks.repmixer.ipynb #f2c1512c
 @fold.register
-def _(block:RepMixerBlock)->nn.Module:
+def _(block: RepMixerBlock) -> nn.Module:
     settled(block)
     new = remade(block)
     new.ffn.fc2, new.scale = absorb(new.ffn.fc2, block.scale), nn.Identity().eval()

@@ -18,27 +18,32 @@ from .zeroshot import image_rows, judging, text_rows
 
 # %% ../../nbs/61_eval.retrieval.ipynb #06064274
 def positives(
-    captions:Sequence[str|Sequence[str]], # N; one text each or several
-    equal_texts:bool=False, # a caption that equals one of an image's own is right for it, too
-)->tuple[list[str],Tensor]: # the M captions in a row, and bool `(N, M)`: which are right for which image
+    captions: Sequence[str | Sequence[str]],  # N; one text each or several
+    equal_texts: bool = False,  # a caption that equals one of an image's own is right for it, too
+) -> tuple[
+    list[str], Tensor
+]:  # the M captions in a row, and bool `(N, M)`: which are right for which image
     "Which captions are right for which image (COCO's and Flickr30k's definition)"
     own = [(c,) if isinstance(c, str) else tuple(c) for c in captions]
     for i, c in enumerate(own):
-        if not c: raise ValueError(f"Image {i} has no caption, so it has no answer. Leave it out")
+        if not c:
+            raise ValueError(f"Image {i} has no caption, so it has no answer. Leave it out")
     flat = [c for cs in own for c in cs]
     counts = torch.tensor([len(cs) for cs in own], dtype=torch.long)
     image = torch.arange(len(own)).repeat_interleave(counts)
     right = torch.arange(len(own))[:, None] == image
-    if not equal_texts: return flat, right
+    if not equal_texts:
+        return flat, right
     number = {c: i for i, c in enumerate(dict.fromkeys(flat))}
     text = torch.tensor([number[c] for c in flat], dtype=torch.long)
     has = torch.zeros(len(own), len(number), dtype=torch.bool)
     has[image, text] = True
     return flat, has[:, text]
 
+
 def count_shared(
-    captions:Sequence[str|Sequence[str]], # N; one text each or several
-)->int: # 0 where `equal_texts` makes no difference
+    captions: Sequence[str | Sequence[str]],  # N; one text each or several
+) -> int:  # 0 where `equal_texts` makes no difference
     "Count the captions that are another image's, too, word for word"
     own = [{c} if isinstance(c, str) else set(c) for c in captions]
     images = Counter(c for cs in own for c in cs)
@@ -46,110 +51,142 @@ def count_shared(
 
 # %% ../../nbs/61_eval.retrieval.ipynb #cdca0891
 def first_right(
-    sim:Tensor, # `(Q, G)` scores
-    right:Tensor, # bool `(Q, G)`, at least one a row
-)->Tensor: # `(Q,)` wrong answers that score at least as high as the best right one
+    sim: Tensor,  # `(Q, G)` scores
+    right: Tensor,  # bool `(Q, G)`, at least one a row
+) -> Tensor:  # `(Q,)` wrong answers that score at least as high as the best right one
     "The rank of the first right answer, from 0; ties count against the model"
-    if sim.shape != right.shape: raise ValueError(f"Scores {tuple(sim.shape)} and right answers {tuple(right.shape)} must have one shape")
-    if not torch.isfinite(sim).all(): raise ValueError("Some scores are not finite; the model is broken, not bad. Look at its weights")
+    if sim.shape != right.shape:
+        raise ValueError(
+            f"Scores {tuple(sim.shape)} and right answers {tuple(right.shape)} must have one shape"
+        )
+    if not torch.isfinite(sim).all():
+        raise ValueError(
+            "Some scores are not finite; the model is broken, not bad. Look at its weights"
+        )
     none = (~right.any(1)).nonzero().flatten()
-    if len(none): raise ValueError(f"Question {none[0].item()} has no right answer; leave it out")
+    if len(none):
+        raise ValueError(f"Question {none[0].item()} has no right answer; leave it out")
     best = sim.masked_fill(~right, -math.inf).amax(1, keepdim=True)
     return ((sim >= best) & ~right).sum(1)
 
+
 def recall_at(
-    sim:Tensor, # `(Q, G)` scores
-    right:Tensor, # bool `(Q, G)`, at least one a row
-    k:int=1, # how many answers are looked at
-)->float: # 0–1
+    sim: Tensor,  # `(Q, G)` scores
+    right: Tensor,  # bool `(Q, G)`, at least one a row
+    k: int = 1,  # how many answers are looked at
+) -> float:  # 0–1
     "Share of questions with a right answer among the first `k` (CLIP Appendix E.1)"
-    if k < 1: raise ValueError(f"k={k}: at least one answer must be looked at")
+    if k < 1:
+        raise ValueError(f"k={k}: at least one answer must be looked at")
     return (first_right(sim, right) < k).double().mean().item()
 
 # %% ../../nbs/61_eval.retrieval.ipynb #a0880ec6
 def chance_at(
-    right:Tensor, # bool `(Q, G)`
-    k:int=1, # how many answers are looked at
-)->float: # 0–1
+    right: Tensor,  # bool `(Q, G)`
+    k: int = 1,  # how many answers are looked at
+) -> float:  # 0–1
     "Recall@k of a blind guess, exactly"
     counts, g = right.sum(1), right.shape[1]
-    miss = {p: math.comb(g-p, min(k, g))/math.comb(g, min(k, g)) for p in counts.unique().tolist()}
-    return 1 - sum(miss[p] for p in counts.tolist())/len(counts)
+    miss = {
+        p: math.comb(g - p, min(k, g)) / math.comb(g, min(k, g)) for p in counts.unique().tolist()
+    }
+    return 1 - sum(miss[p] for p in counts.tolist()) / len(counts)
 
 # %% ../../nbs/61_eval.retrieval.ipynb #c669a3da
 class Retrieval(NamedTuple):
     "Retrieval both ways, 0–1: `i2t` images choose captions, `t2i` captions choose images"
-    i2t_r1:float
-    i2t_r5:float
-    i2t_r10:float
-    t2i_r1:float
-    t2i_r5:float
-    t2i_r10:float
-    chance_i2t_r1:float
-    chance_i2t_r5:float
-    chance_i2t_r10:float
-    chance_t2i_r1:float
-    chance_t2i_r5:float
-    chance_t2i_r10:float
-    n_images:int
-    n_captions:int
+
+    i2t_r1: float
+    i2t_r5: float
+    i2t_r10: float
+    t2i_r1: float
+    t2i_r5: float
+    t2i_r10: float
+    chance_i2t_r1: float
+    chance_i2t_r5: float
+    chance_i2t_r10: float
+    chance_t2i_r1: float
+    chance_t2i_r5: float
+    chance_t2i_r10: float
+    n_images: int
+    n_captions: int
+
 
 def both_ways(
-    image:Tensor, # `(N, D)` unit rows
-    text:Tensor, # `(M, D)` unit rows
-    right:Tensor, # bool `(N, M)`
-)->Retrieval:
+    image: Tensor,  # `(N, D)` unit rows
+    text: Tensor,  # `(M, D)` unit rows
+    right: Tensor,  # bool `(N, M)`
+) -> Retrieval:
     "Recall@1, 5 and 10 in both directions, with chance"
     sim, out = image @ text.T, {}
     for way, s, r in (('i2t', sim, right), ('t2i', sim.T, right.T)):
         rank = first_right(s, r)
-        for k in (1, 5, 10): out[f'{way}_r{k}'], out[f'chance_{way}_r{k}'] = (rank < k).double().mean().item(), chance_at(r, k)
+        for k in (1, 5, 10):
+            out[f'{way}_r{k}'], out[f'chance_{way}_r{k}'] = (
+                (rank < k).double().mean().item(),
+                chance_at(r, k),
+            )
     return Retrieval(**out, n_images=len(image), n_captions=len(text))
 
 # %% ../../nbs/61_eval.retrieval.ipynb #135805c7
 def retrieval(
-    model:nn.Module, # in eval mode
-    images:Any, # uint8 `(N, S, S, 3)` or preprocessed floats `(N, 3, S, S)`
-    captions:Sequence[str|Sequence[str]], # N; one text each or several
-    tokens:Callable[[list[str]],Tensor]|None=None, # texts to ids; None asks the text tower for its context length
-    batch:int=256, # images at a time
-    equal_texts:bool=False, # as `positives` has it
-)->Retrieval:
+    model: nn.Module,  # in eval mode
+    images: Any,  # uint8 `(N, S, S, 3)` or preprocessed floats `(N, 3, S, S)`
+    captions: Sequence[str | Sequence[str]],  # N; one text each or several
+    tokens: Callable[[list[str]], Tensor]
+    | None = None,  # texts to ids; None asks the text tower for its context length
+    batch: int = 256,  # images at a time
+    equal_texts: bool = False,  # as `positives` has it
+) -> Retrieval:
     "Judge a model by retrieval (CLIP Appendix E.1)"
-    if len(images) != len(captions): raise ValueError(f"{len(images)} images but {len(captions)} captions")
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
     flat, right = positives(captions, equal_texts)
     return both_ways(image_rows(model, images, batch), text_rows(model, flat, tokens), right)
 
 # %% ../../nbs/61_eval.retrieval.ipynb #2f029044
 class Judge:
     "Retrieval on several splits, as a function from a model to flat metrics"
-    def __init__(self,
-        splits:Mapping[str,Any], # name to pictures: anything with `images` uint8 `(N, S, S, 3)` and `captions`
-        limit:int=0, # pictures a split, evenly spaced; 0 takes the size of the smallest, -1 takes all
-        tokens:Callable[[list[str]],Tensor]|None=None, # texts to ids
-        batch:int=256, # images at a time
-        equal_texts:bool=False, # as `positives` has it
+
+    def __init__(
+        self,
+        splits: Mapping[
+            str, Any
+        ],  # name to pictures: anything with `images` uint8 `(N, S, S, 3)` and `captions`
+        limit: int = 0,  # pictures a split, evenly spaced; 0 takes the size of the smallest, -1 takes all
+        tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids
+        batch: int = 256,  # images at a time
+        equal_texts: bool = False,  # as `positives` has it
     ):
-        if not splits: raise ValueError("A judge needs at least one split: {'heldout': pictures}")
+        if not splits:
+            raise ValueError("A judge needs at least one split: {'heldout': pictures}")
         least = min(len(p.images) for p in splits.values())
         n = {-1: None, 0: least}.get(limit, min(limit, least))
-        self.splits, self.tokens, self.batch = {k: _spaced(p, n) for k, p in splits.items()}, tokens, batch
+        self.splits, self.tokens, self.batch = (
+            {k: _spaced(p, n) for k, p in splits.items()},
+            tokens,
+            batch,
+        )
         self.equal_texts = equal_texts
 
-    def __call__(self,
-        model:nn.Module, # in eval mode
-    )->dict[str,float]: # `<split>_i2t_r1`, ..., `<split>_chance_i2t_r1`, ..., `<split>_n_images`
+    def __call__(
+        self,
+        model: nn.Module,  # in eval mode
+    ) -> dict[
+        str, float
+    ]:  # `<split>_i2t_r1`, ..., `<split>_chance_i2t_r1`, ..., `<split>_n_images`
         "Recall and chance on every split, 0–1"
         judging(model)
         how = (self.tokens, self.batch, self.equal_texts)
         scores = {name: retrieval(model, *pair, *how) for name, pair in self.splits.items()}
         return {f'{name}_{k}': v for name, s in scores.items() for k, v in s._asdict().items()}
 
+
 def _spaced(
-    pictures:Any, # with `images` and `captions`
-    n:int|None, # how many; None takes all
-)->tuple[Any,list]: # images and captions
+    pictures: Any,  # with `images` and `captions`
+    n: int | None,  # how many; None takes all
+) -> tuple[Any, list]:  # images and captions
     "Take `n` pictures at equal distances"
     total = len(pictures.images)
-    at = range(total) if n is None else [i*total//n for i in range(n)]
+    at = range(total) if n is None else [i * total // n for i in range(n)]
     return pictures.images[list(at)], [pictures.captions[i] for i in at]

@@ -19,112 +19,174 @@ from ..text.tokens import tokenize
 
 # %% ../../nbs/60_eval.zeroshot.ipynb #d5d1c445
 def judging(
-    model:nn.Module,
-)->torch.device: # where the model stands
+    model: nn.Module,
+) -> torch.device:  # where the model stands
     "Refuse a model in train mode"
     if any(m.training for m in model.modules()):
-        raise ValueError("A model in train mode has no score of its own: its normalization would look at the batch. Call model.eval() first")
+        raise ValueError(
+            "A model in train mode has no score of its own: its normalization would look at the batch. Call model.eval() first"
+        )
     p = next(model.parameters(), None)
     return torch.device('cpu') if p is None else p.device
 
+
 def floats(
-    images:Tensor|np.ndarray, # uint8 `(B, S, S, 3)`, or float `(B, 3, S, S)` preprocessed already
-    model:nn.Module, # with a record of its preprocessing, or without
-)->Tensor: # float `(B, 3, S, S)`
+    images: Tensor
+    | np.ndarray,  # uint8 `(B, S, S, 3)`, or float `(B, 3, S, S)` preprocessed already
+    model: nn.Module,  # with a record of its preprocessing, or without
+) -> Tensor:  # float `(B, 3, S, S)`
     "Bytes to what the model reads, with its record's mean and std; floats pass as they are"
     x = torch.as_tensor(images)
-    if x.is_floating_point(): return x
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3: raise ValueError(f"Pictures are uint8 (N, S, S, 3) or float (N, 3, S, S); got {x.dtype} {tuple(x.shape)}")
-    x, pixels = x.permute(0, 3, 1, 2)/255, getattr(getattr(model, 'record', None), 'pixels', None)
-    if pixels is None: return x
-    return (x - torch.tensor(pixels.mean)[:, None, None])/torch.tensor(pixels.std)[:, None, None]
+    if x.is_floating_point():
+        return x
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
+        raise ValueError(
+            f"Pictures are uint8 (N, S, S, 3) or float (N, 3, S, S); got {x.dtype} {tuple(x.shape)}"
+        )
+    x, pixels = x.permute(0, 3, 1, 2) / 255, getattr(getattr(model, 'record', None), 'pixels', None)
+    if pixels is None:
+        return x
+    return (x - torch.tensor(pixels.mean)[:, None, None]) / torch.tensor(pixels.std)[:, None, None]
 
 # %% ../../nbs/60_eval.zeroshot.ipynb #a12f0bc9
 @torch.no_grad()
 def image_rows(
-    model:nn.Module, # in eval mode, with `encode_image`
-    images:Tensor|np.ndarray, # uint8 `(N, S, S, 3)` or preprocessed floats `(N, 3, S, S)`
-    batch:int=256, # images at a time
-    progress:bool=False, # draw a bar on standard error, if that is a terminal and it takes more than two seconds
-)->Tensor: # `(N, D)` unit rows, float32, on the CPU
+    model: nn.Module,  # in eval mode, with `encode_image`
+    images: Tensor | np.ndarray,  # uint8 `(N, S, S, 3)` or preprocessed floats `(N, 3, S, S)`
+    batch: int = 256,  # images at a time
+    progress: bool = False,  # draw a bar on standard error, if that is a terminal and it takes more than two seconds
+) -> Tensor:  # `(N, D)` unit rows, float32, on the CPU
     "Embed pictures for judging"
     device, rows = judging(model), []
-    if not len(images): raise ValueError("No picture to judge")
-    with tqdm(total=len(images), unit=' images', disable=None if progress else True, delay=2, leave=False) as bar:
+    if not len(images):
+        raise ValueError("No picture to judge")
+    with tqdm(
+        total=len(images), unit=' images', disable=None if progress else True, delay=2, leave=False
+    ) as bar:
         for i in range(0, len(images), batch):
-            rows.append(model.encode_image(floats(images[i:i+batch], model).to(device), normalize=True))
+            rows.append(
+                model.encode_image(floats(images[i : i + batch], model).to(device), normalize=True)
+            )
             bar.update(len(rows[-1]))
     return torch.cat(rows).float().cpu()
 
+
 @torch.no_grad()
 def text_rows(
-    model:nn.Module, # in eval mode, with `encode_text`
-    texts:Sequence[str], # N
-    tokens:Callable[[list[str]],Tensor]|None=None, # texts to ids; None asks the text tower for its context length
-    batch:int=256, # texts at a time
-)->Tensor: # `(N, D)` unit rows, float32, on the CPU
+    model: nn.Module,  # in eval mode, with `encode_text`
+    texts: Sequence[str],  # N
+    tokens: Callable[[list[str]], Tensor]
+    | None = None,  # texts to ids; None asks the text tower for its context length
+    batch: int = 256,  # texts at a time
+) -> Tensor:  # `(N, D)` unit rows, float32, on the CPU
     "Embed texts for judging, each different text once"
     device = judging(model)
-    if not len(texts): raise ValueError("No text to judge")
+    if not len(texts):
+        raise ValueError("No text to judge")
     tokens = tokens or (lambda t: tokenize(t, model.text.spec.context))
     unique = {t: i for i, t in enumerate(dict.fromkeys(texts))}
     ids = tokens(list(unique))
-    rows = torch.cat([model.encode_text(ids[i:i+batch].to(device), normalize=True) for i in range(0, len(ids), batch)]).float().cpu()
+    rows = (
+        torch.cat(
+            [
+                model.encode_text(ids[i : i + batch].to(device), normalize=True)
+                for i in range(0, len(ids), batch)
+            ]
+        )
+        .float()
+        .cpu()
+    )
     return rows[[unique[t] for t in texts]]
 
 # %% ../../nbs/60_eval.zeroshot.ipynb #d58ca714
 def classifier(
-    model:nn.Module, # in eval mode
-    names:Sequence[str], # C classes
-    templates:Sequence[str]=('{}',), # K, each with one pair of braces
-    tokens:Callable[[list[str]],Tensor]|None=None, # texts to ids
-)->Tensor: # `(D, C)` unit columns
+    model: nn.Module,  # in eval mode
+    names: Sequence[str],  # C classes
+    templates: Sequence[str] = ('{}',),  # K, each with one pair of braces
+    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids
+) -> Tensor:  # `(D, C)` unit columns
     "Turn class names into the weights of a linear classifier (CLIP §3.1.4)"
-    if not len(names): raise ValueError("No class to choose among; give at least one name")
-    double = sorted({n for n in names if list(names).count(n) > 1}) if len(set(names)) < len(names) else []
-    if double: raise ValueError(f"Classes must differ; given more than once: {', '.join(double[:5])}. No model can tell them apart")
+    if not len(names):
+        raise ValueError("No class to choose among; give at least one name")
+    double = (
+        sorted({n for n in names if list(names).count(n) > 1})
+        if len(set(names)) < len(names)
+        else []
+    )
+    if double:
+        raise ValueError(
+            f"Classes must differ; given more than once: {', '.join(double[:5])}. No model can tell them apart"
+        )
     for t in templates or ('no template',):
-        if t.count('{}') != 1: raise ValueError(f"A template has one {{}} for the name; got {t!r}")
-    rows = torch.stack([text_rows(model, [t.replace('{}', n) for n in names], tokens) for t in templates])     # (K, C, D)
+        if t.count('{}') != 1:
+            raise ValueError(f"A template has one {{}} for the name; got {t!r}")
+    rows = torch.stack(
+        [text_rows(model, [t.replace('{}', n) for n in names], tokens) for t in templates]
+    )  # (K, C, D)
     return F.normalize(rows.mean(0), dim=-1).T
 
 # %% ../../nbs/60_eval.zeroshot.ipynb #fdb997cc
 class ZeroShot(NamedTuple):
     "A zero-shot score, 0–1, with what is needed to read it"
-    top1:float # share of images whose class is first
-    top5:float # share of images whose class is among the first five
-    per_class:float # top-1, averaged over the classes that have images
-    chance:float # top-1 of a guess
-    chance5:float # top-5 of a guess
-    n:int # images
-    classes:int # to choose among
+
+    top1: float  # share of images whose class is first
+    top5: float  # share of images whose class is among the first five
+    per_class: float  # top-1, averaged over the classes that have images
+    chance: float  # top-1 of a guess
+    chance5: float  # top-5 of a guess
+    n: int  # images
+    classes: int  # to choose among
+
 
 def top_scores(
-    logits:Tensor, # `(N, C)`
-    targets:Tensor|Sequence[int], # `(N,)` classes
-)->ZeroShot:
+    logits: Tensor,  # `(N, C)`
+    targets: Tensor | Sequence[int],  # `(N,)` classes
+) -> ZeroShot:
     "Score logits; ties count against the model"
     targets, (n, c) = torch.as_tensor(targets), logits.shape
-    if targets.shape != (n,): raise ValueError(f"{n} rows of logits need {n} targets; got {tuple(targets.shape)}")
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < c: raise ValueError(f"Targets run from {int(targets.min())} to {int(targets.max())}, classes from 0 to {c-1}")
-    if not torch.isfinite(logits).all(): raise ValueError("Some logits are not finite; the model is broken, not bad. Look at its weights")
-    rank = (logits >= logits.gather(1, targets[:, None])).sum(1) - 1                             # (N,) others at least as high
+    if targets.shape != (n,):
+        raise ValueError(f"{n} rows of logits need {n} targets; got {tuple(targets.shape)}")
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < c:
+        raise ValueError(
+            f"Targets run from {int(targets.min())} to {int(targets.max())}, classes from 0 to {c - 1}"
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            "Some logits are not finite; the model is broken, not bad. Look at its weights"
+        )
+    rank = (logits >= logits.gather(1, targets[:, None])).sum(1) - 1  # (N,) others at least as high
     right = (rank == 0).double()
     each = [right[targets == k].mean().item() for k in targets.unique()]
-    return ZeroShot(right.mean().item(), (rank < 5).double().mean().item(), sum(each)/len(each), 1/c, min(5/c, 1.), n, c)
+    return ZeroShot(
+        right.mean().item(),
+        (rank < 5).double().mean().item(),
+        sum(each) / len(each),
+        1 / c,
+        min(5 / c, 1.0),
+        n,
+        c,
+    )
 
 # %% ../../nbs/60_eval.zeroshot.ipynb #cab600a7
 def zeroshot(
-    model:nn.Module, # in eval mode
-    images:Tensor|np.ndarray, # uint8 `(N, S, S, 3)` or preprocessed floats
-    targets:Tensor|Sequence[int], # `(N,)` index into `names`
-    names:Sequence[str], # C classes
-    templates:Sequence[str]=('{}',), # K
-    tokens:Callable[[list[str]],Tensor]|None=None, # texts to ids
-    batch:int=256, # images at a time
-)->ZeroShot:
+    model: nn.Module,  # in eval mode
+    images: Tensor | np.ndarray,  # uint8 `(N, S, S, 3)` or preprocessed floats
+    targets: Tensor | Sequence[int],  # `(N,)` index into `names`
+    names: Sequence[str],  # C classes
+    templates: Sequence[str] = ('{}',),  # K
+    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids
+    batch: int = 256,  # images at a time
+) -> ZeroShot:
     "Judge a model on classes it was never told of (CLIP §3.1)"
-    return top_scores(image_rows(model, images, batch) @ classifier(model, names, templates, tokens), targets)
+    return top_scores(
+        image_rows(model, images, batch) @ classifier(model, names, templates, tokens), targets
+    )
 
 # %% ../../nbs/60_eval.zeroshot.ipynb #656dd2f5
-EMOJI_TEMPLATES = ('{}', 'an emoji of {}', 'a drawing of {}', 'a small picture of {}', 'an icon that shows {}')
+EMOJI_TEMPLATES = (
+    '{}',
+    'an emoji of {}',
+    'a drawing of {}',
+    'a small picture of {}',
+    'an icon that shows {}',
+)

@@ -22,24 +22,25 @@ from ..spec import Spec
 @dataclass(frozen=True, repr=False)
 class MCiSpec(Spec, id_name='MCiSpec'):
     "What tells one MCi encoder from another (MobileCLIP §4.2 and Table 9; MobileCLIP2)"
-    depths:tuple[int,...]=(2, 6, 10, 2) # blocks a stage
-    dims:tuple[int,...]=(64, 128, 256, 512) # channels a stage
-    ratio:float=3. # channels inside an FFN over its channels outside
-    attention:int=1 # how many of the last stages attend
-    se:tuple[int,...]=(2, 3) # stages whose downsampling squeezes and excites
-    stem_scale:bool=True # a 1x1 branch in the stem's blocks
-    norm:str='batch' # before attention: `batch` or `layer`
-    head_dim:int=32 # channels an attention head
-    drop:float=0. # stochastic depth at the last block, 0 to below 1; grows linearly from 0
-    layer_scale:float=1e-5 # first value
+
+    depths: tuple[int, ...] = (2, 6, 10, 2)  # blocks a stage
+    dims: tuple[int, ...] = (64, 128, 256, 512)  # channels a stage
+    ratio: float = 3.0  # channels inside an FFN over its channels outside
+    attention: int = 1  # how many of the last stages attend
+    se: tuple[int, ...] = (2, 3)  # stages whose downsampling squeezes and excites
+    stem_scale: bool = True  # a 1x1 branch in the stem's blocks
+    norm: str = 'batch'  # before attention: `batch` or `layer`
+    head_dim: int = 32  # channels an attention head
+    drop: float = 0.0  # stochastic depth at the last block, 0 to below 1; grows linearly from 0
+    layer_scale: float = 1e-5  # first value
 
     @property
-    def strides(self)->tuple[int,...]:
+    def strides(self) -> tuple[int, ...]:
         "Pixels of the input to a cell of each stage's map"
-        return tuple(4*2**i for i in range(len(self.depths)))
+        return tuple(4 * 2**i for i in range(len(self.depths)))
 
     @property
-    def stride(self)->int:
+    def stride(self) -> int:
         "Pixels of the input to a cell of the last map; the sides of an image must be divisible by it"
         return self.strides[-1]
 
@@ -48,104 +49,157 @@ MCI = dict(
     mci0=MCiSpec(),
     mci1=MCiSpec(depths=(4, 12, 20, 4)),
     mci2=MCiSpec(depths=(4, 12, 24, 4), dims=(80, 160, 320, 640)),
-    mci3=MCiSpec(depths=(2, 12, 24, 4, 2), dims=(96, 192, 384, 768, 1536), ratio=4., attention=2, se=(), stem_scale=False, norm='layer'),
-    mci4=MCiSpec(depths=(2, 12, 24, 4, 4), dims=(128, 256, 512, 1024, 2048), ratio=4., attention=2, se=(), stem_scale=False, norm='layer'),
-    mci_nano=MCiSpec(depths=(1, 2, 4, 2), dims=(24, 48, 96, 192), layer_scale=.1),
+    mci3=MCiSpec(
+        depths=(2, 12, 24, 4, 2),
+        dims=(96, 192, 384, 768, 1536),
+        ratio=4.0,
+        attention=2,
+        se=(),
+        stem_scale=False,
+        norm='layer',
+    ),
+    mci4=MCiSpec(
+        depths=(2, 12, 24, 4, 4),
+        dims=(128, 256, 512, 1024, 2048),
+        ratio=4.0,
+        attention=2,
+        se=(),
+        stem_scale=False,
+        norm='layer',
+    ),
+    mci_nano=MCiSpec(depths=(1, 2, 4, 2), dims=(24, 48, 96, 192), layer_scale=0.1),
 )
 
 # %% ../../nbs/20_image.mci.ipynb #5e358747
 def row(
-    spec:Spec|str, # a spec, or the name of one
-    table:dict[str,Spec], # specs by name
-)->Spec:
+    spec: Spec | str,  # a spec, or the name of one
+    table: dict[str, Spec],  # specs by name
+) -> Spec:
     "Look up a spec by name; a spec itself passes through"
-    if not isinstance(spec, str): return spec
-    if spec not in table: raise KeyError(f"No image encoder {spec!r}.{near(spec, table)} There are {', '.join(table)}.")
+    if not isinstance(spec, str):
+        return spec
+    if spec not in table:
+        raise KeyError(
+            f"No image encoder {spec!r}.{near(spec, table)} There are {', '.join(table)}."
+        )
     return table[spec]
 
 # %% ../../nbs/20_image.mci.ipynb #07b8f0dd
 def stem(
-    c:int, # channels of the first stage
-    scale:bool, # a 1x1 branch in each block
-)->nn.Sequential: # `(B, 3, H, W)` to `(B, c, H/4, W/4)`
+    c: int,  # channels of the first stage
+    scale: bool,  # a 1x1 branch in each block
+) -> nn.Sequential:  # `(B, 3, H, W)` to `(B, c, H/4, W/4)`
     "Three MobileOne blocks from pixels to the first map (FastViT §3.2)"
-    return nn.Sequential(MobileOne(3, c, 3, 2, scale=scale), MobileOne(c, c, 3, 2, c, scale=scale), MobileOne(c, c, 1, scale=scale))
+    return nn.Sequential(
+        MobileOne(3, c, 3, 2, scale=scale),
+        MobileOne(c, c, 3, 2, c, scale=scale),
+        MobileOne(c, c, 1, scale=scale),
+    )
+
 
 def round8(
-    x:float, # channels wished for
-)->int: # channels
+    x: float,  # channels wished for
+) -> int:  # channels
     "The nearest multiple of 8, at least 8"
-    return max(8, int(x+4)//8*8)
+    return max(8, int(x + 4) // 8 * 8)
+
 
 def downsample(
-    c_in:int, # channels in
-    c:int, # channels out
-    se:bool, # squeeze and excite
-)->nn.Sequential: # `(B, c_in, H, W)` to `(B, c, H/2, W/2)`
+    c_in: int,  # channels in
+    c: int,  # channels out
+    se: bool,  # squeeze and excite
+) -> nn.Sequential:  # `(B, c_in, H, W)` to `(B, c, H/2, W/2)`
     "Halve the map and change its channels: large kernel, then pointwise (FastViT §3.2.3)"
-    return nn.Sequential(LargeKernel(c_in, c, se=round8(c/4) if se else 0), MobileOne(c, c, 1))
+    return nn.Sequential(LargeKernel(c_in, c, se=round8(c / 4) if se else 0), MobileOne(c, c, 1))
 
 # %% ../../nbs/20_image.mci.ipynb #c339480c
 class Stage(nn.Module):
     "Halve the map (but in the first stage), add positions if the stage attends, then its blocks (FastViT §3.2)"
-    def __init__(self,
-        spec:MCiSpec, # the whole tower's
-        i:int, # which stage, from 0
+
+    def __init__(
+        self,
+        spec: MCiSpec,  # the whole tower's
+        i: int,  # which stage, from 0
     ):
         super().__init__()
-        c, attends = spec.dims[i], i >= len(spec.dims)-spec.attention
-        hidden, before, total = int(c*spec.ratio), sum(spec.depths[:i]), sum(spec.depths)
-        drops = [spec.drop*(before+j)/max(total-1, 1) for j in range(spec.depths[i])]
-        self.down = downsample(spec.dims[i-1], c, i in spec.se) if i else nn.Identity()
+        c, attends = spec.dims[i], i >= len(spec.dims) - spec.attention
+        hidden, before, total = int(c * spec.ratio), sum(spec.depths[:i]), sum(spec.depths)
+        drops = [spec.drop * (before + j) / max(total - 1, 1) for j in range(spec.depths[i])]
+        self.down = downsample(spec.dims[i - 1], c, i in spec.se) if i else nn.Identity()
         self.cpe = RepCPE(c) if attends else nn.Identity()
-        self.blocks = nn.Sequential(*(AttentionBlock(c, hidden, spec.norm, spec.head_dim, d, spec.layer_scale) if attends
-                                      else RepMixerBlock(c, hidden, drop=d, init=spec.layer_scale) for d in drops))
+        self.blocks = nn.Sequential(
+            *(
+                AttentionBlock(c, hidden, spec.norm, spec.head_dim, d, spec.layer_scale)
+                if attends
+                else RepMixerBlock(c, hidden, drop=d, init=spec.layer_scale)
+                for d in drops
+            )
+        )
 
-    def forward(self,
-        x:Tensor, # `(B, C_in, H, W)`
-    )->Tensor: # `(B, C, H/2, W/2)`; in the first stage the size stays
+    def forward(
+        self,
+        x: Tensor,  # `(B, C_in, H, W)`
+    ) -> Tensor:  # `(B, C, H/2, W/2)`; in the first stage the size stays
         return self.blocks(self.cpe(self.down(x)))
 
 # %% ../../nbs/20_image.mci.ipynb #51d80c84
 class MCi(nn.Module):
     "Convolutions where maps are large, attention where they are small (MobileCLIP §4.2)"
-    def __init__(self,
-        spec:MCiSpec|str='mci0', # or the name of a row of `MCI`
-        out:int=512, # embedding width
-        features_only:bool=False, # answer with the map of every stage instead
-        num_classes:int|None=None, # a classifier's classes, in the place of `out`
+
+    def __init__(
+        self,
+        spec: MCiSpec | str = 'mci0',  # or the name of a row of `MCI`
+        out: int = 512,  # embedding width
+        features_only: bool = False,  # answer with the map of every stage instead
+        num_classes: int | None = None,  # a classifier's classes, in the place of `out`
     ):
         super().__init__()
         self.spec, self.features_only = (spec := row(spec, MCI)), features_only
-        if len(spec.depths) != len(spec.dims): raise ValueError(f"{len(spec.depths)} depths and {len(spec.dims)} dims; a stage has one of each")
-        last, wide = spec.dims[-1], 2*spec.dims[-1]
+        if len(spec.depths) != len(spec.dims):
+            raise ValueError(
+                f"{len(spec.depths)} depths and {len(spec.dims)} dims; a stage has one of each"
+            )
+        last, wide = spec.dims[-1], 2 * spec.dims[-1]
         self.stem = stem(spec.dims[0], spec.stem_scale)
         self.stages = nn.ModuleList(Stage(spec, i) for i in range(len(spec.depths)))
         if not features_only:
-            self.final = MobileOne(last, wide, 3, groups=last, se=wide//16)
+            self.final = MobileOne(last, wide, 3, groups=last, se=wide // 16)
             self.head = nn.Linear(wide, out if num_classes is None else num_classes)
         self.apply(init_linear)
 
-    def maps(self,
-        x:Tensor, # `(B, 3, H, W)`, sides divisible by `spec.stride`
-    )->list[Tensor]: # one map a stage: `(B, dims[i], H/strides[i], W/strides[i])`
+    def maps(
+        self,
+        x: Tensor,  # `(B, 3, H, W)`, sides divisible by `spec.stride`
+    ) -> list[Tensor]:  # one map a stage: `(B, dims[i], H/strides[i], W/strides[i])`
         "The map of every stage"
         s = self.spec.stride
-        if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"An image batch is (B, 3, H, W); got {tuple(x.shape)}. One image needs x[None]")
-        if not x.is_floating_point(): raise ValueError(f"Pixels are floating-point numbers, not {x.dtype}; use the model's preprocessing, or x/255")
-        if x.shape[2] % s or x.shape[3] % s: raise ValueError(f"Sides must be divisible by {s}; got {x.shape[2]} x {x.shape[3]}. Resize or pad first")
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(
+                f"An image batch is (B, 3, H, W); got {tuple(x.shape)}. One image needs x[None]"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"Pixels are floating-point numbers, not {x.dtype}; use the model's preprocessing, or x/255"
+            )
+        if x.shape[2] % s or x.shape[3] % s:
+            raise ValueError(
+                f"Sides must be divisible by {s}; got {x.shape[2]} x {x.shape[3]}. Resize or pad first"
+            )
         x, out = self.stem(x), []
-        for stage in self.stages: out.append(x := stage(x))
+        for stage in self.stages:
+            out.append(x := stage(x))
         return out
 
-    def forward(self,
-        x:Tensor, # `(B, 3, H, W)`, sides divisible by `spec.stride`
-    )->Tensor|list[Tensor]: # `(B, out)`, or the maps of every stage if `features_only`
-        if self.features_only: return self.maps(x)
-        return self.head(self.final(self.maps(x)[-1]).mean((2,3)))
+    def forward(
+        self,
+        x: Tensor,  # `(B, 3, H, W)`, sides divisible by `spec.stride`
+    ) -> Tensor | list[Tensor]:  # `(B, out)`, or the maps of every stage if `features_only`
+        if self.features_only:
+            return self.maps(x)
+        return self.head(self.final(self.maps(x)[-1]).mean((2, 3)))
 
 # %% ../../nbs/20_image.mci.ipynb #38dbcf74
 @fold.register
-def _(tower:MCi)->nn.Module:
+def _(tower: MCi) -> nn.Module:
     settled(tower)
     return remade(tower).to(memory_format=torch.channels_last)

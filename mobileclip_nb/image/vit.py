@@ -18,15 +18,18 @@ from ..spec import Spec
 @dataclass(frozen=True, repr=False)
 class ViTSpec(Spec, id_name='ViTSpec'):
     "What tells one ViT tower from another (ViT, 2010.11929, §3.1; MobileCLIP §5)"
-    dim:int=768 # width of a token
-    depth:int=12 # blocks
-    heads:int=12 # divides `dim`
-    side:int=224 # pixels
-    patch:int=16 # pixels; the conv stem's is 16
-    conv_stem:bool=True # patches from three convolutions, else from one
-    pad:int=0 # pixels around the conv stem's first convolution: 1 in Apple's v1 code, 0 in open_clip
-    eps:float=1e-6 # of the layer norms: 1e-5 in Apple's v1 code, 1e-6 in open_clip's B
-    drop:float=0. # stochastic depth at the last block, 0 to below 1; grows linearly from 0
+
+    dim: int = 768  # width of a token
+    depth: int = 12  # blocks
+    heads: int = 12  # divides `dim`
+    side: int = 224  # pixels
+    patch: int = 16  # pixels; the conv stem's is 16
+    conv_stem: bool = True  # patches from three convolutions, else from one
+    pad: int = (
+        0  # pixels around the conv stem's first convolution: 1 in Apple's v1 code, 0 in open_clip
+    )
+    eps: float = 1e-6  # of the layer norms: 1e-5 in Apple's v1 code, 1e-6 in open_clip's B
+    drop: float = 0.0  # stochastic depth at the last block, 0 to below 1; grows linearly from 0
 
 # %% ../../nbs/21_image.vit.ipynb #19bdfa4b
 VIT = dict(
@@ -38,49 +41,79 @@ VIT = dict(
 # %% ../../nbs/21_image.vit.ipynb #97f3b39c
 class ConvStem(nn.Module):
     "A patch of 16 pixels in three steps of 4, 2 and 2 (MobileCLIP §5)"
-    def __init__(self,
-        dim:int, # width of a token, divisible by 4
-        pad:int=0, # pixels around the first convolution
+
+    def __init__(
+        self,
+        dim: int,  # width of a token, divisible by 4
+        pad: int = 0,  # pixels around the first convolution
     ):
         super().__init__()
-        w = dim//4
+        w = dim // 4
         self.conv1, self.conv2 = ConvNorm(3, w, 4, 4, pad=pad), ConvNorm(w, w, 2, 2, pad=0)
         self.conv3 = nn.Conv2d(w, dim, 2, 2)
         self.act = nn.GELU()
 
-    def forward(self,
-        x:Tensor, # `(B, 3, H, W)`
-    )->Tensor: # `(B, D, H/16, W/16)`
+    def forward(
+        self,
+        x: Tensor,  # `(B, 3, H, W)`
+    ) -> Tensor:  # `(B, D, H/16, W/16)`
         return self.conv3(self.act(self.conv2(self.act(self.conv1(x)))))
 
 # %% ../../nbs/21_image.vit.ipynb #abd487f5
 class ViT(nn.Module):
     "A plain vision transformer that answers with its class token (ViT, 2010.11929, §3.1; MobileCLIP §5)"
-    def __init__(self,
-        spec:ViTSpec|str='vit_b16', # or the name of a row of `VIT`
-        out:int=512, # embedding width, or classes
+
+    def __init__(
+        self,
+        spec: ViTSpec | str = 'vit_b16',  # or the name of a row of `VIT`
+        out: int = 512,  # embedding width, or classes
     ):
         super().__init__()
         self.spec = spec = row(spec, VIT)
-        if spec.side % spec.patch: raise ValueError(f"Patches of {spec.patch} pixels do not tile a side of {spec.side}; choose a multiple")
-        if spec.conv_stem and spec.patch != 16: raise ValueError(f"The conv stem makes patches of 16 pixels, not {spec.patch}; use patch=16 or conv_stem=False")
-        n, d = (spec.side//spec.patch)**2, spec.dim
-        self.patch = ConvStem(d, spec.pad) if spec.conv_stem else nn.Conv2d(3, d, spec.patch, spec.patch, bias=False)
+        if spec.side % spec.patch:
+            raise ValueError(
+                f"Patches of {spec.patch} pixels do not tile a side of {spec.side}; choose a multiple"
+            )
+        if spec.conv_stem and spec.patch != 16:
+            raise ValueError(
+                f"The conv stem makes patches of 16 pixels, not {spec.patch}; use patch=16 or conv_stem=False"
+            )
+        n, d = (spec.side // spec.patch) ** 2, spec.dim
+        self.patch = (
+            ConvStem(d, spec.pad)
+            if spec.conv_stem
+            else nn.Conv2d(3, d, spec.patch, spec.patch, bias=False)
+        )
         self.cls = nn.Parameter(nn.init.normal_(torch.empty(1, 1, d), std=1e-6))
-        self.pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n + (not spec.conv_stem), d), std=.02))
+        self.pos = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, n + (not spec.conv_stem), d), std=0.02)
+        )
         self.pre_norm = nn.Identity() if spec.conv_stem else nn.LayerNorm(d, spec.eps)
-        drops = [spec.drop*i/max(spec.depth-1, 1) for i in range(spec.depth)]
-        self.blocks = nn.Sequential(*(TransformerBlock(d, spec.heads, eps=spec.eps, drop=p) for p in drops))
+        drops = [spec.drop * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(d, spec.heads, eps=spec.eps, drop=p) for p in drops)
+        )
         self.norm, self.head = nn.LayerNorm(d, spec.eps), nn.Linear(d, out)
         self.apply(init_linear)
 
-    def forward(self,
-        x:Tensor, # `(B, 3, side, side)`
-    )->Tensor: # `(B, out)`
+    def forward(
+        self,
+        x: Tensor,  # `(B, 3, side, side)`
+    ) -> Tensor:  # `(B, out)`
         s = self.spec.side
-        if x.ndim != 4 or x.shape[1:] != (3, s, s): raise ValueError(f"This ViT reads (B, 3, {s}, {s}); got {tuple(x.shape)}. Use the model's own preprocessing")
-        if not x.is_floating_point(): raise ValueError(f"Pixels are floating-point numbers, not {x.dtype}; use the model's preprocessing, or x/255")
-        x = self.patch(x).flatten(2).transpose(1,2)                                  # (B, N, D)
+        if x.ndim != 4 or x.shape[1:] != (3, s, s):
+            raise ValueError(
+                f"This ViT reads (B, 3, {s}, {s}); got {tuple(x.shape)}. Use the model's own preprocessing"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"Pixels are floating-point numbers, not {x.dtype}; use the model's preprocessing, or x/255"
+            )
+        x = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
         cls = self.cls.expand(len(x), -1, -1)
-        x = torch.cat([cls, x+self.pos], 1) if self.spec.conv_stem else torch.cat([cls, x], 1)+self.pos
-        return self.head(self.norm(self.blocks(self.pre_norm(x))[:,0]))
+        x = (
+            torch.cat([cls, x + self.pos], 1)
+            if self.spec.conv_stem
+            else torch.cat([cls, x], 1) + self.pos
+        )
+        return self.head(self.norm(self.blocks(self.pre_norm(x))[:, 0]))

@@ -16,69 +16,93 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from ..places import is_local, join_url, list_shards, names_in, read_bytes, remove, remove_partial, shown, write_bytes
+from mobileclip_nb.places import (
+    is_local,
+    join_url,
+    list_shards,
+    names_in,
+    read_bytes,
+    remove,
+    remove_partial,
+    shown,
+    write_bytes,
+)
 from ..workers import Event
 
 # %% ../../nbs/47_reinforce.folder.ipynb #c4d99003
-def _path(url:str|Path)->str:
+def _path(url: str | Path) -> str:
     "A place as its filesystem names it"
     return fsspec.core.url_to_fs(str(url))[1].rstrip('/')
 
+
 def named(
-    place:str|Path, # what `list_shards` understands
-)->dict[str,str]: # relative name: url
+    place: str | Path,  # what `list_shards` understands
+) -> dict[str, str]:  # relative name: url
     "The shards at a place, under the names their outputs will have"
     shards, text = list_shards(place), str(place)
     base = re.split(r'[{*?\[]', text)[0]
-    if base != text or len(shards) == 1 and _path(shards[0]) == _path(text): base = base[:base.rfind('/')+1]       # the folder before a pattern, or of a file
+    if base != text or len(shards) == 1 and _path(shards[0]) == _path(text):
+        base = base[: base.rfind('/') + 1]  # the folder before a pattern, or of a file
     base, out = _path(base or '.'), {}
     for s in shards:
         name = _path(s).removeprefix(base).lstrip('/')
-        if name in out: raise ValueError(f"Two shards at {shown(place)!r} are called {name!r}")
+        if name in out:
+            raise ValueError(f"Two shards at {shown(place)!r} are called {name!r}")
         out[name] = s
     return out
 
 # %% ../../nbs/47_reinforce.folder.ipynb #13d5740e
 def fingerprint(
-    url:str, # a shard
-)->str: # empty if it cannot be read
+    url: str,  # a shard
+) -> str:  # empty if it cannot be read
     "A few characters that change if another file stands under the name"
     try:
         fs, path = fsspec.core.url_to_fs(url)
-        with fs.open(path, 'rb') as f: head = f.read(4096)
-        return hashlib.sha256(f'{fs.size(path)} '.encode()+head).hexdigest()[:16]
-    except Exception: return '' # reading it will say what is wrong
+        with fs.open(path, 'rb') as f:
+            head = f.read(4096)
+        return hashlib.sha256(f'{fs.size(path)} '.encode() + head).hexdigest()[:16]
+    except Exception:
+        return ''  # reading it will say what is wrong
 
 # %% ../../nbs/47_reinforce.folder.ipynb #53034d57
 DONE, FAILED = '.done', '.failed'
 
+
 class Job(NamedTuple):
     "One shard to make"
-    name:str # relative path, the same in input and output: `00/00000012.tar`
-    src:str # where to read
-    out:str # folder to write to
-    source:str='' # fingerprint of the input, when it was looked at
 
-def as_json(x:dict[str,Any])->bytes:
+    name: str  # relative path, the same in input and output: `00/00000012.tar`
+    src: str  # where to read
+    out: str  # folder to write to
+    source: str = ''  # fingerprint of the input, when it was looked at
+
+
+def as_json(x: dict[str, Any]) -> bytes:
     "JSON with keys in order"
-    return (json.dumps(x, indent=1, sort_keys=True)+'\n').encode()
+    return (json.dumps(x, indent=1, sort_keys=True) + '\n').encode()
 
-def marker(job:Job, kind:str)->str: # its url
+
+def marker(job: Job, kind: str) -> str:  # its url
     "Where a shard's marker (`DONE` or `FAILED`) lies"
     return join_url(job.out, kind, f'{job.name}.json')
 
-def why(e:BaseException)->str: # one line
-    "An error without the secrets that urls may hold"
-    return re.sub(r'\w+://[^\s\'"]+', lambda m: shown(m[0]), f'{type(e).__name__}: {e}'.replace('\n', ' '))
 
-def finished(job:Job, told:dict[str,Any])->Event:
+def why(e: BaseException) -> str:  # one line
+    "An error without the secrets that urls may hold"
+    return re.sub(
+        r'\w+://[^\s\'"]+', lambda m: shown(m[0]), f'{type(e).__name__}: {e}'.replace('\n', ' ')
+    )
+
+
+def finished(job: Job, told: dict[str, Any]) -> Event:
     "Write down that a shard is done; `told` has its `bytes` and `sha256`"
     told = dict(told, format=1, shard=job.name, source=job.source)
     write_bytes(marker(job, DONE), as_json(told))
     remove(marker(job, FAILED))
     return Event('done', job.name, told)
 
-def set_aside(job:Job, e:BaseException)->Event:
+
+def set_aside(job: Job, e: BaseException) -> Event:
     "Write down that a shard failed, and why"
     told = dict(format=1, shard=job.name, error=why(e))
     write_bytes(marker(job, FAILED), as_json(told))
@@ -87,65 +111,130 @@ def set_aside(job:Job, e:BaseException)->Event:
 # %% ../../nbs/47_reinforce.folder.ipynb #1e4f1931
 class Survey(NamedTuple):
     "What is there and what is to do"
-    todo:list[Job]
-    done:dict[str,dict[str,Any]] # markers by name, all that lie in the folder
-    skipped:int # shards of this input that are done
 
-def _markers(place:str, below:str='')->list[str]: # names of shards
+    todo: list[Job]
+    done: dict[str, dict[str, Any]]  # markers by name, all that lie in the folder
+    skipped: int  # shards of this input that are done
+
+
+def _markers(place: str, below: str = '') -> list[str]:  # names of shards
     "Names of all markers below a folder"
     here = join_url(place, below) if below else place
-    return [x for n in names_in(here) for x in ([f'{below}/{n}'.lstrip('/')[:-5]] if n.endswith('.json') else [] if n.startswith('.') else _markers(place, f'{below}/{n}'.lstrip('/')))]
+    return [
+        x
+        for n in names_in(here)
+        for x in (
+            [f'{below}/{n}'.lstrip('/')[:-5]]
+            if n.endswith('.json')
+            else []
+            if n.startswith('.')
+            else _markers(place, f'{below}/{n}'.lstrip('/'))
+        )
+    ]
 
-def _checked(job:Job, deep:bool)->dict[str,Any]|None: # None: not done, or what is there does not agree
+
+def _checked(
+    job: Job, deep: bool
+) -> dict[str, Any] | None:  # None: not done, or what is there does not agree
     "Read a marker and hold it against its shard"
     try:
         m, at = json.loads(read_bytes(marker(job, DONE))), join_url(job.out, job.name)
         fs, path = fsspec.core.url_to_fs(at)
-        if fs.size(path) != m['bytes'] or not isinstance(m['source'], str): return None
-        if not deep: return m
-        with fs.open(path, 'rb') as f: return m if hashlib.file_digest(f, 'sha256').hexdigest() == m['sha256'] else None
-    except (OSError, ValueError, KeyError, TypeError): return None
+        if fs.size(path) != m['bytes'] or not isinstance(m['source'], str):
+            return None
+        if not deep:
+            return m
+        with fs.open(path, 'rb') as f:
+            return m if hashlib.file_digest(f, 'sha256').hexdigest() == m['sha256'] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
 
 def survey(
-    shards:dict[str,str], # of `named`
-    out:str, # folder
-    deep:bool=False, # hash what is done, too
-)->Survey:
+    shards: dict[str, str],  # of `named`
+    out: str,  # folder
+    deep: bool = False,  # hash what is done, too
+) -> Survey:
     "Look which shards are done"
-    with ThreadPoolExecutor(16) as pool:                    # far away, each look is a round trip
-        jobs = [Job(n, s, out, f) for (n, s), f in zip(shards.items(), pool.map(fingerprint, shards.values()))]
+    with ThreadPoolExecutor(16) as pool:  # far away, each look is a round trip
+        jobs = [
+            Job(n, s, out, f)
+            for (n, s), f in zip(shards.items(), pool.map(fingerprint, shards.values()))
+        ]
         kept = [Job(n, '', out) for n in _markers(join_url(out, DONE))]
         done = {j.name: m for j, m in zip(kept, pool.map(lambda j: _checked(j, deep), kept)) if m}
-    if other := [j.name for j in jobs if j.name in done and j.source and done[j.name]['source'] not in ('', j.source)]:
-        raise ValueError(f"{len(other)} finished shards in {shown(out)!r}, first {other[0]!r}, were made from other inputs of the same name. "
-                         f"Choose another folder; or, if the input was mended, remove those shards there and run again")
+    if other := [
+        j.name
+        for j in jobs
+        if j.name in done and j.source and done[j.name]['source'] not in ('', j.source)
+    ]:
+        raise ValueError(
+            f"{len(other)} finished shards in {shown(out)!r}, first {other[0]!r}, were made from other inputs of the same name. "
+            f"Choose another folder; or, if the input was mended, remove those shards there and run again"
+        )
     return Survey([j for j in jobs if j.name not in done], done, sum(j.name in done for j in jobs))
 
 # %% ../../nbs/47_reinforce.folder.ipynb #1999bebc
-FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR} # errors of writing that the next shard would meet as well
+FATAL = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+}  # errors of writing that the next shard would meet as well
 
-def apart(src:str|Path, out:str|Path, shards:dict[str,str])->None:
+
+def apart(src: str | Path, out: str | Path, shards: dict[str, str]) -> None:
     "Refuse an input and an output that lie in each other"
-    def real(u:str|Path)->str: return (os.path.realpath(_path(u)) if is_local(u) else _path(u))+'/'
-    base, pattern = re.split(r'[{*?\[]', str(src))[0], re.search(r'[{*?\[]', str(src))
-    listed = not str(src).endswith('.tar') if not pattern else '**' in str(src)     # will a new shard below be found the next time?
-    if listed and real(out).startswith(real(base or '.')) or any(real(s).startswith(real(out)) for s in shards.values()):
-        raise ValueError(f"Input {shown(src)!r} and output {shown(out)!r} lie in each other; what comes out would go in again. Choose an output folder of its own")
 
-def writable(folder:str)->None:
+    def real(u: str | Path) -> str:
+        return (os.path.realpath(_path(u)) if is_local(u) else _path(u)) + '/'
+
+    base, pattern = re.split(r'[{*?\[]', str(src))[0], re.search(r'[{*?\[]', str(src))
+    listed = (
+        not str(src).endswith('.tar') if not pattern else '**' in str(src)
+    )  # will a new shard below be found the next time?
+    if (
+        listed
+        and real(out).startswith(real(base or '.'))
+        or any(real(s).startswith(real(out)) for s in shards.values())
+    ):
+        raise ValueError(
+            f"Input {shown(src)!r} and output {shown(out)!r} lie in each other; what comes out would go in again. Choose an output folder of its own"
+        )
+
+
+def writable(folder: str) -> None:
     "Make a folder on this machine, or say why it cannot be written to"
     path = Path(folder.removeprefix('file://'))
-    try: path.mkdir(parents=True, exist_ok=True); (path/'.lock').touch()
-    except OSError as e: raise type(e)(e.errno, f"cannot write to {shown(folder)!r} ({e.strerror}); choose another folder or mend its permissions") from None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / '.lock').touch()
+    except OSError as e:
+        raise type(e)(
+            e.errno,
+            f"cannot write to {shown(folder)!r} ({e.strerror}); choose another folder or mend its permissions",
+        ) from None
+
 
 @contextmanager
-def alone(out:str)->Iterator[None]:
+def alone(out: str) -> Iterator[None]:
     "Hold a folder for one run, and sweep what dead runs left half written"
-    try: import fcntl
-    except ImportError: fcntl = None
-    if not is_local(out) or not fcntl: yield; return
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+    if not is_local(out) or not fcntl:
+        yield
+        return
     with open(Path(out.removeprefix('file://'), '.lock'), 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"Another run is writing to {shown(out)!r}. Wait until it ends, or choose another folder") from None
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another run is writing to {shown(out)!r}. Wait until it ends, or choose another folder"
+            ) from None
         remove_partial(out)
         yield

@@ -20,40 +20,85 @@ import torch
 from tqdm import tqdm
 
 from ..ledger import packages
-from ..places import exists, is_local, join_url, read_bytes, remove_partial, shown, write_bytes
-from .folder import FAILED, FATAL, Job, alone, apart, as_json, finished, named, set_aside, survey, writable
-from .recipe import Dropped, Models, ReinforceSpec, add, chunks, differences, load_models
+from mobileclip_nb.places import (
+    exists,
+    is_local,
+    join_url,
+    read_bytes,
+    remove_partial,
+    shown,
+    write_bytes,
+)
+from mobileclip_nb.reinforce.folder import (
+    FAILED,
+    FATAL,
+    Job,
+    alone,
+    apart,
+    as_json,
+    finished,
+    named,
+    set_aside,
+    survey,
+    writable,
+)
+from mobileclip_nb.reinforce.recipe import (
+    Dropped,
+    Models,
+    ReinforceSpec,
+    add,
+    chunks,
+    differences,
+    load_models,
+)
 from ..shards.build import foreign_in
-from ..shards.files import Entry, Manifest, ShardWriter, Skips, read_manifest, read_shard, write_manifests
+from mobileclip_nb.shards.files import (
+    Entry,
+    Manifest,
+    ShardWriter,
+    Skips,
+    read_manifest,
+    read_shard,
+    write_manifests,
+)
 from ..workers import Ahead, Event, peak_mb, processes
 
 # %% ../../nbs/48_reinforce.local.ipynb #988782a3
 class _Piece(NamedTuple):
-    job:Job
-    samples:list # items, later reinforced samples
-    dropped:list[Dropped]
-    seconds:float=0. # in which models computed
-    skips:Counter|None=None # only in the last piece: what the reader left out
-    error:Exception|None=None
+    job: Job
+    samples: list  # items, later reinforced samples
+    dropped: list[Dropped]
+    seconds: float = 0.0  # in which models computed
+    skips: Counter | None = None  # only in the last piece: what the reader left out
+    error: Exception | None = None
 
-def _read(jobs:Iterable[Job], spec:ReinforceSpec, lost:set[str])->Iterator[_Piece]:
+
+def _read(jobs: Iterable[Job], spec: ReinforceSpec, lost: set[str]) -> Iterator[_Piece]:
     "First stage: read and decode"
     for job in jobs:
         try:
             skips = Skips()
             for items, dropped in chunks(read_shard(job.src, skips, embeddings=False), spec.batch):
-                if job.name in lost: break
+                if job.name in lost:
+                    break
                 yield _Piece(job, items, dropped)
             if cut := skips.examples.get('truncated'):
-                raise ValueError(f'the tar ends early or is damaged ({cut[0][2]}); fetch it again, or keep what can be read: write_shard(new, read_shard(old))')
+                raise ValueError(
+                    f'the tar ends early or is damaged ({cut[0][2]}); fetch it again, or keep what can be read: write_shard(new, read_shard(old))'
+                )
             yield _Piece(job, [], [], skips=Counter(skips.counts))
-        except Exception as e: yield _Piece(job, [], [], error=e)
+        except Exception as e:
+            yield _Piece(job, [], [], error=e)
 
-def _compute(pieces:Iterable[_Piece], spec:ReinforceSpec, models:Models, threads:int, lost:set[str])->Iterator[_Piece]:
+
+def _compute(
+    pieces: Iterable[_Piece], spec: ReinforceSpec, models: Models, threads: int, lost: set[str]
+) -> Iterator[_Piece]:
     "Second stage: models, on one torch thread"
-    torch.set_num_threads(1)                                 # each thread has its own setting
+    torch.set_num_threads(1)  # each thread has its own setting
     for p in pieces:
-        if p.job.name in lost: continue
+        if p.job.name in lost:
+            continue
         try:
             a = add(p.samples, spec, models, threads)
             yield p._replace(samples=a.samples, dropped=[*p.dropped, *a.dropped], seconds=a.seconds)
@@ -63,229 +108,370 @@ def _compute(pieces:Iterable[_Piece], spec:ReinforceSpec, models:Models, threads
 
 # %% ../../nbs/48_reinforce.local.ipynb #9c43a428
 RECIPE = 'recipe.json'
-DROPS = 100 # dropped samples that a marker names; beyond that they are only counted
+DROPS = 100  # dropped samples that a marker names; beyond that they are only counted
+
 
 class _Upstream(Exception):
     "An error of an earlier stage, on its way through the writer"
 
-def _write_shard(job:Job, pieces:Iterable[_Piece], spec:ReinforceSpec, models:Models)->Iterator[Event]:
+
+def _write_shard(
+    job: Job, pieces: Iterable[_Piece], spec: ReinforceSpec, models: Models
+) -> Iterator[Event]:
     "Write the pieces of one shard and its marker"
-    started, drops, skips, computed = time.perf_counter(), [], Counter(), 0.
-    with ShardWriter(join_url(job.out, job.name), spec.store, models.ensemble.widths if models.ensemble else ()) as w:
+    started, drops, skips, computed = time.perf_counter(), [], Counter(), 0.0
+    with ShardWriter(
+        join_url(job.out, job.name), spec.store, models.ensemble.widths if models.ensemble else ()
+    ) as w:
         for p in pieces:
-            if p.error: raise _Upstream() from p.error
-            skips, computed = skips + (p.skips or Counter()), computed+p.seconds
+            if p.error:
+                raise _Upstream() from p.error
+            skips, computed = skips + (p.skips or Counter()), computed + p.seconds
             drops += p.dropped
             for s in p.samples:
-                try: w.write(s)
-                except ValueError as e: drops.append(Dropped(s.key, getattr(e, 'reason', 'refused'), str(e)))
-            if p.samples: yield Event('wrote', job.name, len(p.samples))
-            if p.skips is not None: break                   # the last piece; to wait for the next shard's first might be to wait for ever
-        if not w.count: raise _Upstream() from ValueError(f"No sample left to write; {dict(skips + Counter(d.reason for d in drops)) or 'the shard is empty'}")
+                try:
+                    w.write(s)
+                except ValueError as e:
+                    drops.append(Dropped(s.key, getattr(e, 'reason', 'refused'), str(e)))
+            if p.samples:
+                yield Event('wrote', job.name, len(p.samples))
+            if p.skips is not None:
+                break  # the last piece; to wait for the next shard's first might be to wait for ever
+        if not w.count:
+            raise _Upstream() from ValueError(
+                f"No sample left to write; {dict(skips + Counter(d.reason for d in drops)) or 'the shard is empty'}"
+            )
     e = models.ensemble
-    told = dict(recipe=spec.id, weights=models.weights, sha256=w.sha256, bytes=w.bytes, count=w.count, skips=dict(sorted((skips + Counter(d.reason for d in drops)).items())),
-                dropped=[list(d) for d in drops[:DROPS]], teachers=[list(t) for t in zip(e.names, e.widths, e.scales)] if e else [],
-                seconds=round(time.perf_counter()-started, 3), model_seconds=round(computed, 3))
+    told = dict(
+        recipe=spec.id,
+        weights=models.weights,
+        sha256=w.sha256,
+        bytes=w.bytes,
+        count=w.count,
+        skips=dict(sorted((skips + Counter(d.reason for d in drops)).items())),
+        dropped=[list(d) for d in drops[:DROPS]],
+        teachers=[list(t) for t in zip(e.names, e.widths, e.scales)] if e else [],
+        seconds=round(time.perf_counter() - started, 3),
+        model_seconds=round(computed, 3),
+    )
     yield finished(job, told)
 
 # %% ../../nbs/48_reinforce.local.ipynb #00814e30
-def _write(pieces:Iterable[_Piece], spec:ReinforceSpec, models:Models, lost:set[str])->Iterator[Event]:
+def _write(
+    pieces: Iterable[_Piece], spec: ReinforceSpec, models: Models, lost: set[str]
+) -> Iterator[Event]:
     "Third stage: write shard by shard, setting aside those that fail"
     for job, group in groupby(pieces, key=lambda p: p.job):
-        try: yield from _write_shard(job, group, spec, models)
-        except _Upstream as e: yield set_aside(job, e.__cause__)
+        try:
+            yield from _write_shard(job, group, spec, models)
+        except _Upstream as e:
+            yield set_aside(job, e.__cause__)
         except Exception as e:
-            if getattr(e, 'errno', None) in FATAL: raise
+            if getattr(e, 'errno', None) in FATAL:
+                raise
             yield set_aside(job, e)
-        lost.add(job.name)                                   # whatever of it is still on its way is skipped
+        lost.add(job.name)  # whatever of it is still on its way is skipped
+
 
 def stream(
-    jobs:Iterable[Job],
-    spec:ReinforceSpec,
-    models:Models,
-    threads:int=1, # that augment at once
-)->Iterator[Event]: # the last one, `end`, has seconds, seconds of models, and peak memory
+    jobs: Iterable[Job],
+    spec: ReinforceSpec,
+    models: Models,
+    threads: int = 1,  # that augment at once
+) -> Iterator[Event]:  # the last one, `end`, has seconds, seconds of models, and peak memory
     "Reinforce shards one after the other; reading, models and writing overlap (MobileCLIP §3.1)"
-    lost, started, computed, before = set(), time.perf_counter(), 0., torch.get_num_threads()
+    lost, started, computed, before = set(), time.perf_counter(), 0.0, torch.get_num_threads()
     try:
-        with ExitStack() as last:                           # on leaving, the stages are told to stop, then waited for
+        with ExitStack() as last:  # on leaving, the stages are told to stop, then waited for
             items = last.enter_context(Ahead(_read(jobs, spec, lost), 2, patience=1))
             pieces = last.enter_context(Ahead(_compute(items, spec, models, threads, lost), 2))
             last.callback(items.stop.set)
             for e in _write(pieces, spec, models, lost):
-                if e.kind == 'done': computed += e.value['model_seconds']
+                if e.kind == 'done':
+                    computed += e.value['model_seconds']
                 yield e
-    finally: torch.set_num_threads(before)
-    yield Event('end', value=dict(seconds=time.perf_counter()-started, model_seconds=computed, peak_mb=peak_mb()))
+    finally:
+        torch.set_num_threads(before)
+    yield Event(
+        'end',
+        value=dict(
+            seconds=time.perf_counter() - started, model_seconds=computed, peak_mb=peak_mb()
+        ),
+    )
 
 # %% ../../nbs/48_reinforce.local.ipynb #eec4753e
 def agreed(
-    out:str, # folder
-    spec:ReinforceSpec,
-)->list[str]: # notes for the report
+    out: str,  # folder
+    spec: ReinforceSpec,
+) -> list[str]:  # notes for the report
     "Write the recipe into a new folder; refuse a folder of another recipe, naming what differs"
-    place, now = join_url(out, RECIPE), dict(format=1, id=spec.id, recipe=spec.to_dict(), packages=packages())
+    place, now = (
+        join_url(out, RECIPE),
+        dict(format=1, id=spec.id, recipe=spec.to_dict(), packages=packages()),
+    )
     if not exists(place):
-        if found := foreign_in(out): raise ValueError(f"The folder {shown(out)!r} holds {found} and no {RECIPE}: nobody can say how they were made. Choose an empty folder")
+        if found := foreign_in(out):
+            raise ValueError(
+                f"The folder {shown(out)!r} holds {found} and no {RECIPE}: nobody can say how they were made. Choose an empty folder"
+            )
         write_bytes(place, as_json(now))
         return []
-    try: old = json.loads(read_bytes(place)); there = ReinforceSpec.from_dict(old['recipe']).to_dict()
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{shown(place)!r} cannot be read by this version ({e}). Choose another folder") from e
+    try:
+        old = json.loads(read_bytes(place))
+        there = ReinforceSpec.from_dict(old['recipe']).to_dict()
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"{shown(place)!r} cannot be read by this version ({e}). Choose another folder"
+        ) from e
     if lines := differences(there | dict(name=''), spec.to_dict() | dict(name='')):
-        raise ValueError(f"The folder {shown(out)!r} was made by another recipe: {'; '.join(lines[:9])}. Choose another folder for this recipe, or run the old one to go on there")
-    return [f'packages differ from those this folder was begun with ({line}); last bits of rows may differ' for line in differences(old.get('packages', {}), now['packages'])]
+        raise ValueError(
+            f"The folder {shown(out)!r} was made by another recipe: {'; '.join(lines[:9])}. Choose another folder for this recipe, or run the old one to go on there"
+        )
+    return [
+        f'packages differ from those this folder was begun with ({line}); last bits of rows may differ'
+        for line in differences(old.get('packages', {}), now['packages'])
+    ]
 
 # %% ../../nbs/48_reinforce.local.ipynb #c16aa39d
-Loader = Callable[[ReinforceSpec,str],Models]
+Loader = Callable[[ReinforceSpec, str], Models]
+
 
 def work(
-    jobs:Iterable[Job],
-    spec:ReinforceSpec,
-    device:str, # `cpu`, `cuda:0`, ...
-    threads:int, # that augment at once
-    load:Loader,
-)->Iterator[Event]:
+    jobs: Iterable[Job],
+    spec: ReinforceSpec,
+    device: str,  # `cpu`, `cuda:0`, ...
+    threads: int,  # that augment at once
+    load: Loader,
+) -> Iterator[Event]:
     "What a worker does from beginning to end; the first event, `ready`, has the hashes of the weights"
     models = load(spec, device)
     yield Event('ready', value=models.weights)
     yield from stream(jobs, spec, models, threads)
 
-def card(device:str, i:int)->str:
+
+def card(device: str, i: int) -> str:
     "Deal graphics cards to workers; other devices serve all"
-    return f'cuda:{i%max(1, torch.cuda.device_count())}' if device == 'cuda' else device
+    return f'cuda:{i % max(1, torch.cuda.device_count())}' if device == 'cuda' else device
 
 # %% ../../nbs/48_reinforce.local.ipynb #dbaed64b
 @dataclass
 class Report:
     "How a run of reinforcement went"
-    out:str # folder, without secrets
-    skipped:int=0 # shards that were done before
-    done:int=0 # shards
-    failed:dict[str,str]=field(default_factory=dict) # shard: its error
-    samples:int=0 # written now
-    dropped:Counter=field(default_factory=Counter) # reason: samples
-    seconds:float=0. # on the clock, loading of models included
-    stream_seconds:float=0. # in which workers worked, summed over workers
-    model_seconds:float=0. # of these, in which models computed
-    peak_mb:float|None=None # of the largest process
-    notes:list[str]=field(default_factory=list)
+
+    out: str  # folder, without secrets
+    skipped: int = 0  # shards that were done before
+    done: int = 0  # shards
+    failed: dict[str, str] = field(default_factory=dict)  # shard: its error
+    samples: int = 0  # written now
+    dropped: Counter = field(default_factory=Counter)  # reason: samples
+    seconds: float = 0.0  # on the clock, loading of models included
+    stream_seconds: float = 0.0  # in which workers worked, summed over workers
+    model_seconds: float = 0.0  # of these, in which models computed
+    peak_mb: float | None = None  # of the largest process
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def ok(self)->bool: return not self.failed
-    @property
-    def samples_s(self)->float: return self.samples/self.seconds if self.seconds else 0.
-    @property
-    def model_share(self)->float: return self.model_seconds/self.stream_seconds if self.stream_seconds else 0.
+    def ok(self) -> bool:
+        return not self.failed
 
-    def take(self, e:Event)->None:
+    @property
+    def samples_s(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def model_share(self) -> float:
+        return self.model_seconds / self.stream_seconds if self.stream_seconds else 0.0
+
+    def take(self, e: Event) -> None:
         "Count an event"
         if e.kind == 'done':
-            self.done += 1; self.samples += e.value['count']; self.dropped.update(e.value['skips'])
-        if e.kind == 'failed': self.failed[e.name] = e.value['error']
+            self.done += 1
+            self.samples += e.value['count']
+            self.dropped.update(e.value['skips'])
+        if e.kind == 'failed':
+            self.failed[e.name] = e.value['error']
         if e.kind == 'end':
-            self.stream_seconds += e.value['seconds']; self.model_seconds += e.value['model_seconds']
+            self.stream_seconds += e.value['seconds']
+            self.model_seconds += e.value['model_seconds']
             self.peak_mb = max(self.peak_mb or 0, e.value['peak_mb'] or 0) or None
 
-    def __str__(self)->str:
-        lines = [f'{self.out}: shards done {self.done:,}, done before {self.skipped:,}, failed {len(self.failed):,}']
-        if self.done: lines.append(f'{self.samples:,} samples in {self.seconds:,.1f} s, {self.samples_s:,.1f} samples/s; models computed {self.model_share:.0%} of the time' +
-                                   (f'; peak memory {self.peak_mb:,.0f} MB' if self.peak_mb else ''))
-        if self.dropped: lines.append('dropped: ' + ', '.join(f'{n:,} {r}' for r, n in self.dropped.most_common()))
+    def __str__(self) -> str:
+        lines = [
+            f'{self.out}: shards done {self.done:,}, done before {self.skipped:,}, failed {len(self.failed):,}'
+        ]
+        if self.done:
+            lines.append(
+                f'{self.samples:,} samples in {self.seconds:,.1f} s, {self.samples_s:,.1f} samples/s; models computed {self.model_share:.0%} of the time'
+                + (f'; peak memory {self.peak_mb:,.0f} MB' if self.peak_mb else '')
+            )
+        if self.dropped:
+            lines.append(
+                'dropped: ' + ', '.join(f'{n:,} {r}' for r, n in self.dropped.most_common())
+            )
         lines += [f'set aside: {n}: {e}' for n, e in list(self.failed.items())[:9]]
-        if self.failed: lines.append(f'what is set aside is listed in {FAILED}; run again to try it again')
+        if self.failed:
+            lines.append(f'what is set aside is listed in {FAILED}; run again to try it again')
         return '\n'.join(lines + self.notes)
 
 # %% ../../nbs/48_reinforce.local.ipynb #eb04f86a
-def _manifests(out:str, spec:ReinforceSpec)->None:
+def _manifests(out: str, spec: ReinforceSpec) -> None:
     "Write both manifests from the markers and the recipe"
     done = survey({}, out).done
-    if not done: return
+    if not done:
+        return
     told = json.loads(read_bytes(join_url(out, RECIPE)))
     teachers = [dict(name=n, width=w, scale=s) for n, w, s in next(iter(done.values()))['teachers']]
-    about = dict(recipe=told['recipe'], recipe_id=told['id'], image_augmentation=spec.augment.to_config(), side=spec.augment.side, n_augmentations=spec.n_augmentations,
-                 teachers=teachers, captioners=[c.key for c in spec.captioners], packages=told['packages'], images='upright as their EXIF tag asks, transparency laid on white')
-    entries = [Entry(n.removesuffix('.tar'), m['count'], m['sha256'], m['bytes']) for n, m in sorted(done.items())]
-    try: old = read_manifest(out)
-    except (ValueError, FileNotFoundError): old = None
-    if old != Manifest(tuple(entries), about): write_manifests(out, entries, about)
+    about = dict(
+        recipe=told['recipe'],
+        recipe_id=told['id'],
+        image_augmentation=spec.augment.to_config(),
+        side=spec.augment.side,
+        n_augmentations=spec.n_augmentations,
+        teachers=teachers,
+        captioners=[c.key for c in spec.captioners],
+        packages=told['packages'],
+        images='upright as their EXIF tag asks, transparency laid on white',
+    )
+    entries = [
+        Entry(n.removesuffix('.tar'), m['count'], m['sha256'], m['bytes'])
+        for n, m in sorted(done.items())
+    ]
+    try:
+        old = read_manifest(out)
+    except (ValueError, FileNotFoundError):
+        old = None
+    if old != Manifest(tuple(entries), about):
+        write_manifests(out, entries, about)
 
 # %% ../../nbs/48_reinforce.local.ipynb #072202bb
-def same_weights(out:str, done:dict[str,dict[str,Any]], now:dict[str,str])->None:
+def same_weights(out: str, done: dict[str, dict[str, Any]], now: dict[str, str]) -> None:
     "Refuse to go on with other weights than those that made the finished shards"
     for name, m in done.items():
         if lines := differences(m.get('weights', {}), now):
-            raise ValueError(f"{name!r} in {shown(out)!r} was made with other weights under the same names ({'; '.join(lines)}). Choose another folder")
+            raise ValueError(
+                f"{name!r} in {shown(out)!r} was made with other weights under the same names ({'; '.join(lines)}). Choose another folder"
+            )
 
 # %% ../../nbs/48_reinforce.local.ipynb #4bd4b200
-def _stopped(e:BaseException, out:str, report:Report, todo:int)->BaseException: # to raise
+def _stopped(e: BaseException, out: str, report: Report, todo: int) -> BaseException:  # to raise
     "Say how far we came, and how to go on"
-    far = f'{report.done+report.skipped} of {todo+report.skipped} shards in {shown(out)!r} are done and stay'
-    if isinstance(e, KeyboardInterrupt): return KeyboardInterrupt(f'stopped: {far}; the same command goes on with the rest')
-    return OSError(getattr(e, 'errno', None), f'cannot go on writing to {shown(out)!r} ({getattr(e, "strerror", None) or e}); {far}. Make room or mend the permissions, and run the same again')
+    far = f'{report.done + report.skipped} of {todo + report.skipped} shards in {shown(out)!r} are done and stay'
+    if isinstance(e, KeyboardInterrupt):
+        return KeyboardInterrupt(f'stopped: {far}; the same command goes on with the rest')
+    return OSError(
+        getattr(e, 'errno', None),
+        f'cannot go on writing to {shown(out)!r} ({getattr(e, "strerror", None) or e}); {far}. Make room or mend the permissions, and run the same again',
+    )
+
 
 def conduct(
-    src:str|Path, # shards: a folder, glob, braces or file; here or far away
-    out:str|Path, # folder
-    spec:ReinforceSpec,
-    run:Callable[[Sequence[Job]],Iterator[Event]], # who does the work
-    progress:bool=True, # draw a progress bar
-    deep:bool=False, # compare the hashes of finished shards too, not only their sizes
-)->Report:
+    src: str | Path,  # shards: a folder, glob, braces or file; here or far away
+    out: str | Path,  # folder
+    spec: ReinforceSpec,
+    run: Callable[[Sequence[Job]], Iterator[Event]],  # who does the work
+    progress: bool = True,  # draw a progress bar
+    deep: bool = False,  # compare the hashes of finished shards too, not only their sizes
+) -> Report:
     "Reinforce what is not done yet, with any engine"
     out, started, shards = str(out), time.perf_counter(), named(src)
     apart(src, out, shards)
-    if is_local(out): writable(out)
+    if is_local(out):
+        writable(out)
     with alone(out):
         report = Report(shown(out), notes=agreed(out, spec))
         todo, done, report.skipped = survey(shards, out, deep)
         try:
-            with tqdm(unit=' samples', disable=not (progress and todo), mininterval=.5) as bar, closing(run(todo) if todo else (x for x in ())) as events:
+            with (
+                tqdm(unit=' samples', disable=not (progress and todo), mininterval=0.5) as bar,
+                closing(run(todo) if todo else (x for x in ())) as events,
+            ):
                 for e in events:
                     report.take(e)
-                    if e.kind == 'ready': same_weights(out, done, e.value)
-                    if e.kind == 'wrote': bar.update(e.value)
-                    bar.set_postfix_str(f'{report.done+len(report.failed)} of {len(todo)} shards', refresh=False)
+                    if e.kind == 'ready':
+                        same_weights(out, done, e.value)
+                    if e.kind == 'wrote':
+                        bar.update(e.value)
+                    bar.set_postfix_str(
+                        f'{report.done + len(report.failed)} of {len(todo)} shards', refresh=False
+                    )
         except (KeyboardInterrupt, OSError) as e:
             remove_partial(out)
-            if isinstance(e, OSError) and e.errno not in FATAL: raise
+            if isinstance(e, OSError) and e.errno not in FATAL:
+                raise
             raise _stopped(e, out, report, len(todo)) from None
         _manifests(out, spec)
-    report.seconds = time.perf_counter()-started
+    report.seconds = time.perf_counter() - started
     return report
 
 # %% ../../nbs/48_reinforce.local.ipynb #edbba94e
 def reinforce(
-    src:str|Path, # shards: a folder, glob, braces or file; here or far away
-    out:str|Path, # folder; output shards are named after input shards
-    spec:ReinforceSpec,
-    workers:int=1, # 1 works in this process
-    device:str='cpu', # or `cuda`: worker i takes card i, around
-    threads:int=1, # that augment at once, a worker
-    progress:bool=True, # draw a progress bar
-    deep:bool=False, # compare the hashes of finished shards too, not only their sizes
-    load:Loader=load_models, # what brings the models
-)->Report:
+    src: str | Path,  # shards: a folder, glob, braces or file; here or far away
+    out: str | Path,  # folder; output shards are named after input shards
+    spec: ReinforceSpec,
+    workers: int = 1,  # 1 works in this process
+    device: str = 'cpu',  # or `cuda`: worker i takes card i, around
+    threads: int = 1,  # that augment at once, a worker
+    progress: bool = True,  # draw a progress bar
+    deep: bool = False,  # compare the hashes of finished shards too, not only their sizes
+    load: Loader = load_models,  # what brings the models
+) -> Report:
     "Reinforce shards on this machine; the same call again does what is left (MobileCLIP §3.1)"
-    if workers < 1: raise ValueError(f"workers={workers}: one at least")
+    if workers < 1:
+        raise ValueError(f"workers={workers}: one at least")
     for place in (src, out):
-        if workers > 1 and str(place).startswith('memory:'): raise ValueError(f"{shown(place)!r} lives in the memory of this process, and {workers} workers are other processes; use workers=1, or files")
-    def here(jobs:Sequence[Job])->Iterator[Event]: yield from work(jobs, spec, device, threads, load)
-    def there(jobs:Sequence[Job])->Iterator[Event]:
-        yield from processes(jobs, workers, work, lambda i: (spec, card(device, i), threads, load), lambda job, how: set_aside(job, RuntimeError(how)))
+        if workers > 1 and str(place).startswith('memory:'):
+            raise ValueError(
+                f"{shown(place)!r} lives in the memory of this process, and {workers} workers are other processes; use workers=1, or files"
+            )
+
+    def here(jobs: Sequence[Job]) -> Iterator[Event]:
+        yield from work(jobs, spec, device, threads, load)
+
+    def there(jobs: Sequence[Job]) -> Iterator[Event]:
+        yield from processes(
+            jobs,
+            workers,
+            work,
+            lambda i: (spec, card(device, i), threads, load),
+            lambda job, how: set_aside(job, RuntimeError(how)),
+        )
+
     return conduct(src, out, spec, here if workers == 1 else there, progress, deep)
 
 # %% ../../nbs/48_reinforce.local.ipynb #b0ff2325
 def elsewhere(
-    src:str|Path, # shards
-    out:str|Path, # folder
-    spec:ReinforceSpec,
-    workers:int=1,
-    threads:int=1, # that augment at once, a worker
-)->dict[str,Any]: # fields of the report, `samples_s`, `model_share`
+    src: str | Path,  # shards
+    out: str | Path,  # folder
+    spec: ReinforceSpec,
+    workers: int = 1,
+    threads: int = 1,  # that augment at once, a worker
+) -> dict[str, Any]:  # fields of the report, `samples_s`, `model_share`
     "Reinforce in a process of its own, and answer what its report says"
-    code = ('import json, sys, dataclasses\nfrom mobileclip_nb.reinforce.local import reinforce\nfrom mobileclip_nb.reinforce.recipe import ReinforceSpec\na = json.loads(sys.argv[1])\n'
-            'if __name__ == "__main__":\n    r = reinforce(a["src"], a["out"], ReinforceSpec.from_dict(a["spec"]), a["workers"], threads=a["threads"], progress=False)\n'
-            '    sys.stdout.write(json.dumps(dataclasses.asdict(r) | dict(samples_s=r.samples_s, model_share=r.model_share)))')
-    told = subprocess.run([sys.executable, '-c', code, json.dumps(dict(src=str(src), out=str(out), spec=spec.to_dict(), workers=workers, threads=threads))], capture_output=True, text=True)
-    if told.returncode: raise RuntimeError(f"The run failed: {(told.stderr.strip().splitlines() or ['no message'])[-1]}")
+    code = (
+        'import json, sys, dataclasses\nfrom mobileclip_nb.reinforce.local import reinforce\nfrom mobileclip_nb.reinforce.recipe import ReinforceSpec\na = json.loads(sys.argv[1])\n'
+        'if __name__ == "__main__":\n    r = reinforce(a["src"], a["out"], ReinforceSpec.from_dict(a["spec"]), a["workers"], threads=a["threads"], progress=False)\n'
+        '    sys.stdout.write(json.dumps(dataclasses.asdict(r) | dict(samples_s=r.samples_s, model_share=r.model_share)))'
+    )
+    told = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            code,
+            json.dumps(
+                dict(
+                    src=str(src),
+                    out=str(out),
+                    spec=spec.to_dict(),
+                    workers=workers,
+                    threads=threads,
+                )
+            ),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if told.returncode:
+        raise RuntimeError(
+            f"The run failed: {(told.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     return json.loads(told.stdout)

@@ -27,20 +27,22 @@ from ..workers import Event
 # %% ../../nbs/49_reinforce.ray.ipynb #2844dcb9
 class Reinforcer:
     "Models in a process of their own, asked for one shard after the other"
-    def __init__(self,
-        spec:ReinforceSpec,
-        device:str='cpu', # or `cuda`, the card that Ray gave to this actor
-        threads:int=1, # that augment at once
-        load:Loader=load_models,
+
+    def __init__(
+        self,
+        spec: ReinforceSpec,
+        device: str = 'cpu',  # or `cuda`, the card that Ray gave to this actor
+        threads: int = 1,  # that augment at once
+        load: Loader = load_models,
     ):
         self.spec, self.threads = spec, threads
         self.models = load(spec, 'cuda:0' if device == 'cuda' else device)
 
-    def weights(self)->dict[str,str]:
+    def weights(self) -> dict[str, str]:
         "Hashes of the weights by model"
         return self.models.weights
 
-    def run(self, job:Job)->list[Event]:
+    def run(self, job: Job) -> list[Event]:
         "Reinforce one shard"
         return list(stream([job], self.spec, self.models, self.threads))
 
@@ -48,148 +50,242 @@ class Reinforcer:
 class Lost(Exception):
     "An actor is gone, and what it had in hand with it"
 
+
 def pool(
-    jobs:Sequence[Job],
-    actors:int, # how many
-    hire:Callable[[],Any], # a new actor
-    ask:Callable[[Any,Job],Any], # give an actor a shard; answers with a ticket
-    first:Callable[[list],tuple[Any,list[Event]|Exception]], # wait for one of some tickets: which, and its events, or `Lost`
-    tries:int=2, # actors that one shard may cost
-)->Iterator[Event]:
+    jobs: Sequence[Job],
+    actors: int,  # how many
+    hire: Callable[[], Any],  # a new actor
+    ask: Callable[[Any, Job], Any],  # give an actor a shard; answers with a ticket
+    first: Callable[
+        [list], tuple[Any, list[Event] | Exception]
+    ],  # wait for one of some tickets: which, and its events, or `Lost`
+    tries: int = 2,  # actors that one shard may cost
+) -> Iterator[Event]:
     "Give shards to actors until all are done"
     waiting, cost, hands = deque(jobs), dict.fromkeys((j.name for j in jobs), 0), {}
-    def give(actor:Any)->None:
-        if waiting: job = waiting.popleft(); hands[ask(actor, job)] = actor, job
-    for _ in range(min(actors, len(jobs))): give(hire())
+
+    def give(actor: Any) -> None:
+        if waiting:
+            job = waiting.popleft()
+            hands[ask(actor, job)] = actor, job
+
+    for _ in range(min(actors, len(jobs))):
+        give(hire())
     while hands:
         ticket, answer = first(list(hands))
         actor, job = hands.pop(ticket)
-        if not isinstance(answer, Exception): yield from answer; give(actor); continue
-        if not isinstance(answer, Lost): raise answer
+        if not isinstance(answer, Exception):
+            yield from answer
+            give(actor)
+            continue
+        if not isinstance(answer, Lost):
+            raise answer
         cost[job.name] += 1
-        if cost[job.name] < tries: waiting.append(job)
-        else: yield set_aside(job, RuntimeError(f'{tries} actors were lost while they worked on it: {answer}'))
+        if cost[job.name] < tries:
+            waiting.append(job)
+        else:
+            yield set_aside(
+                job, RuntimeError(f'{tries} actors were lost while they worked on it: {answer}')
+            )
         give(hire())
 
 # %% ../../nbs/49_reinforce.ray.ipynb #44d2565a
 def answers(
-    address:str, # host:port
-    patience:float=5., # seconds
-)->None:
+    address: str,  # host:port
+    patience: float = 5.0,  # seconds
+) -> None:
     "Refuse an address at which nobody listens, before Ray waits for it"
     host, port = address.rsplit(':', 1)
-    try: socket.create_connection((host, int(port)), patience).close()
-    except OSError as e: raise ValueError(f"No Ray cluster answers at {address!r} ({e.strerror or e}). Start one with `ray start --head`, or leave the address out for one of this machine") from None
+    try:
+        socket.create_connection((host, int(port)), patience).close()
+    except OSError as e:
+        raise ValueError(
+            f"No Ray cluster answers at {address!r} ({e.strerror or e}). Start one with `ray start --head`, or leave the address out for one of this machine"
+        ) from None
 
 # %% ../../nbs/49_reinforce.ray.ipynb #d789b6b8
 @contextmanager
 def cluster(
-    address:str|None, # None starts a local one; `auto`, or `ray://host:10001`, joins one
-    cpus:int, # of a local one
-)->Iterator[Any]: # the package `ray`
+    address: str | None,  # None starts a local one; `auto`, or `ray://host:10001`, joins one
+    cpus: int,  # of a local one
+) -> Iterator[Any]:  # the package `ray`
     "Ray, running; stopped in the end if we started it"
     ray = need('ray', extra='reinforce')
-    if address and re.fullmatch(r'[\w.-]+:\d+', address): answers(address)
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0'); os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
+    if address and re.fullmatch(r'[\w.-]+:\d+', address):
+        answers(address)
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
     ours = not ray.is_initialized()
-    where = dict(num_cpus=cpus, include_dashboard=False) if address is None else dict(address=address)
-    if ours: ray.init(log_to_driver=False, logging_level='ERROR', **where)
-    try: yield ray
+    where = (
+        dict(num_cpus=cpus, include_dashboard=False) if address is None else dict(address=address)
+    )
+    if ours:
+        ray.init(log_to_driver=False, logging_level='ERROR', **where)
+    try:
+        yield ray
     finally:
-        if ours: ray.shutdown()
+        if ours:
+            ray.shutdown()
+
 
 def on_ray(
-    jobs:Sequence[Job],
-    spec:ReinforceSpec,
-    workers:int, # actors
-    address:str|None=None, # see `cluster`
-    device:str='cpu', # `cuda` gives each actor one card
-    threads:int=1, # CPUs an actor, which augment at once
-    load:Loader=load_models, # importable on every node
-)->Iterator[Event]:
+    jobs: Sequence[Job],
+    spec: ReinforceSpec,
+    workers: int,  # actors
+    address: str | None = None,  # see `cluster`
+    device: str = 'cpu',  # `cuda` gives each actor one card
+    threads: int = 1,  # CPUs an actor, which augment at once
+    load: Loader = load_models,  # importable on every node
+) -> Iterator[Event]:
     "Reinforce shards on the actors of a cluster"
-    with cluster(address, workers*threads) as ray:
-        kind = ray.remote(num_cpus=threads, num_gpus=1 if device == 'cuda' else 0, max_restarts=0)(Reinforcer)
-        def first(tickets:list)->tuple[Any,Any]:
+    with cluster(address, workers * threads) as ray:
+        kind = ray.remote(num_cpus=threads, num_gpus=1 if device == 'cuda' else 0, max_restarts=0)(
+            Reinforcer
+        )
+
+        def first(tickets: list) -> tuple[Any, Any]:
             ready = ray.wait(tickets, num_returns=1)[0][0]
-            try: return ready, ray.get(ready)
-            except ray.exceptions.RayTaskError as e: return ready, e.as_instanceof_cause()
-            except ray.exceptions.RayActorError as e: return ready, Lost(str(e).splitlines()[0])
+            try:
+                return ready, ray.get(ready)
+            except ray.exceptions.RayTaskError as e:
+                return ready, e.as_instanceof_cause()
+            except ray.exceptions.RayActorError as e:
+                return ready, Lost(str(e).splitlines()[0])
+
         probe = kind.remote(spec, device, threads, load)
-        try: yield Event('ready', value=ray.get(probe.weights.remote()))
-        except ray.exceptions.RayActorError as e: raise RuntimeError(f"An actor could not load the models: {str(e).strip().splitlines()[-1]}") from None
+        try:
+            yield Event('ready', value=ray.get(probe.weights.remote()))
+        except ray.exceptions.RayActorError as e:
+            raise RuntimeError(
+                f"An actor could not load the models: {str(e).strip().splitlines()[-1]}"
+            ) from None
         hired = [probe]
-        def hire()->Any: return hired.pop() if hired else kind.remote(spec, device, threads, load)
+
+        def hire() -> Any:
+            return hired.pop() if hired else kind.remote(spec, device, threads, load)
+
         yield from pool(jobs, workers, hire, lambda a, j: a.run.remote(j), first)
 
 # %% ../../nbs/49_reinforce.ray.ipynb #caadcda0
 def reinforce(
-    src:str|Path, # shards that every node can read
-    out:str|Path, # folder that every node can write to
-    spec:ReinforceSpec,
-    workers:int=2, # actors
-    address:str|None=None, # None: a local cluster; `auto` on a node of a cluster; `ray://host:10001` from outside
-    device:str='cpu', # `cuda` gives each actor one card
-    threads:int=1, # CPUs an actor, which augment at once
-    progress:bool=True, # draw a progress bar
-    deep:bool=False, # compare the hashes of finished shards too, not only their sizes
-    load:Loader=load_models, # importable on every node
-)->Report:
+    src: str | Path,  # shards that every node can read
+    out: str | Path,  # folder that every node can write to
+    spec: ReinforceSpec,
+    workers: int = 2,  # actors
+    address: str
+    | None = None,  # None: a local cluster; `auto` on a node of a cluster; `ray://host:10001` from outside
+    device: str = 'cpu',  # `cuda` gives each actor one card
+    threads: int = 1,  # CPUs an actor, which augment at once
+    progress: bool = True,  # draw a progress bar
+    deep: bool = False,  # compare the hashes of finished shards too, not only their sizes
+    load: Loader = load_models,  # importable on every node
+) -> Report:
     "Reinforce shards on a Ray cluster; the same call again does what is left (MobileCLIP §3.1)"
-    if workers < 1: raise ValueError(f"workers={workers}: one actor at least")
+    if workers < 1:
+        raise ValueError(f"workers={workers}: one actor at least")
     for place in (src, out):
-        if str(place).startswith('memory:'): raise ValueError(f"{shown(place)!r} lives in the memory of this process, and actors are other processes; use files or a store that all can reach")
-    places = [str(Path(p).absolute()) if '://' not in str(p) else str(p) for p in (src, out)]         # actors have working folders of their own
-    def run(jobs:Sequence[Job])->Iterator[Event]: yield from on_ray(jobs, spec, workers, address, device, threads, load)
+        if str(place).startswith('memory:'):
+            raise ValueError(
+                f"{shown(place)!r} lives in the memory of this process, and actors are other processes; use files or a store that all can reach"
+            )
+    places = [
+        str(Path(p).absolute()) if '://' not in str(p) else str(p) for p in (src, out)
+    ]  # actors have working folders of their own
+
+    def run(jobs: Sequence[Job]) -> Iterator[Event]:
+        yield from on_ray(jobs, spec, workers, address, device, threads, load)
+
     return conduct(*places, spec, run, progress, deep)
 
 # %% ../../nbs/49_reinforce.ray.ipynb #ca0f312d
 def sample_bytes(
-    spec:ReinforceSpec,
-    widths:Sequence[int], # of the teachers
-    captions:int, # synthetic captions a picture and captioner
-    words:int=60, # bytes of a caption
-)->dict[str,int]: # bytes in the tar by member; without image, true caption and url
+    spec: ReinforceSpec,
+    widths: Sequence[int],  # of the teachers
+    captions: int,  # synthetic captions a picture and captioner
+    words: int = 60,  # bytes of a caption
+) -> dict[str, int]:  # bytes in the tar by member; without image, true caption and url
     "Count what reinforcement adds to a sample, by writing one"
     rng = np.random.default_rng(0)
-    def rows(n:int)->np.ndarray: return np.concatenate([r/np.linalg.norm(r, axis=1, keepdims=True) for r in (rng.standard_normal((n, w)).astype(np.float32) for w in widths)], 1)
-    texts = {c.key: tuple('x'*words for _ in range(captions)) for c in spec.captioners}
+
+    def rows(n: int) -> np.ndarray:
+        return np.concatenate(
+            [
+                r / np.linalg.norm(r, axis=1, keepdims=True)
+                for r in (rng.standard_normal((n, w)).astype(np.float32) for w in widths)
+            ],
+            1,
+        )
+
+    texts = {c.key: tuple('x' * words for _ in range(captions)) for c in spec.captioners}
     param = [[98, 142, 376, 439], [[9, -0.26999998092651367], [3, -30.45317268371582]]]
-    s = Sample('0'*32, captions=('x'*words,), synthetic=texts, param_aug=(param,)*spec.n_augmentations, image_emb=rows(spec.n_augmentations),
-               text_emb={'text': rows(1)} | {k: rows(len(t)) for k, t in texts.items()}, sha256='0'*64)
-    return {e: len(tar_file(f'{s.key}.{e}', m)) for e, m in to_members(s, spec.store, widths).items() if e != 'txt'}
+    s = Sample(
+        '0' * 32,
+        captions=('x' * words,),
+        synthetic=texts,
+        param_aug=(param,) * spec.n_augmentations,
+        image_emb=rows(spec.n_augmentations),
+        text_emb={'text': rows(1)} | {k: rows(len(t)) for k, t in texts.items()},
+        sha256='0' * 64,
+    )
+    return {
+        e: len(tar_file(f'{s.key}.{e}', m))
+        for e, m in to_members(s, spec.store, widths).items()
+        if e != 'txt'
+    }
 
 # %% ../../nbs/49_reinforce.ray.ipynb #01fb5f9e
 class Estimate(NamedTuple):
     "What reinforcing a data set would take: an estimate from the rates that were given"
-    name:str # of the recipe
-    samples:float
-    bytes:float # added, all shards together
-    images:float # forward passes of all teachers, pictures
-    texts:float # likewise, texts
-    captions:float # written
-    hours:float # of one device, models only
-    rates:str # what the hours were computed from
 
-    def __str__(self)->str:
-        return (f'{self.name} (estimate): {self.samples/1e6:,.1f} M samples; {self.bytes/1e12:,.2f} TB added; {self.images/1e9:,.2f} G views and {self.texts/1e9:,.2f} G texts through teachers, '
-                f'{self.captions/1e9:,.2f} G captions; {self.hours:,.0f} device-hours at {self.rates}')
+    name: str  # of the recipe
+    samples: float
+    bytes: float  # added, all shards together
+    images: float  # forward passes of all teachers, pictures
+    texts: float  # likewise, texts
+    captions: float  # written
+    hours: float  # of one device, models only
+    rates: str  # what the hours were computed from
+
+    def __str__(self) -> str:
+        return (
+            f'{self.name} (estimate): {self.samples / 1e6:,.1f} M samples; {self.bytes / 1e12:,.2f} TB added; {self.images / 1e9:,.2f} G views and {self.texts / 1e9:,.2f} G texts through teachers, '
+            f'{self.captions / 1e9:,.2f} G captions; {self.hours:,.0f} device-hours at {self.rates}'
+        )
+
 
 def estimate(
-    spec:ReinforceSpec,
-    samples:float, # pictures of the data set
-    widths:Sequence[int], # of the teachers
-    images_s:Sequence[float], # views a second of each teacher, measured on `device`
-    texts_s:Sequence[float], # texts a second of each teacher, likewise
-    captions_s:float, # captions a second of a captioner, likewise
-    device:str, # what the rates were measured on, for the answer
-)->Estimate:
+    spec: ReinforceSpec,
+    samples: float,  # pictures of the data set
+    widths: Sequence[int],  # of the teachers
+    images_s: Sequence[float],  # views a second of each teacher, measured on `device`
+    texts_s: Sequence[float],  # texts a second of each teacher, likewise
+    captions_s: float,  # captions a second of a captioner, likewise
+    device: str,  # what the rates were measured on, for the answer
+) -> Estimate:
     "Estimate bytes and device-hours from measured rates"
-    if not len(widths) == len(images_s) == len(texts_s) == len(spec.teachers): raise ValueError(f"{len(spec.teachers)} teachers want as many widths and rates; got {len(widths)}, {len(images_s)} and {len(texts_s)}")
-    if min(*images_s, *texts_s, captions_s) <= 0: raise ValueError("A rate must be above 0; measure it where the job will run")
+    if not len(widths) == len(images_s) == len(texts_s) == len(spec.teachers):
+        raise ValueError(
+            f"{len(spec.teachers)} teachers want as many widths and rates; got {len(widths)}, {len(images_s)} and {len(texts_s)}"
+        )
+    if min(*images_s, *texts_s, captions_s) <= 0:
+        raise ValueError("A rate must be above 0; measure it where the job will run")
     said = sum(c.sampling.n for c in spec.captioners)
-    added = sum(sample_bytes(spec, widths, spec.captioners[0].sampling.n if spec.captioners else 0).values())
-    images, texts = samples*spec.n_augmentations, samples*(1+said)
-    seconds = sum(images/r for r in images_s)+sum(texts/r for r in texts_s)+samples*said/captions_s
-    return Estimate(spec.name, samples, samples*added, images*len(widths), texts*len(widths), samples*said, seconds/3600,
-                    f"{', '.join(f'{r:.3g}' for r in images_s)} views/s, {', '.join(f'{r:.3g}' for r in texts_s)} texts/s, {captions_s:.3g} captions/s on {device}")
+    added = sum(
+        sample_bytes(spec, widths, spec.captioners[0].sampling.n if spec.captioners else 0).values()
+    )
+    images, texts = samples * spec.n_augmentations, samples * (1 + said)
+    seconds = (
+        sum(images / r for r in images_s)
+        + sum(texts / r for r in texts_s)
+        + samples * said / captions_s
+    )
+    return Estimate(
+        spec.name,
+        samples,
+        samples * added,
+        images * len(widths),
+        texts * len(widths),
+        samples * said,
+        seconds / 3600,
+        f"{', '.join(f'{r:.3g}' for r in images_s)} views/s, {', '.join(f'{r:.3g}' for r in texts_s)} texts/s, {captions_s:.3g} captions/s on {device}",
+    )

@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..augment import DATACOMPDR, AugmentSpec, apply, pack, rng_for, sample as draw, unpack
+from mobileclip_nb.augment import (
+    DATACOMPDR,
+    AugmentSpec,
+    apply,
+    pack,
+    rng_for,
+    sample as draw,
+    unpack,
+)
 from ..captioner import CaptionerSpec, load_captioner
 from ..core import near
 from ..pairs import open_image
@@ -31,251 +39,383 @@ from ..workers import Ahead
 @dataclass(frozen=True, repr=False)
 class ReinforceSpec(Spec, id_name='ReinforceSpec'):
     "All that decides what reinforcement adds to a sample (MobileCLIP §3.1, MobileCLIP2 §3)"
-    name:str='' # lower case
-    augment:AugmentSpec=DATACOMPDR # the generator's pictures have the side it names
-    n_augmentations:int=10 # A, augmentations a picture
-    captioners:tuple[CaptionerSpec,...]=() # each writes under a key of its own
-    teachers:tuple[TeacherSpec,...]=() # in the order of their columns
-    store:StoreSpec=StoreSpec() # how embeddings are written
-    batch:int=64 # pictures, or captions, in one forward pass at most
-    seed:int=0 # of the augmentations
 
-    def __post_init__(self)->None:
-        if self.batch < 1: raise ValueError(f"batch={self.batch} is not a number of pictures; use 1 or more")
+    name: str = ''  # lower case
+    augment: AugmentSpec = DATACOMPDR  # the generator's pictures have the side it names
+    n_augmentations: int = 10  # A, augmentations a picture
+    captioners: tuple[CaptionerSpec, ...] = ()  # each writes under a key of its own
+    teachers: tuple[TeacherSpec, ...] = ()  # in the order of their columns
+    store: StoreSpec = StoreSpec()  # how embeddings are written
+    batch: int = 64  # pictures, or captions, in one forward pass at most
+    seed: int = 0  # of the augmentations
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch} is not a number of pictures; use 1 or more")
         if self.n_augmentations < (1 if self.teachers else 0):
-            raise ValueError(f"n_augmentations={self.n_augmentations}: teachers look at augmented pictures, at least one each")
+            raise ValueError(
+                f"n_augmentations={self.n_augmentations}: teachers look at augmented pictures, at least one each"
+            )
         twice = [k for k, n in Counter(c.key for c in self.captioners).items() if n > 1]
-        if self.store.layout == 'legacy' and len(self.captioners) > 1: raise ValueError("The legacy layout has room for one captioner; use StoreSpec(layout='current') for several")
-        if twice: raise ValueError(f"Two captioners write under the key {twice[0]!r}. Give one of them another: CaptionerSpec.but(key=...)")
-        if not (self.captioners or self.teachers or self.n_augmentations): raise ValueError("A recipe without captioners, teachers and augmentations adds nothing; name a captioner or a teacher")
+        if self.store.layout == 'legacy' and len(self.captioners) > 1:
+            raise ValueError(
+                "The legacy layout has room for one captioner; use StoreSpec(layout='current') for several"
+            )
+        if twice:
+            raise ValueError(
+                f"Two captioners write under the key {twice[0]!r}. Give one of them another: CaptionerSpec.but(key=...)"
+            )
+        if not (self.captioners or self.teachers or self.n_augmentations):
+            raise ValueError(
+                "A recipe without captioners, teachers and augmentations adds nothing; name a captioner or a teacher"
+            )
 
     @classmethod
-    def from_dict(cls, d:dict[str,Any])->Self:
+    def from_dict(cls, d: dict[str, Any]) -> Self:
         "The spec that `to_dict` described"
-        r = super().from_dict(d | dict(captioners=[], teachers=[], n_augmentations=max(1, d.get('n_augmentations', 1))))
-        return r.but(captioners=tuple(CaptionerSpec.from_dict(c) for c in d.get('captioners', ())), n_augmentations=d.get('n_augmentations', cls.n_augmentations),
-                     teachers=tuple(TeacherSpec.from_dict(t) for t in d.get('teachers', ())))
+        r = super().from_dict(
+            d
+            | dict(captioners=[], teachers=[], n_augmentations=max(1, d.get('n_augmentations', 1)))
+        )
+        return r.but(
+            captioners=tuple(CaptionerSpec.from_dict(c) for c in d.get('captioners', ())),
+            n_augmentations=d.get('n_augmentations', cls.n_augmentations),
+            teachers=tuple(TeacherSpec.from_dict(t) for t in d.get('teachers', ())),
+        )
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #b2258d38
 def differences(
-    there:Any, # of `to_dict`
-    here:Any, # likewise
-    path:str='', # how we came to this field
-)->list[str]: # one line a field that differs
+    there: Any,  # of `to_dict`
+    here: Any,  # likewise
+    path: str = '',  # how we came to this field
+) -> list[str]:  # one line a field that differs
     "Say in which fields two configurations differ"
     if isinstance(there, dict) and isinstance(here, dict):
-        return [line for k in sorted({*there, *here}) for line in differences(there.get(k), here.get(k), f'{path}.{k}' if path else k)]
+        return [
+            line
+            for k in sorted({*there, *here})
+            for line in differences(there.get(k), here.get(k), f'{path}.{k}' if path else k)
+        ]
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        return [line for i, (a, b) in enumerate(zip(there, here)) for line in differences(a, b, f'{path}[{i}]')]
+        return [
+            line
+            for i, (a, b) in enumerate(zip(there, here))
+            for line in differences(a, b, f'{path}[{i}]')
+        ]
     return [] if there == here else [f"{path}: {there!r} there, {here!r} here"]
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #90caffc8
-_OPENAI = TeacherSpec(model='open_clip:ViT-L-14-quickgelu', weights='openai', scale=100.)
-_DATACOMP = TeacherSpec(model='open_clip:ViT-L-14', weights='datacomp_xl_s13b_b90k', scale=100.)
-_DFN = tuple(TeacherSpec(model=f'hf-hub:apple/DFN2B-CLIP-ViT-L-14{x}', weights='', scale=s) for x, s in (('', 70.), ('-39B', 60.)))
-_COCO = CaptionerSpec(key='syn_text', model='coca_ViT-L-14', weights='mscoco_finetuned_laion2B-s13B-b90k')
-_DFN_COCO = CaptionerSpec(key='syn_text_dfn_mscoco38k', model='coca_ViT-L-14', weights='hf-hub:apple/mobileclip2_coca_dfn2b_s13b_mscoco38k_s12m_context77')
-_DR12M = ReinforceSpec('datacompdr-12m', DATACOMPDR, 30, (_COCO,), (_OPENAI, _DATACOMP), StoreSpec(form='float32', layout='legacy'), batch=256)
+_OPENAI = TeacherSpec(model='open_clip:ViT-L-14-quickgelu', weights='openai', scale=100.0)
+_DATACOMP = TeacherSpec(model='open_clip:ViT-L-14', weights='datacomp_xl_s13b_b90k', scale=100.0)
+_DFN = tuple(
+    TeacherSpec(model=f'hf-hub:apple/DFN2B-CLIP-ViT-L-14{x}', weights='', scale=s)
+    for x, s in (('', 70.0), ('-39B', 60.0))
+)
+_COCO = CaptionerSpec(
+    key='syn_text', model='coca_ViT-L-14', weights='mscoco_finetuned_laion2B-s13B-b90k'
+)
+_DFN_COCO = CaptionerSpec(
+    key='syn_text_dfn_mscoco38k',
+    model='coca_ViT-L-14',
+    weights='hf-hub:apple/mobileclip2_coca_dfn2b_s13b_mscoco38k_s12m_context77',
+)
+_DR12M = ReinforceSpec(
+    'datacompdr-12m',
+    DATACOMPDR,
+    30,
+    (_COCO,),
+    (_OPENAI, _DATACOMP),
+    StoreSpec(form='float32', layout='legacy'),
+    batch=256,
+)
 
-RECIPES = {r.name: r for r in (
-    ReinforceSpec('nano-emoji', DATACOMPDR.but(side=96), 10, (CaptionerSpec(),), (TeacherSpec(model='teacher_nano_a'), TeacherSpec(model='teacher_nano_b'))),
-    _DR12M, _DR12M.but(name='datacompdr-1b', n_augmentations=10),
-    ReinforceSpec('dfndr-2b', DATACOMPDR, 2, (_DFN_COCO,), _DFN, batch=256),
-)}
+RECIPES = {
+    r.name: r
+    for r in (
+        ReinforceSpec(
+            'nano-emoji',
+            DATACOMPDR.but(side=96),
+            10,
+            (CaptionerSpec(),),
+            (TeacherSpec(model='teacher_nano_a'), TeacherSpec(model='teacher_nano_b')),
+        ),
+        _DR12M,
+        _DR12M.but(name='datacompdr-1b', n_augmentations=10),
+        ReinforceSpec('dfndr-2b', DATACOMPDR, 2, (_DFN_COCO,), _DFN, batch=256),
+    )
+}
+
 
 def recipe(
-    name:str, # of `RECIPES`
-)->ReinforceSpec:
+    name: str,  # of `RECIPES`
+) -> ReinforceSpec:
     "Look up a recipe of reinforcement; an unknown name is refused with the nearest known one"
-    if name not in RECIPES: raise KeyError(f"No recipe {name!r} of reinforcement.{near(name, RECIPES)} There are {', '.join(RECIPES)}.")
+    if name not in RECIPES:
+        raise KeyError(
+            f"No recipe {name!r} of reinforcement.{near(name, RECIPES)} There are {', '.join(RECIPES)}."
+        )
     return RECIPES[name]
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #8b950da0
 class Models(NamedTuple):
     "What a recipe needs to run"
-    captioners:tuple[Any,...]=() # each answers `captions(images, keys)` with a list of texts a picture
-    ensemble:Any=None # answers `image(images)` and `text(texts)` with rows by teacher; has `names`, `widths`, `scales`
-    weights:dict[str,str]={} # hash of each model's weights by its name
+
+    captioners: tuple[
+        Any, ...
+    ] = ()  # each answers `captions(images, keys)` with a list of texts a picture
+    ensemble: Any = None  # answers `image(images)` and `text(texts)` with rows by teacher; has `names`, `widths`, `scales`
+    weights: dict[str, str] = {}  # hash of each model's weights by its name
+
 
 def weights_id(
-    net:torch.nn.Module,
-)->str: # ten hexadecimal digits
+    net: torch.nn.Module,
+) -> str:  # ten hexadecimal digits
     "Hash a model's weights and buffers"
     h = hashlib.sha256()
     for name, x in sorted(net.state_dict().items()):
-        h.update(f'{name} {x.dtype} {tuple(x.shape)} '.encode()+x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        h.update(
+            f'{name} {x.dtype} {tuple(x.shape)} '.encode()
+            + x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return h.hexdigest()[:10]
 
+
 def load_models(
-    spec:ReinforceSpec,
-    device:str='cpu', # or `cuda:0`, ...
-)->Models:
+    spec: ReinforceSpec,
+    device: str = 'cpu',  # or `cuda:0`, ...
+) -> Models:
     "Load the captioners and teachers of a recipe"
     captioners = tuple(load_captioner(c, device=device) for c in spec.captioners)
     ensemble = load_ensemble(spec.teachers, device=device) if spec.teachers else None
-    nets = {c.key: k.model for c, k in zip(spec.captioners, captioners)} | {t.name: t.net for t in (ensemble.teachers if ensemble else ())}
+    nets = {c.key: k.model for c, k in zip(spec.captioners, captioners)} | {
+        t.name: t.net for t in (ensemble.teachers if ensemble else ())
+    }
     return Models(captioners, ensemble, {n: weights_id(m) for n, m in nets.items()})
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #5f66889c
 class Dropped(NamedTuple):
     "A sample that was left out, and why"
-    key:str
-    reason:str # one word, to be counted
-    detail:str='' # what exactly
+
+    key: str
+    reason: str  # one word, to be counted
+    detail: str = ''  # what exactly
+
 
 class Item(NamedTuple):
     "A sample with its picture opened"
-    sample:Sample
-    image:Image.Image # RGB
+
+    sample: Sample
+    image: Image.Image  # RGB
+
 
 def opened(
-    sample:Sample,
-)->Item|Dropped:
+    sample: Sample,
+) -> Item | Dropped:
     "Decode the picture of a sample, or say why it cannot take part"
-    if not sample.image: return Dropped(sample.key, 'missing', 'no image')
-    if not sample.captions: return Dropped(sample.key, 'missing', 'no caption')
-    try: return Item(sample, open_image(io.BytesIO(sample.image)))
-    except ValueError as e: return Dropped(sample.key, 'image', str(e).split(': ', 1)[-1])
+    if not sample.image:
+        return Dropped(sample.key, 'missing', 'no image')
+    if not sample.captions:
+        return Dropped(sample.key, 'missing', 'no caption')
+    try:
+        return Item(sample, open_image(io.BytesIO(sample.image)))
+    except ValueError as e:
+        return Dropped(sample.key, 'image', str(e).split(': ', 1)[-1])
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #6eefba78
 def drawn(
-    item:Item,
-    spec:ReinforceSpec,
-)->tuple[list,...]: # A parameter lists, as they are stored
+    item: Item,
+    spec: ReinforceSpec,
+) -> tuple[list, ...]:  # A parameter lists, as they are stored
     "Draw the augmentations of a picture"
-    return tuple(pack(spec.augment, draw(spec.augment, item.image.size, rng_for(spec.seed, item.sample.key, a))) for a in range(spec.n_augmentations))
+    return tuple(
+        pack(
+            spec.augment,
+            draw(spec.augment, item.image.size, rng_for(spec.seed, item.sample.key, a)),
+        )
+        for a in range(spec.n_augmentations)
+    )
+
 
 def views(
-    items:Sequence[Item],
-    draws:Sequence[Sequence[list]], # of each item, its parameter lists
-    spec:ReinforceSpec,
-    threads:int=1, # that augment at once; they do not touch the result
-)->Iterator[list[Image.Image]]: # the augmented pictures, item by item, at most `spec.batch` at a time
+    items: Sequence[Item],
+    draws: Sequence[Sequence[list]],  # of each item, its parameter lists
+    spec: ReinforceSpec,
+    threads: int = 1,  # that augment at once; they do not touch the result
+) -> Iterator[
+    list[Image.Image]
+]:  # the augmented pictures, item by item, at most `spec.batch` at a time
     "Replay stored augmentations, a batch at a time"
     todo = [(it.image, p) for it, ps in zip(items, draws) for p in ps]
-    def one(x:tuple[Image.Image,list])->Image.Image: return apply(spec.augment, x[0], unpack(spec.augment, x[1]))
+
+    def one(x: tuple[Image.Image, list]) -> Image.Image:
+        return apply(spec.augment, x[0], unpack(spec.augment, x[1]))
+
     with ThreadPoolExecutor(threads) as pool:
-        for i in range(0, len(todo), spec.batch): yield list(pool.map(one, todo[i:i+spec.batch]))
+        for i in range(0, len(todo), spec.batch):
+            yield list(pool.map(one, todo[i : i + spec.batch]))
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #95956d9b
 class Added(NamedTuple):
     "What `add` answers"
-    samples:list[Sample] # reinforced, in order
-    dropped:list[Dropped]
-    seconds:float # in which models computed
+
+    samples: list[Sample]  # reinforced, in order
+    dropped: list[Dropped]
+    seconds: float  # in which models computed
+
 
 class _Clock:
     "Adds up the seconds of the calls it makes"
-    def __init__(self): self.seconds = 0.
-    def __call__(self, f:Callable, *args:Any)->Any:
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self, f: Callable, *args: Any) -> Any:
         t = time.perf_counter()
-        try: return f(*args)
-        finally: self.seconds += time.perf_counter()-t
+        try:
+            return f(*args)
+        finally:
+            self.seconds += time.perf_counter() - t
+
 
 class _Ready(NamedTuple):
     "A batch of pictures, as each teacher reads them"
-    n:int
-    pictures:Any # tensors by preprocessing, or the pictures where the ensemble prepares them itself
 
-def _prepared(ensemble:Any, images:list[Image.Image])->_Ready:
+    n: int
+    pictures: (
+        Any  # tensors by preprocessing, or the pictures where the ensemble prepares them itself
+    )
+
+
+def _prepared(ensemble: Any, images: list[Image.Image]) -> _Ready:
     "Bring pictures into each teacher's form, outside of the models' time"
-    if not hasattr(ensemble, 'teachers'): return _Ready(len(images), images)
-    return _Ready(len(images), {p: p.batch(images) for p in dict.fromkeys(t.pixels for t in ensemble.teachers)})
+    if not hasattr(ensemble, 'teachers'):
+        return _Ready(len(images), images)
+    return _Ready(
+        len(images),
+        {p: p.batch(images) for p in dict.fromkeys(t.pixels for t in ensemble.teachers)},
+    )
 
-def _look(ensemble:Any, ready:_Ready)->list[torch.Tensor]: # a teacher's rows each, in order
+
+def _look(ensemble: Any, ready: _Ready) -> list[torch.Tensor]:  # a teacher's rows each, in order
     "Ask all teachers about prepared pictures, in one batch"
-    if not hasattr(ensemble, 'teachers'): return list(ensemble.image(ready.pictures).values())
+    if not hasattr(ensemble, 'teachers'):
+        return list(ensemble.image(ready.pictures).values())
     return [t.embed(ready.pictures[t.pixels], ready.n) for t in ensemble.teachers]
 
+
 def _rows(
-    ask:Callable[[Any],list[torch.Tensor]], # rows of each teacher
-    batches:Iterable[tuple[int,Any]], # their sizes, and what to ask about
-    clock:_Clock,
-)->np.ndarray: # `(N, sum of widths)` float32
+    ask: Callable[[Any], list[torch.Tensor]],  # rows of each teacher
+    batches: Iterable[tuple[int, Any]],  # their sizes, and what to ask about
+    clock: _Clock,
+) -> np.ndarray:  # `(N, sum of widths)` float32
     "Ask all teachers batch by batch, their columns side by side"
     parts = []
     for n, b in batches:
         rows = clock(ask, b)
-        if any(len(r) != n for r in rows): raise ValueError(f"A teacher answered {[len(r) for r in rows]} rows to {n} inputs")
+        if any(len(r) != n for r in rows):
+            raise ValueError(f"A teacher answered {[len(r) for r in rows]} rows to {n} inputs")
         parts.append(torch.cat([r.float().cpu() for r in rows], 1).numpy())
     return np.concatenate(parts)
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #670cd6ee
 def _split(
-    rows:np.ndarray, # `(N, D)`
-    counts:Iterable[int], # that add up to N
-)->list[np.ndarray]:
+    rows: np.ndarray,  # `(N, D)`
+    counts: Iterable[int],  # that add up to N
+) -> list[np.ndarray]:
     "Give each owner its rows"
     ends = np.cumsum(list(counts))
-    if ends[-1] != len(rows): raise ValueError(f"{len(rows)} rows for {ends[-1]} inputs")
+    if ends[-1] != len(rows):
+        raise ValueError(f"{len(rows)} rows for {ends[-1]} inputs")
     return np.split(rows, ends[:-1])
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #6d0c8cc5
 def _captioned(
-    items:Sequence[Item],
-    spec:ReinforceSpec,
-    models:Models,
-    clock:_Clock,
-)->list[Sample]: # without parameters and rows
+    items: Sequence[Item],
+    spec: ReinforceSpec,
+    models: Models,
+    clock: _Clock,
+) -> list[Sample]:  # without parameters and rows
     "Let each captioner write under its key"
-    out = [it.sample.bare().but(sha256=it.sample.sha256 or hashlib.sha256(it.sample.image).hexdigest()) for it in items]
+    out = [
+        it.sample.bare().but(sha256=it.sample.sha256 or hashlib.sha256(it.sample.image).hexdigest())
+        for it in items
+    ]
     for c, captioner in zip(spec.captioners, models.captioners, strict=True):
-        texts = clock(captioner.captions, [it.image for it in items], [it.sample.key for it in items])
-        out = [s.but(synthetic=dict(s.synthetic) | {c.key: tuple(t)}) for s, t in zip(out, texts, strict=True)]
+        texts = clock(
+            captioner.captions, [it.image for it in items], [it.sample.key for it in items]
+        )
+        out = [
+            s.but(synthetic=dict(s.synthetic) | {c.key: tuple(t)})
+            for s, t in zip(out, texts, strict=True)
+        ]
     return out
 
+
 def _added(
-    items:Sequence[Item],
-    spec:ReinforceSpec,
-    models:Models,
-    threads:int,
-    clock:_Clock,
-)->list[Sample]:
+    items: Sequence[Item],
+    spec: ReinforceSpec,
+    models: Models,
+    threads: int,
+    clock: _Clock,
+) -> list[Sample]:
     "Captions, text rows and image rows for a chunk in which nothing fails"
     draws = [drawn(it, spec) for it in items]
-    if not spec.teachers: return [s.but(param_aug=d or None) for s, d in zip(_captioned(items, spec, models, clock), draws)]
+    if not spec.teachers:
+        return [
+            s.but(param_aug=d or None)
+            for s, d in zip(_captioned(items, spec, models, clock), draws)
+        ]
     e = models.ensemble
     with Ahead((_prepared(e, v) for v in views(items, draws, spec, threads)), 3) as ahead:
         samples = _captioned(items, spec, models, clock)
         fields = [{'text': s.captions, **s.synthetic} for s in samples]
         texts = [t for f in fields for ts in f.values() for t in ts]
-        batches = (texts[i:i+spec.batch] for i in range(0, len(texts), spec.batch))
+        batches = (texts[i : i + spec.batch] for i in range(0, len(texts), spec.batch))
         text = _rows(lambda b: list(e.text(b).values()), ((len(b), b) for b in batches), clock)
         image = _rows(lambda r: _look(e, r), ((r.n, r) for r in ahead), clock)
     text = iter(_split(text, (len(ts) for f in fields for ts in f.values())))
-    return [s.but(param_aug=d, image_emb=im, text_emb={k: next(text) for k in f})
-            for s, d, f, im in zip(samples, draws, fields, _split(image, map(len, draws)), strict=True)]
+    return [
+        s.but(param_aug=d, image_emb=im, text_emb={k: next(text) for k in f})
+        for s, d, f, im in zip(samples, draws, fields, _split(image, map(len, draws)), strict=True)
+    ]
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #2a317f82
 GRAY = Image.new('RGB', (64, 64), (127, 127, 127))
 
+
 def _fault(
-    item:Item,
-    spec:ReinforceSpec,
-    models:Models,
-)->str|None: # None: it went through
+    item: Item,
+    spec: ReinforceSpec,
+    models: Models,
+) -> str | None:  # None: it went through
     "Try a sample alone"
     try:
         s = _added([item], spec, models, 1, _Clock())[0]
         rows = [r for r in (s.image_emb, *s.text_emb.values()) if r is not None]
         return None if all(np.isfinite(r).all() for r in rows) else 'rows that are not finite'
-    except (MemoryError, torch.OutOfMemoryError): raise
-    except Exception as e: return f'{type(e).__name__}: {e}'
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        return f'{type(e).__name__}: {e}'
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #cd863fc9
 def _finite(
-    samples:Sequence[Sample],
-)->None:
+    samples: Sequence[Sample],
+) -> None:
     "Refuse rows that hold no number"
     for s in samples:
-        if not all(np.isfinite(r).all() for r in (s.image_emb, *s.text_emb.values()) if r is not None): raise ValueError(f"sample {s.key!r}: rows that are not finite")
+        if not all(
+            np.isfinite(r).all() for r in (s.image_emb, *s.text_emb.values()) if r is not None
+        ):
+            raise ValueError(f"sample {s.key!r}: rows that are not finite")
+
 
 def add(
-    items:Sequence[Item], # a chunk
-    spec:ReinforceSpec,
-    models:Models,
-    threads:int=1, # that augment at once
-)->Added:
+    items: Sequence[Item],  # a chunk
+    spec: ReinforceSpec,
+    models: Models,
+    threads: int = 1,  # that augment at once
+) -> Added:
     "Reinforce a chunk of samples (MobileCLIP §3.1)"
     clock, items, dropped = _Clock(), list(items), []
     while items:
@@ -283,31 +423,40 @@ def add(
             samples = _added(items, spec, models, threads, clock)
             _finite(samples)
             return Added(samples, dropped, clock.seconds)
-        except (MemoryError, torch.OutOfMemoryError): raise
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:
             faults = [_fault(it, spec, models) for it in items]
             well = [it for it, f in zip(items, faults) if f is None]
-            gray = Item(items[0].sample.but(key='gray', captions=('a gray square',), synthetic={}), GRAY)
-            if len(well) == len(items) or not well and _fault(gray, spec, models): raise
+            gray = Item(
+                items[0].sample.but(key='gray', captions=('a gray square',), synthetic={}), GRAY
+            )
+            if len(well) == len(items) or not well and _fault(gray, spec, models):
+                raise
             dropped += [Dropped(it.sample.key, 'model', f) for it, f in zip(items, faults) if f]
             items = well
     return Added([], dropped, clock.seconds)
 
 # %% ../../nbs/47_reinforce.recipe.ipynb #e7152c45
-PIXELS = 2**26 # of a chunk's opened pictures together: 200 MB
+PIXELS = 2**26  # of a chunk's opened pictures together: 200 MB
+
 
 def chunks(
-    samples:Iterable[Sample], # of one shard, in order
-    batch:int, # samples a chunk, at most
-    pixels:int=PIXELS, # at which a chunk is full
-)->Iterator[tuple[list[Item],list[Dropped]]]: # what can take part and what cannot, in order
+    samples: Iterable[Sample],  # of one shard, in order
+    batch: int,  # samples a chunk, at most
+    pixels: int = PIXELS,  # at which a chunk is full
+) -> Iterator[tuple[list[Item], list[Dropped]]]:  # what can take part and what cannot, in order
     "Open samples and gather them into chunks"
     items, dropped, size = [], [], 0
     for s in samples:
         one = opened(s)
-        if isinstance(one, Dropped): dropped.append(one); continue
-        items.append(one); size += one.image.width*one.image.height
+        if isinstance(one, Dropped):
+            dropped.append(one)
+            continue
+        items.append(one)
+        size += one.image.width * one.image.height
         if len(items) == batch or size >= pixels:
             yield items, dropped
             items, dropped, size = [], [], 0
-    if items or dropped: yield items, dropped
+    if items or dropped:
+        yield items, dropped

@@ -22,8 +22,29 @@ from ..core import near, need
 from ..emoji import attribution, load_emoji
 from ..noise import NoiseSpec
 from ..pairs import SUFFIXES, open_image, read_pairs
-from ..places import exists, is_local, join_url, list_shards, name_of, names_in, read_bytes, reading, remove_partial, shown, write_bytes, writing
-from .files import MANIFEST, PUBLISHED, Entry, Skips, read_shard, write_manifests, write_shard
+from mobileclip_nb.places import (
+    exists,
+    is_local,
+    join_url,
+    list_shards,
+    name_of,
+    names_in,
+    read_bytes,
+    reading,
+    remove_partial,
+    shown,
+    write_bytes,
+    writing,
+)
+from mobileclip_nb.shards.files import (
+    MANIFEST,
+    PUBLISHED,
+    Entry,
+    Skips,
+    read_shard,
+    write_manifests,
+    write_shard,
+)
 from .limits import Faulty, Limits, read_json
 from .sample import Sample
 from ..spec import Spec
@@ -32,339 +53,567 @@ from ..spec import Spec
 @dataclass
 class Report:
     "What a job made, what it found finished, and how much it left out and why"
-    verb:str # `build` or `join`
-    out:str # name of the folder
-    shards:int=0 # in the folder
-    kept:int=0 # of these, finished before this run
-    samples:int=0 # in all of them
-    reencoded:int=0 # joined images that are not the hashed file itself but were made from it
-    left_out:dict[str,int]=field(default_factory=dict) # reason: count; the folder's `left_out.jsonl` names each
+
+    verb: str  # `build` or `join`
+    out: str  # name of the folder
+    shards: int = 0  # in the folder
+    kept: int = 0  # of these, finished before this run
+    samples: int = 0  # in all of them
+    reencoded: int = 0  # joined images that are not the hashed file itself but were made from it
+    left_out: dict[str, int] = field(
+        default_factory=dict
+    )  # reason: count; the folder's `left_out.jsonl` names each
 
     @property
-    def ok(self)->bool:
+    def ok(self) -> bool:
         "Whether nothing was left out"
         return not self.left_out
 
-    def __str__(self)->str:
-        rows = [f'{self.verb} {self.out}: {self.samples:,} samples in {self.shards:,} shards' + f' ({self.kept:,} finished before)'*bool(self.kept)]
-        if self.reencoded: rows.append(f'{self.reencoded:,} images were made from the file that was hashed; their crops lie inside')
+    def __str__(self) -> str:
+        rows = [
+            f'{self.verb} {self.out}: {self.samples:,} samples in {self.shards:,} shards'
+            + f' ({self.kept:,} finished before)' * bool(self.kept)
+        ]
+        if self.reencoded:
+            rows.append(
+                f'{self.reencoded:,} images were made from the file that was hashed; their crops lie inside'
+            )
         rows += [f'left out {n:,}: {reason}' for reason, n in sorted(self.left_out.items())]
-        return '\n'.join(rows + ['left_out.jsonl in the folder names each']*bool(self.left_out))
+        return '\n'.join(rows + ['left_out.jsonl in the folder names each'] * bool(self.left_out))
+
 
 class LeftOut(Exception):
     "Why a sample is left out"
-    def __init__(self, reason:str, detail:str=''):
+
+    def __init__(self, reason: str, detail: str = ''):
         super().__init__(f'{reason}: {detail}')
         self.reason, self.detail = reason, detail
 
 # %% ../../nbs/46_shards.build.ipynb #1fc893ea
-def _text(x:Any)->bytes:
+def _text(x: Any) -> bytes:
     "Write JSON the same way every time"
     return (json.dumps(x, sort_keys=True, ensure_ascii=False) + '\n').encode('utf-8', 'replace')
 
+
 def size_of(
-    url:str|Path, # a file, here or far away
-)->int: # bytes; -1 if there is nothing
+    url: str | Path,  # a file, here or far away
+) -> int:  # bytes; -1 if there is nothing
     "Ask how large a file is"
-    if not exists(url): return -1
-    with reading(url) as f: return f.seek(0, os.SEEK_END)
+    if not exists(url):
+        return -1
+    with reading(url) as f:
+        return f.seek(0, os.SEEK_END)
+
 
 def shards_in(
-    place:str|Path, # as `list_shards` takes it
-)->list[str]: # none if there are none, or no such place
+    place: str | Path,  # as `list_shards` takes it
+) -> list[str]:  # none if there are none, or no such place
     "List shards, where an empty folder is no error"
-    try: return list_shards(place) if exists(place) else []
-    except FileNotFoundError: return []
+    try:
+        return list_shards(place) if exists(place) else []
+    except FileNotFoundError:
+        return []
+
 
 def foreign_in(
-    out:str|Path, # a folder that no job has begun
-)->str: # a few names; empty if nothing is there but hidden files
+    out: str | Path,  # a folder that no job has begun
+) -> str:  # a few names; empty if nothing is there but hidden files
     "Name what lies in a folder before the first job"
     names = [n for n in names_in(out) if not n.startswith('.') or n == '.done']
-    return ', '.join(names[:3]) + ', ...'*(len(names) > 3)
+    return ', '.join(names[:3]) + ', ...' * (len(names) > 3)
 
-def _begun(place:str, job:dict[str,Any])->dict[str,Any]:
+
+def _begun(place: str, job: dict[str, Any]) -> dict[str, Any]:
     "Read what job a folder is of; a source that was moved, or not written down by an older version, is the same source"
-    try: had = json.loads(read_bytes(place))
-    except ValueError: had = None
-    if not isinstance(had, dict): raise ValueError(f"{shown(place)!r} does not say what job was begun here, so its folder is not taken; choose an empty folder")
+    try:
+        had = json.loads(read_bytes(place))
+    except ValueError:
+        had = None
+    if not isinstance(had, dict):
+        raise ValueError(
+            f"{shown(place)!r} does not say what job was begun here, so its folder is not taken; choose an empty folder"
+        )
     known = 'place' in had and (not is_local(had['place']) or exists(had['place']))
     return had if known or 'place' not in job else had | dict(place=job['place'])
 
+
 def fingerprint(
-    rows:Iterable[Any], # JSON
-    what:str, # their name
-)->str: # `12 shards, 0a1b2c...`
+    rows: Iterable[Any],  # JSON
+    what: str,  # their name
+) -> str:  # `12 shards, 0a1b2c...`
     "Tell one source from another"
     h, n = hashlib.sha256(), 0
-    for n, row in enumerate(rows, 1): h.update(_text(row))
+    for n, row in enumerate(rows, 1):
+        h.update(_text(row))
     return f'{n:,} {what}, {h.hexdigest()[:12]}'
 
 # %% ../../nbs/46_shards.build.ipynb #2d3a666c
 class ShardJob:
     "A job on one folder: takes it, finds what is finished, writes shard by shard"
-    def __init__(self,
-        verb:str, # what the job does
-        out:str|Path, # its folder
-        **said:Any, # what makes it this job and no other; JSON
+
+    def __init__(
+        self,
+        verb: str,  # what the job does
+        out: str | Path,  # its folder
+        **said: Any,  # what makes it this job and no other; JSON
     ):
         self.verb, self.out, self.lines, self.names, self.kept = verb, str(out), [], [], 0
         job, place = json.loads(_text(dict(verb=verb) | said)), join_url(out, 'job.json')
         had = _begun(place, job) if exists(place) else None
         if had is None and (foreign := foreign_in(out)):
-            raise ValueError(f"{name_of(out)} holds {foreign}, which is not of this job; choose an empty folder")
-        if had is not None and (other := [f'{k} was {had.get(k)!r}, now {job.get(k)!r}' for k in sorted({*had, *job}) if had.get(k) != job.get(k)]):
-            raise ValueError(f"{name_of(out)} was begun as another job: {'; '.join(other)}. Ask for the same to go on, or choose another folder")
+            raise ValueError(
+                f"{name_of(out)} holds {foreign}, which is not of this job; choose an empty folder"
+            )
+        if had is not None and (
+            other := [
+                f'{k} was {had.get(k)!r}, now {job.get(k)!r}'
+                for k in sorted({*had, *job})
+                if had.get(k) != job.get(k)
+            ]
+        ):
+            raise ValueError(
+                f"{name_of(out)} was begun as another job: {'; '.join(other)}. Ask for the same to go on, or choose another folder"
+            )
         remove_partial(out)
-        if had is None: write_bytes(place, _text(job))
+        if had is None:
+            write_bytes(place, _text(job))
 
-    def leave(self, reason:str, name:str, detail:str='')->None:
+    def leave(self, reason: str, name: str, detail: str = '') -> None:
         "Append a line on something left out"
         self.lines.append(dict(reason=reason, name=name, detail=detail))
 
-    def marker(self, name:str)->dict[str,Any]|None: # None if the shard is not finished
+    def marker(self, name: str) -> dict[str, Any] | None:  # None if the shard is not finished
         "Read the marker of a finished shard"
-        try: m = json.loads(read_bytes(at)) if exists(at := join_url(self.out, '.done', f'{name}.json')) else None
-        except ValueError: return None
+        try:
+            m = (
+                json.loads(read_bytes(at))
+                if exists(at := join_url(self.out, '.done', f'{name}.json'))
+                else None
+            )
+        except ValueError:
+            return None
         return m if m and m['bytes'] in (0, size_of(join_url(self.out, name))) else None
 
-    def keep(self, name:str)->dict[str,Any]|None: # the marker; None if the shard is not finished
+    def keep(
+        self, name: str
+    ) -> dict[str, Any] | None:  # the marker; None if the shard is not finished
         "Keep a shard that is finished"
-        if m := self.marker(name): self.names.append(name); self.kept += bool(m['bytes'])
+        if m := self.marker(name):
+            self.names.append(name)
+            self.kept += bool(m['bytes'])
         return m
 
-    def write(self, name:str, samples:Iterator[Sample], note:Callable[[],dict[str,Any]], empty:bool=False)->bool:
+    def write(
+        self,
+        name: str,
+        samples: Iterator[Sample],
+        note: Callable[[], dict[str, Any]],
+        empty: bool = False,
+    ) -> bool:
         "Write one shard and then its marker; without a sample there is no shard, and a marker only if `empty`"
         first = next(samples, None)
-        if first is None and not empty: return False
-        made = write_shard(join_url(self.out, name), chain([first], samples)) if first is not None else None
-        said = dict(num_uids=made.count, bytes=made.bytes, sha256=made.sha256) if made else dict(num_uids=0, bytes=0, sha256='')
-        write_bytes(join_url(self.out, '.done', f'{name}.json'), _text(dict(shard=name, left_out=self.lines) | said | note()))
-        self.lines = []; self.names.append(name)
+        if first is None and not empty:
+            return False
+        made = (
+            write_shard(join_url(self.out, name), chain([first], samples))
+            if first is not None
+            else None
+        )
+        said = (
+            dict(num_uids=made.count, bytes=made.bytes, sha256=made.sha256)
+            if made
+            else dict(num_uids=0, bytes=0, sha256='')
+        )
+        write_bytes(
+            join_url(self.out, '.done', f'{name}.json'),
+            _text(dict(shard=name, left_out=self.lines) | said | note()),
+        )
+        self.lines = []
+        self.names.append(name)
         return True
 
 # %% ../../nbs/46_shards.build.ipynb #f17e8984
 def finish(
-    job:ShardJob, # with all its shards written or kept
-    about:dict[str,Any], # for the manifest
-    tail:Iterable[dict[str,str]]=(), # further lines on what was left out
-)->Report:
+    job: ShardJob,  # with all its shards written or kept
+    about: dict[str, Any],  # for the manifest
+    tail: Iterable[dict[str, str]] = (),  # further lines on what was left out
+) -> Report:
     "Write the list of what was left out, the manifests, and the report"
     report, entries = Report(job.verb, name_of(job.out), kept=job.kept), []
     with writing(join_url(job.out, 'left_out.jsonl')) as tmp, open(tmp, 'wb') as f:
-        for m in chain(map(job.marker, job.names), [dict(left_out=chain(job.lines, tail), bytes=0, num_uids=0)]):
-            for line in m['left_out']: f.write(_text(line)); report.left_out[line['reason']] = report.left_out.get(line['reason'], 0) + 1
-            report.samples += m['num_uids']; report.shards += bool(m['bytes']); report.reencoded += m.get('reencoded', 0)
-            if m['bytes']: entries.append(Entry(m['shard'].removesuffix('.tar'), m['num_uids'], m['sha256'], m['bytes']))
-    write_manifests(job.out, entries, about | dict(made_by=f'mobileclip_nb shards {job.verb}', left_out=report.left_out))
-    write_bytes(join_url(job.out, 'report.json'), _text(dict(report=asdict(report), names=job.names)))
+        for m in chain(
+            map(job.marker, job.names), [dict(left_out=chain(job.lines, tail), bytes=0, num_uids=0)]
+        ):
+            for line in m['left_out']:
+                f.write(_text(line))
+                report.left_out[line['reason']] = report.left_out.get(line['reason'], 0) + 1
+            report.samples += m['num_uids']
+            report.shards += bool(m['bytes'])
+            report.reencoded += m.get('reencoded', 0)
+            if m['bytes']:
+                entries.append(
+                    Entry(m['shard'].removesuffix('.tar'), m['num_uids'], m['sha256'], m['bytes'])
+                )
+    write_manifests(
+        job.out,
+        entries,
+        about | dict(made_by=f'mobileclip_nb shards {job.verb}', left_out=report.left_out),
+    )
+    write_bytes(
+        join_url(job.out, 'report.json'), _text(dict(report=asdict(report), names=job.names))
+    )
     return report
 
+
 def finished(
-    job:ShardJob,
-)->Report|None: # None if something is left to do
+    job: ShardJob,
+) -> Report | None:  # None if something is left to do
     "Read the report of a job that is finished, and of which everything is still there"
     at = join_url(job.out, 'report.json')
     said = json.loads(read_bytes(at)) if exists(at) else None
     there = all(exists(join_url(job.out, n)) for n in (MANIFEST, PUBLISHED, 'left_out.jsonl'))
-    if not said or not there or not all(map(job.marker, said['names'])): return None
+    if not said or not there or not all(map(job.marker, said['names'])):
+        return None
     return Report(**said['report'] | dict(kept=said['report']['shards']))
 
 # %% ../../nbs/46_shards.build.ipynb #932a804b
 SAFE = re.compile(r'[A-Za-z0-9_-]{1,80}')
 
+
 def key_for(
-    name:str, # a relative path, or whatever tells this sample from all others
-    uid:str='', # its identity, where somebody gave it one
-)->str: # letters, digits, hyphen and underscore
+    name: str,  # a relative path, or whatever tells this sample from all others
+    uid: str = '',  # its identity, where somebody gave it one
+) -> str:  # letters, digits, hyphen and underscore
     "Make a sample's key: the uid if that is safe, else the name made safe with twelve digits of its hash"
-    if SAFE.fullmatch(uid): return uid
-    slug = re.sub(r'[^A-Za-z0-9]+', '-', os.path.splitext(uid or name)[0]).strip('-')[-60:].strip('-')
+    if SAFE.fullmatch(uid):
+        return uid
+    slug = (
+        re.sub(r'[^A-Za-z0-9]+', '-', os.path.splitext(uid or name)[0]).strip('-')[-60:].strip('-')
+    )
     return f"{slug or 'x'}-h{hashlib.sha256((uid or name).encode('utf-8', 'replace')).hexdigest()[:12]}"
 
+
 def given_uid(
-    s:Sample, # as read from a shard
-)->str: # empty if it has none but the number of its place
+    s: Sample,  # as read from a shard
+) -> str:  # empty if it has none but the number of its place
     "Tell the uid that a sample was given from the key that stands in for one"
     return s.uid if s.uid != s.key or re.search(r'-h[0-9a-f]{12}$|^[0-9a-f]{32}$', s.key) else ''
 
 # %% ../../nbs/46_shards.build.ipynb #ec6ec188
 _EXT = dict(JPEG='jpg', MPO='jpg', PNG='png', WEBP='webp')
 
+
 def look(
-    data:bytes, # an image file
-    deep:bool=True, # decode it to the end; False believes the header
-)->tuple[str,tuple[int,int]]: # extension of what it really is; width and height, upright, pixels
+    data: bytes,  # an image file
+    deep: bool = True,  # decode it to the end; False believes the header
+) -> tuple[
+    str, tuple[int, int]
+]:  # extension of what it really is; width and height, upright, pixels
     "Look at image bytes, or raise LeftOut with what is wrong with them"
     try:
         with Image.open(io.BytesIO(data)) as im:
-            kind, size, turn = im.format, im.size, not deep and im.format in ('JPEG', 'MPO') and im.getexif().get(0x112, 1) in range(5, 9)
+            kind, size, turn = (
+                im.format,
+                im.size,
+                not deep
+                and im.format in ('JPEG', 'MPO')
+                and im.getexif().get(0x112, 1) in range(5, 9),
+            )
         size = open_image(io.BytesIO(data)).size if deep else size[::-1] if turn else size
-    except Exception as e: raise LeftOut('unreadable image', re.sub(r".*<_io.BytesIO[^>]*>'?:? ?", '', str(e)) or 'not an image that PIL can read') from e
-    if kind not in _EXT: raise LeftOut('unknown format', f'{kind}; shards carry JPEG, PNG and WebP, so convert it')
+    except Exception as e:
+        raise LeftOut(
+            'unreadable image',
+            re.sub(r".*<_io.BytesIO[^>]*>'?:? ?", '', str(e)) or 'not an image that PIL can read',
+        ) from e
+    if kind not in _EXT:
+        raise LeftOut('unknown format', f'{kind}; shards carry JPEG, PNG and WebP, so convert it')
     return _EXT[kind], size
 
 # %% ../../nbs/46_shards.build.ipynb #4b9a1648
 @dataclass(frozen=True, repr=False)
 class BuildSpec(Spec, id_name='BuildSpec'):
     "What to build from a source"
-    per_shard:int=1000 # samples
-    limit:int|None=None # at most so many; of emoji spread evenly, else the first
-    image_column:str='image' # of a list or table
-    caption_column:str='caption' # of a list or table
-    split:str='train' # of emoji, as the next four
-    hand:str='twemoji' # who drew them
-    side:int=64 # pixels
-    skin_tones:bool=False # whether skin tones are concepts of their own
-    noise:float=0. # of emoji: share of captions replaced by another emoji's, 0–1
+
+    per_shard: int = 1000  # samples
+    limit: int | None = None  # at most so many; of emoji spread evenly, else the first
+    image_column: str = 'image'  # of a list or table
+    caption_column: str = 'caption'  # of a list or table
+    split: str = 'train'  # of emoji, as the next four
+    hand: str = 'twemoji'  # who drew them
+    side: int = 64  # pixels
+    skin_tones: bool = False  # whether skin tones are concepts of their own
+    noise: float = 0.0  # of emoji: share of captions replaced by another emoji's, 0–1
 
     def __post_init__(self):
-        for k in ('per_shard', 'side') + ('limit',)*(self.limit is not None):
-            if (v := getattr(self, k)) < 1: raise ValueError(f'{k}={v} is not at least 1')
+        for k in ('per_shard', 'side') + ('limit',) * (self.limit is not None):
+            if (v := getattr(self, k)) < 1:
+                raise ValueError(f'{k}={v} is not at least 1')
+
 
 class Item(NamedTuple):
     "One picture on its way into a shard"
-    where:str # for the report
-    name:str # its key comes from this
-    sample:Sample # what is known of it; `uid` only if it was given one
-    path:Path|None=None # where its bytes are, unless the sample has them
-    fault:str='' # why it cannot be used
+
+    where: str  # for the report
+    name: str  # its key comes from this
+    sample: Sample  # what is known of it; `uid` only if it was given one
+    path: Path | None = None  # where its bytes are, unless the sample has them
+    fault: str = ''  # why it cannot be used
+
 
 class Source(NamedTuple):
     "Where pictures come from"
-    items:Iterator[Item]
-    mark:str # fingerprint
-    total:int|None # items, if known
-    left:list[dict[str,str]] # lines on what never became an item; complete when `items` is through
+
+    items: Iterator[Item]
+    mark: str  # fingerprint
+    total: int | None  # items, if known
+    left: list[
+        dict[str, str]
+    ]  # lines on what never became an item; complete when `items` is through
 
 # %% ../../nbs/46_shards.build.ipynb #2f0b3175
-def _from_emoji(spec:BuildSpec)->Source:
+def _from_emoji(spec: BuildSpec) -> Source:
     "Draw emoji"
-    p = load_emoji(spec.split, spec.hand, spec.side, spec.skin_tones, NoiseSpec(spec.noise)); n = min(spec.limit or len(p), len(p))
-    def png(i:int)->bytes: f = io.BytesIO(); Image.fromarray(p.images[i]).save(f, 'PNG'); return f.getvalue()
-    at = [k*len(p)//n for k in range(n)]
+    p = load_emoji(spec.split, spec.hand, spec.side, spec.skin_tones, NoiseSpec(spec.noise))
+    n = min(spec.limit or len(p), len(p))
+
+    def png(i: int) -> bytes:
+        f = io.BytesIO()
+        Image.fromarray(p.images[i]).save(f, 'PNG')
+        return f.getvalue()
+
+    at = [k * len(p) // n for k in range(n)]
     items = (Item(p.keys[i], p.keys[i], Sample('', png(i), 'png', (p.captions[i],))) for i in at)
     return Source(items, fingerprint(((p.keys[i], p.captions[i]) for i in at), 'emoji'), n, [])
 
-def _beside(path:Path, texts:list[str], name:str)->Item:
+
+def _beside(path: Path, texts: list[str], name: str) -> Item:
     "Make an item of a file, with the JSON that img2dataset lays beside it"
     at, said = path.with_suffix('.json'), {}
     try:
-        if at.exists() and isinstance(o := read_json(at.read_bytes(), at.name, nan=lambda word: None), dict) and {'uid', 'url'} & set(o): said = o
-    except (Faulty, OSError) as e: return Item(name, name, Sample(''), path, str(e))
+        if (
+            at.exists()
+            and isinstance(o := read_json(at.read_bytes(), at.name, nan=lambda word: None), dict)
+            and {'uid', 'url'} & set(o)
+        ):
+            said = o
+    except (Faulty, OSError) as e:
+        return Item(name, name, Sample(''), path, str(e))
     uid, digest, url = (str(said.pop(k, None) or '') for k in ('uid', 'sha256', 'url'))
-    return Item(name, name, Sample('', None, 'jpg', tuple(texts), uid=uid, sha256=digest, url=url or None, meta=said), path)
+    return Item(
+        name,
+        name,
+        Sample('', None, 'jpg', tuple(texts), uid=uid, sha256=digest, url=url or None, meta=said),
+        path,
+    )
 
-def _from_list(src:Path, spec:BuildSpec)->Source:
+
+def _from_list(src: Path, spec: BuildSpec) -> Source:
     "Read a folder with captions, or a list"
     found = read_pairs(src, spec.image_column, spec.caption_column, check=False)
     home, texts = src if src.is_dir() else src.parent, {}
-    for p in found: texts.setdefault(p.image, []).append(p.caption)
-    rows = [(p, t, os.path.relpath(p, home).replace(os.sep, '/')) for p, t in texts.items()][:spec.limit]
-    left = [dict(reason=r, name=n, detail='') for r, names in found.report.left_out.items() for n in names]
-    return Source((_beside(*row) for row in rows), fingerprint((row[1:] for row in rows), 'images'), len(rows), left)
+    for p in found:
+        texts.setdefault(p.image, []).append(p.caption)
+    rows = [(p, t, os.path.relpath(p, home).replace(os.sep, '/')) for p, t in texts.items()][
+        : spec.limit
+    ]
+    left = [
+        dict(reason=r, name=n, detail='')
+        for r, names in found.report.left_out.items()
+        for n in names
+    ]
+    return Source(
+        (_beside(*row) for row in rows),
+        fingerprint((row[1:] for row in rows), 'images'),
+        len(rows),
+        left,
+    )
 
 # %% ../../nbs/46_shards.build.ipynb #8a795894
-def _from_tables(paths:list[str], spec:BuildSpec)->Source:
+def _from_tables(paths: list[str], spec: BuildSpec) -> Source:
     "Read parquet"
-    pq = need('pyarrow.parquet', extra='reinforce'); tables = [pq.ParquetFile(p) for p in paths]
+    pq = need('pyarrow.parquet', extra='reinforce')
+    tables = [pq.ParquetFile(p) for p in paths]
     for p, t in zip(paths, tables):
         for name, what in ((spec.image_column, 'image'), (spec.caption_column, 'caption')):
             if name not in (known := t.schema_arrow.names):
-                raise ValueError(f"{name_of(p)} has no column {name!r}.{near(name, known)} It has: {', '.join(map(repr, known))}. Pass {what}_column=...")
-    def rows()->Iterator[Item]:
-        for p, t in zip(paths, tables):
-            cols = [c for c in dict.fromkeys((spec.image_column, spec.caption_column, 'uid', 'url')) if c in t.schema_arrow.names]
-            batches = (b.to_pylist() for b in t.iter_batches(64, columns=cols))
-            for n, r in enumerate(chain.from_iterable(batches)): yield _row(r, Path(p), f'{name_of(p)}:{n}', spec)
-    total = sum(t.metadata.num_rows for t in tables)
-    return Source(islice(rows(), spec.limit), fingerprint(((name_of(p), size_of(p)) for p in paths), 'tables'), min(total, spec.limit or total), [])
+                raise ValueError(
+                    f"{name_of(p)} has no column {name!r}.{near(name, known)} It has: {', '.join(map(repr, known))}. Pass {what}_column=..."
+                )
 
-def _row(r:dict[str,Any], table:Path, where:str, spec:BuildSpec)->Item:
+    def rows() -> Iterator[Item]:
+        for p, t in zip(paths, tables):
+            cols = [
+                c
+                for c in dict.fromkeys((spec.image_column, spec.caption_column, 'uid', 'url'))
+                if c in t.schema_arrow.names
+            ]
+            batches = (b.to_pylist() for b in t.iter_batches(64, columns=cols))
+            for n, r in enumerate(chain.from_iterable(batches)):
+                yield _row(r, Path(p), f'{name_of(p)}:{n}', spec)
+
+    total = sum(t.metadata.num_rows for t in tables)
+    return Source(
+        islice(rows(), spec.limit),
+        fingerprint(((name_of(p), size_of(p)) for p in paths), 'tables'),
+        min(total, spec.limit or total),
+        [],
+    )
+
+
+def _row(r: dict[str, Any], table: Path, where: str, spec: BuildSpec) -> Item:
     "Make an item of a row, whose image is bytes, a hub's pair of bytes and path, or the name of a file"
     image, texts = r[spec.image_column], r[spec.caption_column]
-    if isinstance(image, dict): image = image.get('bytes') or image.get('path')
+    if isinstance(image, dict):
+        image = image.get('bytes') or image.get('path')
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(image, (bytes, str)) or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-        return Item(where, where, Sample(''), fault='image or caption is absent, or not what it should be')
+    if (
+        not isinstance(image, (bytes, str))
+        or not isinstance(texts, list)
+        or not all(isinstance(t, str) for t in texts)
+    ):
+        return Item(
+            where, where, Sample(''), fault='image or caption is absent, or not what it should be'
+        )
     name = f"{image if isinstance(image, str) else hashlib.sha256(image).hexdigest()} {' | '.join(texts)}"
-    sample = Sample('', None if isinstance(image, str) else image, 'jpg', tuple(texts), uid=str(r.get('uid') or ''), url=r.get('url') and str(r['url']))
-    return Item(where, name, sample, table.parent/image if isinstance(image, str) else None)
+    sample = Sample(
+        '',
+        None if isinstance(image, str) else image,
+        'jpg',
+        tuple(texts),
+        uid=str(r.get('uid') or ''),
+        url=r.get('url') and str(r['url']),
+    )
+    return Item(where, name, sample, table.parent / image if isinstance(image, str) else None)
 
 # %% ../../nbs/46_shards.build.ipynb #376dab1f
-def _from_tars(urls:list[str], spec:BuildSpec)->Source:
+def _from_tars(urls: list[str], spec: BuildSpec) -> Source:
     "Read shards, img2dataset's among them"
     left = []
-    def rows()->Iterator[Item]:
+
+    def rows() -> Iterator[Item]:
         for url in urls:
             skips, stem = Skips(most=sys.maxsize), name_of(url).removesuffix('.tar')
-            for s in read_shard(url, skips, embeddings=False): yield Item(f'{stem}:{s.key}', f'{stem}/{s.key}', s.but(uid=given_uid(s)))
-            left.extend(dict(reason=r, name=f'{stem}:{key}', detail=why) for r, some in skips.examples.items() for _, key, why in some)
-    return Source(islice(rows(), spec.limit), fingerprint(((name_of(u), size_of(u)) for u in urls), 'shards'), spec.limit, left)
+            for s in read_shard(url, skips, embeddings=False):
+                yield Item(f'{stem}:{s.key}', f'{stem}/{s.key}', s.but(uid=given_uid(s)))
+            left.extend(
+                dict(reason=r, name=f'{stem}:{key}', detail=why)
+                for r, some in skips.examples.items()
+                for _, key, why in some
+            )
+
+    return Source(
+        islice(rows(), spec.limit),
+        fingerprint(((name_of(u), size_of(u)) for u in urls), 'shards'),
+        spec.limit,
+        left,
+    )
+
 
 def source_of(
-    src:str|Path, # as `build` takes it
-    spec:BuildSpec=BuildSpec(),
-)->Source:
+    src: str | Path,  # as `build` takes it
+    spec: BuildSpec = BuildSpec(),
+) -> Source:
     "Tell what a source is by its name, or by what lies in it"
     text = str(src)
-    if text == 'emoji': return _from_emoji(spec)
+    if text == 'emoji':
+        return _from_emoji(spec)
     if text.endswith('.parquet'):
-        if not (found := sorted(glob(text))): raise FileNotFoundError(f'No table {text!r}')
+        if not (found := sorted(glob(text))):
+            raise FileNotFoundError(f'No table {text!r}')
         return _from_tables(found, spec)
-    if Path(text).is_file() and not text.endswith('.tar'): return _from_list(Path(text), spec)
+    if Path(text).is_file() and not text.endswith('.tar'):
+        return _from_list(Path(text), spec)
     tars = text.endswith('.tar') or '://' in text or '{' in text
     if not tars and (found := shards_in(text)):
         if pic := next((p for p in Path(text).rglob('*') if p.suffix.lower() in SUFFIXES), None):
-            raise ValueError(f"{name_of(text)} holds pictures ({pic.name}) and shards ({name_of(found[0])}), and we do not guess which you mean: give {name_of(text)}/*.tar, or move the shards elsewhere, and an output folder likewise")
+            raise ValueError(
+                f"{name_of(text)} holds pictures ({pic.name}) and shards ({name_of(found[0])}), and we do not guess which you mean: give {name_of(text)}/*.tar, or move the shards elsewhere, and an output folder likewise"
+            )
         tars = True
-    if tars: return _from_tars(list_shards(text), spec)
+    if tars:
+        return _from_tars(list_shards(text), spec)
     return _from_list(Path(text), spec)
 
 # %% ../../nbs/46_shards.build.ipynb #a68ce201
 def prepared(
-    item:Item,
-    keys:set[str], # taken already; the new one is added
-)->Sample: # with key, uid and hash
+    item: Item,
+    keys: set[str],  # taken already; the new one is added
+) -> Sample:  # with key, uid and hash
     "Make a plain sample of an item, or raise LeftOut"
-    if item.fault: raise LeftOut('bad row', item.fault)
-    s = item.sample; captions = tuple(t for t in s.captions if t.strip())
-    if not captions: raise LeftOut('no caption')
-    if (key := key_for(item.name, s.uid)) in keys: raise LeftOut('duplicate', f'the key {key} is there already')
-    try: data = s.image if item.path is None else item.path.read_bytes()
-    except OSError as e: raise LeftOut('missing', e.strerror or str(e)) from e
-    if not data: raise LeftOut('missing', 'no image, or one of no bytes')
-    if len(data) > (most := Limits().member): raise LeftOut('too large', f'{len(data):,} bytes; readers of shards take {most:,}')
-    ext, _ = look(data); digest, said = hashlib.sha256(data).hexdigest(), s.sha256.lower()
+    if item.fault:
+        raise LeftOut('bad row', item.fault)
+    s = item.sample
+    captions = tuple(t for t in s.captions if t.strip())
+    if not captions:
+        raise LeftOut('no caption')
+    if (key := key_for(item.name, s.uid)) in keys:
+        raise LeftOut('duplicate', f'the key {key} is there already')
+    try:
+        data = s.image if item.path is None else item.path.read_bytes()
+    except OSError as e:
+        raise LeftOut('missing', e.strerror or str(e)) from e
+    if not data:
+        raise LeftOut('missing', 'no image, or one of no bytes')
+    if len(data) > (most := Limits().member):
+        raise LeftOut('too large', f'{len(data):,} bytes; readers of shards take {most:,}')
+    ext, _ = look(data)
+    digest, said = hashlib.sha256(data).hexdigest(), s.sha256.lower()
     keys.add(key)
-    meta = {k: v for k, v in s.meta.items() if k != 'texts'} | (dict(source_sha256=said) if said not in ('', digest) else {})
-    return s.but(key=key, uid=s.uid or key, image=data, ext=ext, captions=captions, sha256=digest, meta=meta)
+    meta = {k: v for k, v in s.meta.items() if k != 'texts'} | (
+        dict(source_sha256=said) if said not in ('', digest) else {}
+    )
+    return s.but(
+        key=key, uid=s.uid or key, image=data, ext=ext, captions=captions, sha256=digest, meta=meta
+    )
 
 # %% ../../nbs/46_shards.build.ipynb #e8bf33eb
 def build(
-    src:str|Path, # `'emoji'`; a folder, .csv, .tsv or .jsonl as `read_pairs` takes them; a .parquet or a glob of them; tars as `list_shards` takes them
-    out:str|Path, # a folder, here or far away: empty, or with this job begun
-    progress:bool=True, # show a bar
-    **changes:Any, # fields of `BuildSpec`: per_shard, limit, image_column, caption_column, split, hand, side, skin_tones, noise
-)->Report:
+    src: str
+    | Path,  # `'emoji'`; a folder, .csv, .tsv or .jsonl as `read_pairs` takes them; a .parquet or a glob of them; tars as `list_shards` takes them
+    out: str | Path,  # a folder, here or far away: empty, or with this job begun
+    progress: bool = True,  # show a bar
+    **changes: Any,  # fields of `BuildSpec`: per_shard, limit, image_column, caption_column, split, hand, side, skin_tones, noise
+) -> Report:
     "Write plain shards of images with captions; image bytes stay as they are, and finished shards are kept"
-    spec = BuildSpec.of(**changes); source = source_of(src, spec)
-    place = dict(place=str(Path(src).resolve())) if str(src) != 'emoji' and Path(src).exists() else {}
-    job, keys, rows = ShardJob('build', out, source=source.mark, **place, **spec.to_dict()), set(), 0
-    if done := finished(job): return done
-    items = iter(tqdm(source.items, 'build', source.total, unit=' images', disable=not progress, leave=False))
-    def good()->Iterator[Sample]:
+    spec = BuildSpec.of(**changes)
+    source = source_of(src, spec)
+    place = (
+        dict(place=str(Path(src).resolve())) if str(src) != 'emoji' and Path(src).exists() else {}
+    )
+    job, keys, rows = (
+        ShardJob('build', out, source=source.mark, **place, **spec.to_dict()),
+        set(),
+        0,
+    )
+    if done := finished(job):
+        return done
+    items = iter(
+        tqdm(source.items, 'build', source.total, unit=' images', disable=not progress, leave=False)
+    )
+
+    def good() -> Iterator[Sample]:
         nonlocal rows
         for item in items:
             rows += 1
-            try: yield prepared(item, keys)
-            except LeftOut as e: job.leave(e.reason, item.where, e.detail)
+            try:
+                yield prepared(item, keys)
+            except LeftOut as e:
+                job.leave(e.reason, item.where, e.detail)
+
     samples, n = good(), 0
     while True:
-        name = f'{n:08d}.tar'; n += 1
+        name = f'{n:08d}.tar'
+        n += 1
         if m := job.keep(name):
             bad = {l['name'] for l in m['left_out']}
-            keys.update(key_for(i.name, i.sample.uid) for i in islice(items, m['rows'] - rows) if i.where not in bad); rows = m['rows']
-        elif not job.write(name, islice(samples, spec.per_shard), lambda: dict(rows=rows)): break
-    if str(src) == 'emoji': write_bytes(join_url(out, 'ATTRIBUTION.txt'), attribution(spec.hand).encode() + b'\n')
+            keys.update(
+                key_for(i.name, i.sample.uid)
+                for i in islice(items, m['rows'] - rows)
+                if i.where not in bad
+            )
+            rows = m['rows']
+        elif not job.write(name, islice(samples, spec.per_shard), lambda: dict(rows=rows)):
+            break
+    if str(src) == 'emoji':
+        write_bytes(join_url(out, 'ATTRIBUTION.txt'), attribution(spec.hand).encode() + b'\n')
     return finish(job, {}, source.left)

@@ -20,256 +20,367 @@ from ..core import jitted, near
 # %% ../../nbs/43_shards.compact.ipynb #71e206f4
 @lru_cache(64)
 def signs(
-    seed:int, # of the rotation, 0 to 2**32-1
-    width:int, # D_k
-)->np.ndarray: # `(rounds, D_k)` of +1 and -1, float32, read only
+    seed: int,  # of the rotation, 0 to 2**32-1
+    width: int,  # D_k
+) -> np.ndarray:  # `(rounds, D_k)` of +1 and -1, float32, read only
     "Draw the signs of a rotation, the same on every machine"
-    rounds = 1 if width & (width-1) == 0 else 2
-    drawn = hashlib.shake_256(f'{seed},{width}'.encode()).digest(-(-rounds*width//8))
-    s = 1 - 2*np.unpackbits(np.frombuffer(drawn, np.uint8))[:rounds*width].reshape(rounds, width).astype(np.float32)
+    rounds = 1 if width & (width - 1) == 0 else 2
+    drawn = hashlib.shake_256(f'{seed},{width}'.encode()).digest(-(-rounds * width // 8))
+    s = 1 - 2 * np.unpackbits(np.frombuffer(drawn, np.uint8))[: rounds * width].reshape(
+        rounds, width
+    ).astype(np.float32)
     s.flags.writeable = False
     return s
 
-def _butterflies(x:np.ndarray)->np.ndarray: # `(R, P)` float32
+
+def _butterflies(x: np.ndarray) -> np.ndarray:  # `(R, P)` float32
     "Sums and differences of halves, of quarters, and so on: the additions of `hadamard`, in its order"
-    x, half = x.copy(), x.shape[1]//2
+    x, half = x.copy(), x.shape[1] // 2
     while half:
         for r in range(len(x)):
-            for at in range(0, x.shape[1], 2*half):
-                for i in range(at, at+half): x[r, i], x[r, i+half] = x[r, i]+x[r, i+half], x[r, i]-x[r, i+half]
+            for at in range(0, x.shape[1], 2 * half):
+                for i in range(at, at + half):
+                    x[r, i], x[r, i + half] = x[r, i] + x[r, i + half], x[r, i] - x[r, i + half]
         half //= 2
     return x
 
+
 def hadamard(
-    x:np.ndarray, # `(..., P)` float32, P a power of two
-)->np.ndarray: # `(..., P)`
+    x: np.ndarray,  # `(..., P)` float32, P a power of two
+) -> np.ndarray:  # `(..., P)`
     "Multiply by the Hadamard matrix over the root of its size: its own inverse"
-    *lead, p = x.shape; half = p//2
-    if p < 1 or p & (p-1): raise ValueError(f"A row of {p} numbers; a Hadamard matrix here has a power of two")
-    if sys.modules.get('numba'): return jitted(_butterflies)(np.asarray(x, np.float32).reshape(-1, p)).reshape(x.shape)*np.float32(1/math.sqrt(p)) # a reader has loaded it; for a few rows it is not worth a second
-    for _ in range(p.bit_length()-1):
+    *lead, p = x.shape
+    half = p // 2
+    if p < 1 or p & (p - 1):
+        raise ValueError(f"A row of {p} numbers; a Hadamard matrix here has a power of two")
+    if sys.modules.get('numba'):
+        return jitted(_butterflies)(np.asarray(x, np.float32).reshape(-1, p)).reshape(
+            x.shape
+        ) * np.float32(
+            1 / math.sqrt(p)
+        )  # a reader has loaded it; for a few rows it is not worth a second
+    for _ in range(p.bit_length() - 1):
         y = np.empty((*lead, half, 2), np.float32)
-        np.add(x[..., :half], x[..., half:], out=y[..., 0]); np.subtract(x[..., :half], x[..., half:], out=y[..., 1])
+        np.add(x[..., :half], x[..., half:], out=y[..., 0])
+        np.subtract(x[..., :half], x[..., half:], out=y[..., 1])
         x = y.reshape(*lead, p)
-    return x*np.float32(1/math.sqrt(p))
+    return x * np.float32(1 / math.sqrt(p))
 
 # %% ../../nbs/43_shards.compact.ipynb #b4f15925
 def spans(
-    width:int, # D_k
-)->tuple[slice,...]: # of coordinates, one a round
+    width: int,  # D_k
+) -> tuple[slice, ...]:  # of coordinates, one a round
     "Where the rounds of a rotation work: the first and the last power of two of the width"
-    p = 1 << (width.bit_length()-1)
-    return (slice(0, p),) if p == width else (slice(0, p), slice(width-p, width))
+    p = 1 << (width.bit_length() - 1)
+    return (slice(0, p),) if p == width else (slice(0, p), slice(width - p, width))
+
 
 def turn(
-    x:np.ndarray, # `(..., D_k)` float32
-    seed:int, # of the rotation
-)->np.ndarray: # `(..., D_k)`
+    x: np.ndarray,  # `(..., D_k)` float32
+    seed: int,  # of the rotation
+) -> np.ndarray:  # `(..., D_k)`
     "Rotate rows so that their coordinates look alike"
     for s, w in zip(signs(seed, x.shape[-1]), spans(x.shape[-1])):
-        x = x*s; x[..., w] = hadamard(x[..., w])
+        x = x * s
+        x[..., w] = hadamard(x[..., w])
     return x
 
+
 def turn_back(
-    x:np.ndarray, # `(..., D_k)` float32
-    seed:int, # of the rotation
-)->np.ndarray: # `(..., D_k)`
+    x: np.ndarray,  # `(..., D_k)` float32
+    seed: int,  # of the rotation
+) -> np.ndarray:  # `(..., D_k)`
     "Undo `turn`"
     x = x.copy()
     for s, w in zip(signs(seed, x.shape[-1])[::-1], spans(x.shape[-1])[::-1]):
-        x[..., w] = hadamard(x[..., w]); x *= s
+        x[..., w] = hadamard(x[..., w])
+        x *= s
     return x
 
 # %% ../../nbs/43_shards.compact.ipynb #7adb1441
 @lru_cache
 def levels(
-    bits:int, # 2–8
-)->np.ndarray: # `(2**bits,)` float32, ascending, read only
+    bits: int,  # 2–8
+) -> np.ndarray:  # `(2**bits,)` float32, ascending, read only
     "The levels that lose least on a standard Gaussian (Lloyd 1982)"
     bell, n = NormalDist(), 2**bits
-    at = [math.sqrt(3)*bell.inv_cdf((i+.5)/n) for i in range(n)]
+    at = [math.sqrt(3) * bell.inv_cdf((i + 0.5) / n) for i in range(n)]
     for _ in range(40):
-        borders = [(a+b)/2 for a, b in zip(at, at[1:])]
-        low, mass = [0., *map(bell.pdf, borders), 0.], [0., *map(bell.cdf, borders), 1.]
-        at = [(low[i]-low[i+1])/(mass[i+1]-mass[i]) for i in range(n)]
-    table = np.array([round((a-b)/2, 4) for a, b in zip(at, at[::-1])], np.float32)
+        borders = [(a + b) / 2 for a, b in zip(at, at[1:])]
+        low, mass = [0.0, *map(bell.pdf, borders), 0.0], [0.0, *map(bell.cdf, borders), 1.0]
+        at = [(low[i] - low[i + 1]) / (mass[i + 1] - mass[i]) for i in range(n)]
+    table = np.array([round((a - b) / 2, 4) for a, b in zip(at, at[::-1])], np.float32)
     table.flags.writeable = False
     return table
 
+
 def nearest(
-    x:np.ndarray, # any shape, in units of the root mean square
-    bits:int, # 2–8
-)->np.ndarray: # the same shape, uint8
+    x: np.ndarray,  # any shape, in units of the root mean square
+    bits: int,  # 2–8
+) -> np.ndarray:  # the same shape, uint8
     "The index of the nearest level"
     table = levels(bits)
-    return np.searchsorted((table[1:]+table[:-1])/2, x).astype(np.uint8)
+    return np.searchsorted((table[1:] + table[:-1]) / 2, x).astype(np.uint8)
 
 # %% ../../nbs/43_shards.compact.ipynb #84a9c232
 def to_bytes(
-    codes:np.ndarray, # `(R, D)` uint8 below 2**bits
-    bits:int, # 2–8
-)->np.ndarray: # `(R, ceil(D*bits/8))` uint8
+    codes: np.ndarray,  # `(R, D)` uint8 below 2**bits
+    bits: int,  # 2–8
+) -> np.ndarray:  # `(R, ceil(D*bits/8))` uint8
     "Write codes densely, each row from a byte of its own"
-    if bits == 8: return codes
-    apart = np.unpackbits(codes[..., None], axis=-1)[..., 8-bits:]
-    return np.packbits(apart.reshape(len(codes), codes.shape[1]*bits), axis=-1)
+    if bits == 8:
+        return codes
+    apart = np.unpackbits(codes[..., None], axis=-1)[..., 8 - bits :]
+    return np.packbits(apart.reshape(len(codes), codes.shape[1] * bits), axis=-1)
+
 
 def from_bytes(
-    packed:np.ndarray, # `(R, ceil(D*bits/8))` uint8
-    width:int, # D
-    bits:int, # 2–8
-)->np.ndarray: # `(R, D)` uint8
+    packed: np.ndarray,  # `(R, ceil(D*bits/8))` uint8
+    width: int,  # D
+    bits: int,  # 2–8
+) -> np.ndarray:  # `(R, D)` uint8
     "Read what `to_bytes` wrote"
-    if bits == 8: return packed
-    if bits == 4: return np.stack([packed >> 4, packed & 15], -1).reshape(len(packed), 2*packed.shape[1])[:, :width]
-    apart = np.unpackbits(packed, axis=-1, count=width*bits).reshape(len(packed), width, bits)
-    return np.packbits(apart, axis=-1)[..., 0] >> (8-bits)
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return np.stack([packed >> 4, packed & 15], -1).reshape(len(packed), 2 * packed.shape[1])[
+            :, :width
+        ]
+    apart = np.unpackbits(packed, axis=-1, count=width * bits).reshape(len(packed), width, bits)
+    return np.packbits(apart, axis=-1)[..., 0] >> (8 - bits)
 
 # %% ../../nbs/43_shards.compact.ipynb #416f9dee
 def encode_rows(
-    x:np.ndarray, # `(R, D)` float32, finite
-    widths:Sequence[int], # D_k of the teachers, their sum is D
-    bits:int, # 2–8
-    seed:int=0, # of the rotation
-)->tuple[np.ndarray,np.ndarray]: # lengths `(R, K)` float16 and codes `(R, ceil(D*bits/8))` uint8
+    x: np.ndarray,  # `(R, D)` float32, finite
+    widths: Sequence[int],  # D_k of the teachers, their sum is D
+    bits: int,  # 2–8
+    seed: int = 0,  # of the rotation
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # lengths `(R, K)` float16 and codes `(R, ceil(D*bits/8))` uint8
     "Turn rows, measure them in units of their root mean square, and take the nearest levels"
     lengths, codes = [], []
     for part in np.split(x, np.cumsum(widths)[:-1], axis=1):
         n = np.linalg.norm(part.astype(np.float64), axis=1).astype(np.float32)
-        codes.append(nearest(turn(part/np.where(n > 0, n, 1)[:, None], seed)*np.float32(math.sqrt(part.shape[1])), bits))
+        codes.append(
+            nearest(
+                turn(part / np.where(n > 0, n, 1)[:, None], seed)
+                * np.float32(math.sqrt(part.shape[1])),
+                bits,
+            )
+        )
         lengths.append(n)
     return np.stack(lengths, 1).astype(np.float16), to_bytes(np.concatenate(codes, 1), bits)
 
-@lru_cache
-def _whole(bits:int)->np.ndarray: # `(2**bits,)` float32
-    "Levels as whole numbers of ten-thousandths, whose squares add up exactly in any order"
-    return np.rint(levels(bits)*10_000)
 
-def _restore(y:np.ndarray, lengths:np.ndarray, seed:int)->np.ndarray: # `(..., D_k)` float32
+@lru_cache
+def _whole(bits: int) -> np.ndarray:  # `(2**bits,)` float32
+    "Levels as whole numbers of ten-thousandths, whose squares add up exactly in any order"
+    return np.rint(levels(bits) * 10_000)
+
+
+def _restore(y: np.ndarray, lengths: np.ndarray, seed: int) -> np.ndarray:  # `(..., D_k)` float32
     "Give rows their lengths and turn them back"
-    energy = (y.astype(np.float64)**2).sum(-1)
-    return turn_back(y*(lengths/np.sqrt(energy)).astype(np.float32)[..., None], seed)
+    energy = (y.astype(np.float64) ** 2).sum(-1)
+    return turn_back(y * (lengths / np.sqrt(energy)).astype(np.float32)[..., None], seed)
+
 
 def decode_rows(
-    lengths:np.ndarray, # `(R, K)` float16
-    packed:np.ndarray, # `(R, ceil(D*bits/8))` uint8
-    widths:Sequence[int], # D_k
-    bits:int, # 2–8
-    seed:int=0, # of the rotation
-)->np.ndarray: # `(R, D)` float32
+    lengths: np.ndarray,  # `(R, K)` float16
+    packed: np.ndarray,  # `(R, ceil(D*bits/8))` uint8
+    widths: Sequence[int],  # D_k
+    bits: int,  # 2–8
+    seed: int = 0,  # of the rotation
+) -> np.ndarray:  # `(R, D)` float32
     "Rows from levels, of the lengths they had"
     y = _whole(bits)[from_bytes(packed, sum(widths), bits)]
-    if len(set(widths)) == 1: return _restore(y.reshape(len(y), len(widths), widths[0]), lengths, seed).reshape(y.shape)    # all teachers at once
+    if len(set(widths)) == 1:
+        return _restore(y.reshape(len(y), len(widths), widths[0]), lengths, seed).reshape(
+            y.shape
+        )  # all teachers at once
     parts = np.split(y, np.cumsum(widths)[:-1], axis=1)
     return np.concatenate([_restore(p, lengths[:, k], seed) for k, p in enumerate(parts)], 1)
 
 # %% ../../nbs/43_shards.compact.ipynb #05e64e18
 MAGIC, VERSION = b'MCNE', 1
-_HEAD = struct.Struct('<4sBBBBII') # magic, version, bits, teachers, arrays, seed, checksum
+_HEAD = struct.Struct('<4sBBBBII')  # magic, version, bits, teachers, arrays, seed, checksum
 
-def _stride(widths:Sequence[int], bits:int)->int: # bytes
+
+def _stride(widths: Sequence[int], bits: int) -> int:  # bytes
     "Bytes a row"
-    return 2*len(widths) + -(-sum(widths)*bits//8)
+    return 2 * len(widths) + -(-sum(widths) * bits // 8)
 
-def _sound(name:str, x:np.ndarray, widths:Sequence[int])->np.ndarray: # `(R, D)` float32
+
+def _sound(name: str, x: np.ndarray, widths: Sequence[int]) -> np.ndarray:  # `(R, D)` float32
     "An array fit to be packed"
     x = np.asarray(x)
-    if x.ndim != 2 or x.shape[1] != sum(widths): raise ValueError(f"{name!r} has shape {x.shape}; teachers {tuple(widths)} wide give rows of {sum(widths)}. Join them in their order first")
-    if not np.isfinite(x).all(): raise ValueError(f"{name!r} has numbers that are not finite; drop the sample, its teacher is broken")
+    if x.ndim != 2 or x.shape[1] != sum(widths):
+        raise ValueError(
+            f"{name!r} has shape {x.shape}; teachers {tuple(widths)} wide give rows of {sum(widths)}. Join them in their order first"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"{name!r} has numbers that are not finite; drop the sample, its teacher is broken"
+        )
     for part in np.split(x, np.cumsum(widths)[:-1], axis=1):
         n = np.linalg.norm(part.astype(np.float64), axis=1)
-        if (odd := n[(n > 0) & ((n < 1e-3) | (n > 6e4))]).size: raise ValueError(f"{name!r} has a row of length {odd[0]:.1e}, and float16 holds 0 and 1e-3 to 6e4 well; normalize rows first")
+        if (odd := n[(n > 0) & ((n < 1e-3) | (n > 6e4))]).size:
+            raise ValueError(
+                f"{name!r} has a row of length {odd[0]:.1e}, and float16 holds 0 and 1e-3 to 6e4 well; normalize rows first"
+            )
     return x.astype(np.float32)
 
 # %% ../../nbs/43_shards.compact.ipynb #5672bf77
-def _checked(arrays:dict[str,np.ndarray], widths:tuple[int,...], bits:int, seed:int)->dict[str,bytes]: # name to its bytes, sorted
+def _checked(
+    arrays: dict[str, np.ndarray], widths: tuple[int, ...], bits: int, seed: int
+) -> dict[str, bytes]:  # name to its bytes, sorted
     "Refuse what a head cannot say"
-    if bits not in range(2, 9): raise ValueError(f"bits={bits!r}; a number is stored in 2 to 8 bits")
-    if not 0 < len(widths) < 256 or not all(0 < w < 65536 for w in widths): raise ValueError(f"widths={widths} must be 1 to 255 whole numbers from 1 to 65535, one a teacher")
-    if not 0 <= seed < 2**32: raise ValueError(f"seed={seed} does not fit 32 bits; use a whole number from 0 to {2**32-1}")
-    if not 0 < len(arrays) < 256: raise ValueError(f"{len(arrays)} arrays; a block holds 1 to 255")
+    if bits not in range(2, 9):
+        raise ValueError(f"bits={bits!r}; a number is stored in 2 to 8 bits")
+    if not 0 < len(widths) < 256 or not all(0 < w < 65536 for w in widths):
+        raise ValueError(
+            f"widths={widths} must be 1 to 255 whole numbers from 1 to 65535, one a teacher"
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed={seed} does not fit 32 bits; use a whole number from 0 to {2**32 - 1}"
+        )
+    if not 0 < len(arrays) < 256:
+        raise ValueError(f"{len(arrays)} arrays; a block holds 1 to 255")
     names = {n: n.encode() for n in sorted(arrays)}
     for n, raw in names.items():
-        if not 0 < len(raw) < 256: raise ValueError(f"The name {n[:40]!r} has {len(raw)} bytes; use 1 to 255")
+        if not 0 < len(raw) < 256:
+            raise ValueError(f"The name {n[:40]!r} has {len(raw)} bytes; use 1 to 255")
     return names
 
+
 def pack_rows(
-    arrays:dict[str,np.ndarray], # name to `(R, D)`, finite: `image_emb`, `text_emb`, `syn_text_emb`, ...
-    widths:Sequence[int], # D_k of the teachers, in order; their sum is D
-    bits:int, # 2–8
-    seed:int=0, # of the rotation, 0 to 2**32-1
-)->bytes: # the same for the same rows, whatever the order of names
+    arrays: dict[
+        str, np.ndarray
+    ],  # name to `(R, D)`, finite: `image_emb`, `text_emb`, `syn_text_emb`, ...
+    widths: Sequence[int],  # D_k of the teachers, in order; their sum is D
+    bits: int,  # 2–8
+    seed: int = 0,  # of the rotation, 0 to 2**32-1
+) -> bytes:  # the same for the same rows, whatever the order of names
     "Pack the embeddings of a sample into one block"
     widths = tuple(int(w) for w in widths)
     names = _checked(arrays, widths, bits, seed)
     body = [struct.pack(f'<{len(widths)}H', *widths)]
-    body += [struct.pack('B', len(raw)) + raw + struct.pack('<I', len(arrays[n])) for n, raw in names.items()]
+    body += [
+        struct.pack('B', len(raw)) + raw + struct.pack('<I', len(arrays[n]))
+        for n, raw in names.items()
+    ]
     for n in names:
         lengths, codes = encode_rows(_sound(n, arrays[n], widths), widths, bits, seed)
         body.append(np.concatenate([lengths.astype('<f2').view(np.uint8), codes], 1).tobytes())
-    rest, head = b''.join(body), _HEAD.pack(MAGIC, VERSION, bits, len(widths), len(names), seed, 0)[:-4]
+    rest, head = (
+        b''.join(body),
+        _HEAD.pack(MAGIC, VERSION, bits, len(widths), len(names), seed, 0)[:-4],
+    )
     return head + struct.pack('<I', zlib.crc32(rest, zlib.crc32(head))) + rest
 
+
 def is_packed(
-    blob:bytes, # of a member
-)->bool: # whether it begins with our magic
+    blob: bytes,  # of a member
+) -> bool:  # whether it begins with our magic
     "Tell a block from anything else"
     return bytes(blob[:4]) == MAGIC
 
 # %% ../../nbs/43_shards.compact.ipynb #34a53f89
 class Packed:
     "The embeddings of a sample, one row at a time"
-    def __init__(self,
-        blob:bytes, # what `pack_rows` made
+
+    def __init__(
+        self,
+        blob: bytes,  # what `pack_rows` made
     ):
-        if not is_packed(blob): raise ValueError(f"No packed embeddings: the block begins with {bytes(blob[:4])!r}, not {MAGIC!r}")
-        if len(blob) < _HEAD.size: raise ValueError(f"The block of embeddings was cut short: it has {len(blob)} bytes and its head alone {_HEAD.size}. Fetch the shard again")
+        if not is_packed(blob):
+            raise ValueError(
+                f"No packed embeddings: the block begins with {bytes(blob[:4])!r}, not {MAGIC!r}"
+            )
+        if len(blob) < _HEAD.size:
+            raise ValueError(
+                f"The block of embeddings was cut short: it has {len(blob)} bytes and its head alone {_HEAD.size}. Fetch the shard again"
+            )
         _, version, self.bits, k, n, self.seed, crc = _HEAD.unpack_from(blob)
-        if version != VERSION: raise ValueError(f"The block has version {version}, this reader knows {VERSION}; update mobileclip_nb")
-        if self.bits not in range(2, 9) or not k or not n: raise ValueError(f"The block claims {self.bits} bits, {k} teachers and {n} arrays; it is damaged. Fetch the shard again")
+        if version != VERSION:
+            raise ValueError(
+                f"The block has version {version}, this reader knows {VERSION}; update mobileclip_nb"
+            )
+        if self.bits not in range(2, 9) or not k or not n:
+            raise ValueError(
+                f"The block claims {self.bits} bits, {k} teachers and {n} arrays; it is damaged. Fetch the shard again"
+            )
         self._blob = bytes(blob)
-        try: self.widths, at, self._rows = _places(self._blob, k, n, self.bits)
-        except (struct.error, UnicodeDecodeError, IndexError) as e: raise ValueError(f"The head of the block is damaged or cut short ({type(e).__name__}); fetch the shard again") from e
-        if zlib.crc32(memoryview(self._blob)[16:], zlib.crc32(self._blob[:12])) != crc: raise ValueError("The block does not match its checksum: some of its bytes have changed. Fetch the shard again")
-        table = np.frombuffer(self._blob, np.uint8, offset=at).reshape(-1, _stride(self.widths, self.bits))
-        self._lengths, self._codes = table[:, :2*k].view('<f2'), table[:, 2*k:]
-        if bad := np.flatnonzero(~((self._lengths >= 0) & (self._lengths < np.inf)).all(1)).tolist():
-            raise ValueError(f"{next(n for n, r in self._rows.items() if bad[0] in r)!r} has a row whose length is infinite, below 0 or no number; whoever wrote the block was broken")
+        try:
+            self.widths, at, self._rows = _places(self._blob, k, n, self.bits)
+        except (struct.error, UnicodeDecodeError, IndexError) as e:
+            raise ValueError(
+                f"The head of the block is damaged or cut short ({type(e).__name__}); fetch the shard again"
+            ) from e
+        if zlib.crc32(memoryview(self._blob)[16:], zlib.crc32(self._blob[:12])) != crc:
+            raise ValueError(
+                "The block does not match its checksum: some of its bytes have changed. Fetch the shard again"
+            )
+        table = np.frombuffer(self._blob, np.uint8, offset=at).reshape(
+            -1, _stride(self.widths, self.bits)
+        )
+        self._lengths, self._codes = table[:, : 2 * k].view('<f2'), table[:, 2 * k :]
+        if bad := np.flatnonzero(
+            ~((self._lengths >= 0) & (self._lengths < np.inf)).all(1)
+        ).tolist():
+            raise ValueError(
+                f"{next(n for n, r in self._rows.items() if bad[0] in r)!r} has a row whose length is infinite, below 0 or no number; whoever wrote the block was broken"
+            )
 
     @property
-    def names(self)->tuple[str,...]:
+    def names(self) -> tuple[str, ...]:
         "Arrays, sorted as they stand"
         return tuple(self._rows)
 
-    def rows(self, name:str)->int: # R
+    def rows(self, name: str) -> int:  # R
         "How many rows an array has"
-        if name not in self._rows: raise KeyError(f"No array {name!r}.{near(name, self._rows)} The block has {', '.join(self._rows)}")
+        if name not in self._rows:
+            raise KeyError(
+                f"No array {name!r}.{near(name, self._rows)} The block has {', '.join(self._rows)}"
+            )
         return len(self._rows[name])
 
-    def row(self, name:str, i:int)->np.ndarray: # `(D,)` float32
+    def row(self, name: str, i: int) -> np.ndarray:  # `(D,)` float32
         "Decode one row and nothing else"
         return self.pick([(name, i)])[0]
 
-    def pick(self, wanted:Sequence[tuple[str,int]])->np.ndarray: # `(n, D)` float32
+    def pick(self, wanted: Sequence[tuple[str, int]]) -> np.ndarray:  # `(n, D)` float32
         "Decode some rows of any arrays at once, which costs little more than one"
         for name, i in wanted:
-            if not 0 <= i < self.rows(name): raise IndexError(f"{name!r} has rows 0 to {self.rows(name)-1}, not {i}")
+            if not 0 <= i < self.rows(name):
+                raise IndexError(f"{name!r} has rows 0 to {self.rows(name) - 1}, not {i}")
         at = [self._rows[name][i] for name, i in wanted]
         return decode_rows(self._lengths[at], self._codes[at], self.widths, self.bits, self.seed)
 
-    def array(self, name:str)->np.ndarray: # `(R, D)` float32
+    def array(self, name: str) -> np.ndarray:  # `(R, D)` float32
         "Decode all rows of an array"
         return self.pick([(name, i) for i in range(self.rows(name))])
 
 # %% ../../nbs/43_shards.compact.ipynb #3070f5d1
-def _places(blob:bytes, k:int, n:int, bits:int)->tuple[tuple[int,...],int,dict[str,range]]: # widths; first byte of the rows; which of them are whose
+def _places(
+    blob: bytes, k: int, n: int, bits: int
+) -> tuple[
+    tuple[int, ...], int, dict[str, range]
+]:  # widths; first byte of the rows; which of them are whose
     "Read the rest of the head and see whether the bytes are as many as it says"
-    widths, at, rows = struct.unpack_from(f'<{k}H', blob, _HEAD.size), _HEAD.size + 2*k, {}
+    widths, at, rows = struct.unpack_from(f'<{k}H', blob, _HEAD.size), _HEAD.size + 2 * k, {}
     for _ in range(n):
         end = at + 1 + blob[at]
-        rows[blob[at+1:end].decode()], = struct.unpack_from('<I', blob, end)
+        (rows[blob[at + 1 : end].decode()],) = struct.unpack_from('<I', blob, end)
         at = end + 4
-    if len(rows) < n or not all(rows) or not all(widths): raise ValueError("The block has an array without a name of its own or a teacher without width; it is damaged. Fetch the shard again")
+    if len(rows) < n or not all(rows) or not all(widths):
+        raise ValueError(
+            "The block has an array without a name of its own or a teacher without width; it is damaged. Fetch the shard again"
+        )
     stride, total, ends = _stride(widths, bits), sum(rows.values()), accumulate(rows.values())
-    if len(blob) - at != total*stride: raise ValueError(f"The block claims {total:,} rows of {stride:,} bytes and has {len(blob)-at:,} bytes of rows; it was cut short or damaged. Fetch the shard again")
-    return widths, at, {name: range(end-r, end) for (name, r), end in zip(rows.items(), ends)}
+    if len(blob) - at != total * stride:
+        raise ValueError(
+            f"The block claims {total:,} rows of {stride:,} bytes and has {len(blob) - at:,} bytes of rows; it was cut short or damaged. Fetch the shard again"
+        )
+    return widths, at, {name: range(end - r, end) for (name, r), end in zip(rows.items(), ends)}

@@ -14,256 +14,385 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..places import exists, join_url, list_shards, name_of, read_bytes, reading, shown, write_bytes, writing
+from mobileclip_nb.places import (
+    exists,
+    join_url,
+    list_shards,
+    name_of,
+    read_bytes,
+    reading,
+    shown,
+    write_bytes,
+    writing,
+)
 from .limits import REASONS, Faulty, Limits, read_json
-from .members import END, RECORD, Member, name_fault, read_tar, split_name, tar_file
+from mobileclip_nb.shards.members import (
+    END,
+    RECORD,
+    Member,
+    name_fault,
+    read_tar,
+    split_name,
+    tar_file,
+)
 from .sample import Sample, StoreSpec, from_members, to_members
 
 # %% ../../nbs/45_shards.files.ipynb #4141a4d1
 @dataclass
 class Skips:
     "What was kept, and what was refused and why"
-    kept:int=0 # samples
-    most:int=5 # examples kept for each reason
-    counts:dict[str, int]=field(default_factory=dict) # by reason
-    examples:dict[str, list[tuple[str, str, str]]]=field(default_factory=dict) # by reason: shard, key, detail
 
-    def add(self, reason:str, shard:str, key:str, detail:str)->None:
+    kept: int = 0  # samples
+    most: int = 5  # examples kept for each reason
+    counts: dict[str, int] = field(default_factory=dict)  # by reason
+    examples: dict[str, list[tuple[str, str, str]]] = field(
+        default_factory=dict
+    )  # by reason: shard, key, detail
+
+    def add(self, reason: str, shard: str, key: str, detail: str) -> None:
         "Append one refusal"
-        if reason not in REASONS: raise KeyError(f"No reason {reason!r}; there are {', '.join(REASONS)}")
+        if reason not in REASONS:
+            raise KeyError(f"No reason {reason!r}; there are {', '.join(REASONS)}")
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        if len(some := self.examples.setdefault(reason, [])) < self.most: some.append((shard, _plain(key), _plain(detail)))
+        if len(some := self.examples.setdefault(reason, [])) < self.most:
+            some.append((shard, _plain(key), _plain(detail)))
 
     @property
-    def total(self)->int:
+    def total(self) -> int:
         "How many were refused"
         return sum(self.counts.values())
 
-    def merge(self, other:Self)->None:
+    def merge(self, other: Self) -> None:
         "Add what another one counted"
         self.kept += other.kept
         for r, n in other.counts.items():
             self.counts[r] = self.counts.get(r, 0) + n
-            self.examples[r] = (self.examples.get(r, []) + [tuple(e) for e in other.examples.get(r, [])])[:self.most]
+            self.examples[r] = (
+                self.examples.get(r, []) + [tuple(e) for e in other.examples.get(r, [])]
+            )[: self.most]
 
-    def to_dict(self)->dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         "The same in JSON's own types"
-        return dict(kept=self.kept, skipped=self.total, counts=dict(sorted(self.counts.items())), examples={r: [list(e) for e in v] for r, v in sorted(self.examples.items())})
+        return dict(
+            kept=self.kept,
+            skipped=self.total,
+            counts=dict(sorted(self.counts.items())),
+            examples={r: [list(e) for e in v] for r, v in sorted(self.examples.items())},
+        )
 
     @classmethod
-    def from_dict(cls, d:Mapping[str, Any], most:int=5)->Self:
+    def from_dict(cls, d: Mapping[str, Any], most: int = 5) -> Self:
         "The skips that `to_dict` described"
-        return cls(d['kept'], most, dict(d['counts']), {r: [tuple(e) for e in v] for r, v in d['examples'].items()})
+        return cls(
+            d['kept'],
+            most,
+            dict(d['counts']),
+            {r: [tuple(e) for e in v] for r, v in d['examples'].items()},
+        )
 
-    def __str__(self)->str:
+    def __str__(self) -> str:
         lines = [f'{self.kept:,} samples kept, {self.total:,} refused']
         for r, n in sorted(self.counts.items()):
-            lines += [f'  {r}: {n:,} ({REASONS[r]})'] + [f"    {shard} {key or '(the shard)'}: {detail}" for shard, key, detail in self.examples.get(r, [])]
+            lines += [f'  {r}: {n:,} ({REASONS[r]})'] + [
+                f"    {shard} {key or '(the shard)'}: {detail}"
+                for shard, key, detail in self.examples.get(r, [])
+            ]
         return '\n'.join(lines)
 
-def _plain(text:str, most:int=200)->str:
+
+def _plain(text: str, most: int = 200) -> str:
     "Make a stranger's text fit for a terminal and a log"
-    text = ''.join(c if c.isprintable() else '?' for c in str(text).encode('utf-8', 'replace').decode())
+    text = ''.join(
+        c if c.isprintable() else '?' for c in str(text).encode('utf-8', 'replace').decode()
+    )
     return text if len(text) <= most else text[:most] + '...'
 
 # %% ../../nbs/45_shards.files.ipynb #e4e10ae6
 class _Group:
     "The members of one sample while they come in"
-    def __init__(self, key:str, fault:Faulty|None=None): self.key, self.fault, self.members, self.size = key, fault, {}, 0
 
-    def add(self, ext:str, m:Member, limits:Limits, skim:bool=False)->None:
+    def __init__(self, key: str, fault: Faulty | None = None):
+        self.key, self.fault, self.members, self.size = key, fault, {}, 0
+
+    def add(self, ext: str, m: Member, limits: Limits, skim: bool = False) -> None:
         "Append a member; the first fault stays"
-        self.size += max(m.size, len(m.data)); fault = m.fault
-        if ext in self.members: fault = fault or Faulty('duplicate', f'{ext} is there twice')
-        elif self.size > limits.sample: fault = fault or Faulty('size', f'its members are larger than {limits.sample:,} bytes')
-        elif len(self.members) >= limits.members: fault = fault or Faulty('size', f'it has more than {limits.members} members')
+        self.size += max(m.size, len(m.data))
+        fault = m.fault
+        if ext in self.members:
+            fault = fault or Faulty('duplicate', f'{ext} is there twice')
+        elif self.size > limits.sample:
+            fault = fault or Faulty('size', f'its members are larger than {limits.sample:,} bytes')
+        elif len(self.members) >= limits.members:
+            fault = fault or Faulty('size', f'it has more than {limits.members} members')
         self.fault = self.fault or fault
-        self.members = {} if self.fault else self.members | {ext: (m.at, m.size) if skim else m.data}
+        self.members = (
+            {} if self.fault else self.members | {ext: (m.at, m.size) if skim else m.data}
+        )
 
 # %% ../../nbs/45_shards.files.ipynb #1e4179b4
-def _close(g:_Group|None, skips:Skips, shard:str)->Iterator[tuple[str, dict[str, bytes]]]:
+def _close(g: _Group | None, skips: Skips, shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     "Let a finished group go, or count its fault"
-    if g and g.fault: skips.add(g.fault.reason, shard, g.key, g.fault.detail)
-    elif g: yield g.key, g.members
+    if g and g.fault:
+        skips.add(g.fault.reason, shard, g.key, g.fault.detail)
+    elif g:
+        yield g.key, g.members
+
 
 def read_members(
-    url:str|Path, # a tar, here or far away
-    skips:Skips|None=None, # is filled
-    limits:Limits=Limits(),
-    skim:bool=False, # leap over the contents, of a file that can be sought in
-)->Iterator[tuple[str, dict[str, Any]]]: # key, extension: contents, or place and size in the file if it is only skimmed
+    url: str | Path,  # a tar, here or far away
+    skips: Skips | None = None,  # is filled
+    limits: Limits = Limits(),
+    skim: bool = False,  # leap over the contents, of a file that can be sought in
+) -> Iterator[
+    tuple[str, dict[str, Any]]
+]:  # key, extension: contents, or place and size in the file if it is only skimmed
     "Stream the groups of members of a shard; those with a fault are counted and left out"
     skips, shard, seen, now = Skips() if skips is None else skips, name_of(url), set(), None
     with reading(url) as f:
         for m in read_tar(f, limits, skim):
-            if not m.name and m.fault: # the tar ends badly: its last sample may lack members
-                if now and not now.fault: now.fault = m.fault
-                else: skips.add(m.fault.reason, shard, '', m.fault.detail)
+            if not m.name and m.fault:  # the tar ends badly: its last sample may lack members
+                if now and not now.fault:
+                    now.fault = m.fault
+                else:
+                    skips.add(m.fault.reason, shard, '', m.fault.detail)
                 break
             at = split_name(m.name)
             if at is None:
-                fault = m.fault or Faulty('stray', 'its name has no extension, or begins with a dot')
-                skips.add(fault.reason, shard, m.name, fault.detail); continue
+                fault = m.fault or Faulty(
+                    'stray', 'its name has no extension, or begins with a dot'
+                )
+                skips.add(fault.reason, shard, m.name, fault.detail)
+                continue
             if now is None or at[0] != now.key:
                 yield from _close(now, skips, shard)
-                now = _Group(at[0], Faulty('scattered', 'its key came before in this shard') if at[0] in seen else None); seen.add(at[0])
+                now = _Group(
+                    at[0],
+                    Faulty('scattered', 'its key came before in this shard')
+                    if at[0] in seen
+                    else None,
+                )
+                seen.add(at[0])
             now.add(at[1], m, limits, skim)
         yield from _close(now, skips, shard)
 
 # %% ../../nbs/45_shards.files.ipynb #bf3fc4fa
 def read_shard(
-    url:str|Path, # a tar, here or far away
-    skips:Skips|None=None, # is filled: samples kept, refused, and why
-    limits:Limits=Limits(),
-    embeddings:bool=True, # False leaves npz, pth.gz and emb unopened, among `others`
-    wants:Sequence[str]=(), # fields a sample must have, such as `('image', 'captions')`
-    widths:Sequence[int]=(), # of the teachers, whose sum every row must have
-)->Iterator[Sample]:
+    url: str | Path,  # a tar, here or far away
+    skips: Skips | None = None,  # is filled: samples kept, refused, and why
+    limits: Limits = Limits(),
+    embeddings: bool = True,  # False leaves npz, pth.gz and emb unopened, among `others`
+    wants: Sequence[str] = (),  # fields a sample must have, such as `('image', 'captions')`
+    widths: Sequence[int] = (),  # of the teachers, whose sum every row must have
+) -> Iterator[Sample]:
     "Stream the samples of a shard; a bad one is counted with its reason, and its neighbors come through"
     skips = Skips() if skips is None else skips
     for key, members in read_members(url, skips, limits):
-        try: sample = from_members(key, members, limits, embeddings, widths, wants)
-        except Faulty as e: skips.add(e.reason, name_of(url), key, e.detail); continue
+        try:
+            sample = from_members(key, members, limits, embeddings, widths, wants)
+        except Faulty as e:
+            skips.add(e.reason, name_of(url), key, e.detail)
+            continue
         skips.kept += 1
         yield sample
 
 # %% ../../nbs/45_shards.files.ipynb #bfbec4e7
 def tar_files(
-    key:str, # of the sample
-    members:Mapping[str, bytes], # extension: contents
-    limits:Limits=Limits(), # of whoever reads it back
-)->list[bytes]: # in alphabetical order
+    key: str,  # of the sample
+    members: Mapping[str, bytes],  # extension: contents
+    limits: Limits = Limits(),  # of whoever reads it back
+) -> list[bytes]:  # in alphabetical order
     "Write the members of a sample, or refuse what our own reader would refuse: ValueError says why"
     names = {e: f'{key}.{e}' for e in sorted(members)}
     for e, n in names.items():
-        if split_name(n) != (key, e): raise ValueError(f"The name {n!r} would be read back as {split_name(n)}; a key's last part has no dot and an extension is in lower case")
-        if why := name_fault(n, limits): raise ValueError(f'Key {key!r}: {why}')
-        if len(members[e]) > limits.member: raise ValueError(f'{n!r} has {len(members[e]):,} bytes; readers take {limits.member:,}')
-    if (size := sum(map(len, members.values()))) > limits.sample: raise ValueError(f'Sample {key!r} has {size:,} bytes; readers take {limits.sample:,}')
-    if len(names) > limits.members: raise ValueError(f'Sample {key!r} has {len(names)} members; readers take {limits.members}')
+        if split_name(n) != (key, e):
+            raise ValueError(
+                f"The name {n!r} would be read back as {split_name(n)}; a key's last part has no dot and an extension is in lower case"
+            )
+        if why := name_fault(n, limits):
+            raise ValueError(f'Key {key!r}: {why}')
+        if len(members[e]) > limits.member:
+            raise ValueError(f'{n!r} has {len(members[e]):,} bytes; readers take {limits.member:,}')
+    if (size := sum(map(len, members.values()))) > limits.sample:
+        raise ValueError(f'Sample {key!r} has {size:,} bytes; readers take {limits.sample:,}')
+    if len(names) > limits.members:
+        raise ValueError(f'Sample {key!r} has {len(names)} members; readers take {limits.members}')
     return [tar_file(n, members[e]) for e, n in names.items()]
 
 # %% ../../nbs/45_shards.files.ipynb #7fe21e6d
 class ShardWriter:
     "A shard while it is written; it takes its name only if the block ends well"
-    def __init__(self,
-        url:str|Path, # where it will be
-        store:StoreSpec=StoreSpec(),
-        widths:Sequence[int]=(), # of the teachers
-        limits:Limits=Limits(), # a sample that our own reader would refuse is refused here
+
+    def __init__(
+        self,
+        url: str | Path,  # where it will be
+        store: StoreSpec = StoreSpec(),
+        widths: Sequence[int] = (),  # of the teachers
+        limits: Limits = Limits(),  # a sample that our own reader would refuse is refused here
     ):
         self.url, self.store, self.widths, self.limits = url, store, tuple(widths), limits
-        self.count = self.bytes = 0; self.sha256 = ''
+        self.count = self.bytes = 0
+        self.sha256 = ''
         self._keys, self._hash, self._file, self._open = set(), hashlib.sha256(), None, ExitStack()
 
-    def __enter__(self)->Self:
-        self._file = self._open.enter_context(open(self._open.enter_context(writing(self.url)), 'wb'))
+    def __enter__(self) -> Self:
+        self._file = self._open.enter_context(
+            open(self._open.enter_context(writing(self.url)), 'wb')
+        )
         return self
 
-    def __exit__(self, kind:type|None, error:BaseException|None, trace:Any)->None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
-            if kind is None: self._put(END + bytes(-(self.bytes + len(END)) % RECORD)); self.sha256 = self._hash.hexdigest()
+            if kind is None:
+                self._put(END + bytes(-(self.bytes + len(END)) % RECORD))
+                self.sha256 = self._hash.hexdigest()
         except BaseException as e:
             self._open.__exit__(type(e), e, e.__traceback__)
             raise
         self._open.__exit__(kind, error, trace)
 
-    def _put(self, data:bytes)->None:
+    def _put(self, data: bytes) -> None:
         "Append bytes"
-        self._file.write(data); self._hash.update(data); self.bytes += len(data)
+        self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)
 
-    def write(self, sample:Sample)->None:
+    def write(self, sample: Sample) -> None:
         "Append a sample; one that does not hang together, or whose key was there, is refused and nothing of it is written"
         self.write_members(sample.key, to_members(sample, self.store, self.widths))
 
-    def write_members(self, key:str, members:Mapping[str, bytes])->None:
+    def write_members(self, key: str, members: Mapping[str, bytes]) -> None:
         "Append members as they are, in alphabetical order"
-        if self._file is None: raise ValueError("Open a ShardWriter with `with`")
-        if key in self._keys: raise ValueError(f"Key {key!r} is in this shard already; keys name samples, so make them differ")
-        for f in tar_files(key, members, self.limits): self._put(f)
-        self._keys.add(key); self.count += 1
+        if self._file is None:
+            raise ValueError("Open a ShardWriter with `with`")
+        if key in self._keys:
+            raise ValueError(
+                f"Key {key!r} is in this shard already; keys name samples, so make them differ"
+            )
+        for f in tar_files(key, members, self.limits):
+            self._put(f)
+        self._keys.add(key)
+        self.count += 1
 
 # %% ../../nbs/45_shards.files.ipynb #b7b2f7a9
 class Written(NamedTuple):
     "A shard that was written"
-    sha256:str # of its bytes, 64 hexadecimal digits
-    count:int # samples
-    bytes:int
+
+    sha256: str  # of its bytes, 64 hexadecimal digits
+    count: int  # samples
+    bytes: int
+
 
 def write_shard(
-    url:str|Path, # where it will be
-    samples:Iterable[Sample],
-    store:StoreSpec=StoreSpec(),
-    widths:Sequence[int]=(), # of the teachers
-)->Written:
+    url: str | Path,  # where it will be
+    samples: Iterable[Sample],
+    store: StoreSpec = StoreSpec(),
+    widths: Sequence[int] = (),  # of the teachers
+) -> Written:
     "Write a shard whole or not at all; the same samples always give the same bytes"
     with ShardWriter(url, store, widths) as w:
-        for s in samples: w.write(s)
+        for s in samples:
+            w.write(s)
     return Written(w.sha256, w.count, w.bytes)
 
 # %% ../../nbs/45_shards.files.ipynb #845f316c
 MANIFEST, PUBLISHED, VERSION = 'manifest.json', 'manifest.jsonl', 1
 
+
 class Entry(NamedTuple):
     "One shard of a manifest"
-    shard:str # its name below the folder, without `.tar`
-    num_uids:int # samples
-    sha256:str='' # of its bytes; empty if the manifest does not say
-    bytes:int=0 # 0 if the manifest does not say
+
+    shard: str  # its name below the folder, without `.tar`
+    num_uids: int  # samples
+    sha256: str = ''  # of its bytes; empty if the manifest does not say
+    bytes: int = 0  # 0 if the manifest does not say
+
 
 @dataclass(frozen=True)
 class Manifest:
     "What a folder of shards says about itself"
-    shards:tuple[Entry, ...]
-    about:dict[str, Any]=field(default_factory=dict) # augmentation, teachers, captioners, packages, as the writer gave them
-    version:int|None=VERSION # None if only the published manifest is there
+
+    shards: tuple[Entry, ...]
+    about: dict[str, Any] = field(
+        default_factory=dict
+    )  # augmentation, teachers, captioners, packages, as the writer gave them
+    version: int | None = VERSION  # None if only the published manifest is there
 
     @property
-    def samples(self)->int:
+    def samples(self) -> int:
         "How many samples there are in all"
         return sum(e.num_uids for e in self.shards)
 
+
 _OWN = ('format', 'version', 'samples', 'shards')
 
+
 def write_manifests(
-    out:str|Path, # the folder of the shards
-    entries:Iterable[Entry], # in any order
-    about:Mapping[str, Any]|None=None, # JSON
-)->Manifest:
+    out: str | Path,  # the folder of the shards
+    entries: Iterable[Entry],  # in any order
+    about: Mapping[str, Any] | None = None,  # JSON
+) -> Manifest:
     "Write the published manifest.jsonl and our manifest.json"
-    entries = tuple(sorted(Entry(*e) for e in entries)); about = dict(about or {})
-    if taken := [k for k in _OWN if k in about]: raise ValueError(f"`about` cannot hold {', '.join(taken)}; the manifest says these itself")
+    entries = tuple(sorted(Entry(*e) for e in entries))
+    about = dict(about or {})
+    if taken := [k for k in _OWN if k in about]:
+        raise ValueError(f"`about` cannot hold {', '.join(taken)}; the manifest says these itself")
     lines = [json.dumps(dict(shard=e.shard, num_uids=e.num_uids)) for e in entries]
-    ours = about | dict(format='mobileclip_nb shards', version=VERSION, samples=sum(e.num_uids for e in entries), shards=[e._asdict() for e in entries])
+    ours = about | dict(
+        format='mobileclip_nb shards',
+        version=VERSION,
+        samples=sum(e.num_uids for e in entries),
+        shards=[e._asdict() for e in entries],
+    )
     write_bytes(join_url(out, PUBLISHED), ''.join(l + '\n' for l in lines).encode())
-    write_bytes(join_url(out, MANIFEST), (json.dumps(ours, indent=1, sort_keys=True, allow_nan=False) + '\n').encode())
+    write_bytes(
+        join_url(out, MANIFEST),
+        (json.dumps(ours, indent=1, sort_keys=True, allow_nan=False) + '\n').encode(),
+    )
     return Manifest(entries, about)
 
 # %% ../../nbs/45_shards.files.ipynb #437ac552
-def _entry(d:Any, where:str)->Entry:
+def _entry(d: Any, where: str) -> Entry:
     "Read one shard's line, or refuse it"
     kinds = dict(shard=str, num_uids=int, sha256=str, bytes=int)
-    if not isinstance(d, dict) or not {'shard', 'num_uids'} <= set(d) or any(type(d[k]) is not t for k, t in kinds.items() if k in d):
+    if (
+        not isinstance(d, dict)
+        or not {'shard', 'num_uids'} <= set(d)
+        or any(type(d[k]) is not t for k, t in kinds.items() if k in d)
+    ):
         raise ValueError(f"{where}: {str(d)[:80]} is not a shard's name and number of samples")
     return Entry(**{k: d[k] for k in kinds if k in d})
 
+
 def read_published(
-    place:str|Path, # a folder of shards
-)->tuple[Entry, ...]:
+    place: str | Path,  # a folder of shards
+) -> tuple[Entry, ...]:
     "Read the published manifest.jsonl"
     lines = [l for l in read_bytes(join_url(place, PUBLISHED)).splitlines() if l.strip()]
-    return tuple(_entry(read_json(l, PUBLISHED, Limits(json=1 << 30)), f'{PUBLISHED}:{n}') for n, l in enumerate(lines, 1))
+    return tuple(
+        _entry(read_json(l, PUBLISHED, Limits(json=1 << 30)), f'{PUBLISHED}:{n}')
+        for n, l in enumerate(lines, 1)
+    )
+
 
 def read_manifest(
-    place:str|Path, # a folder of shards
-)->Manifest:
+    place: str | Path,  # a folder of shards
+) -> Manifest:
     "Read what a folder of shards says about itself: our manifest.json, or else the published manifest.jsonl"
     limits = Limits(json=1 << 30)
     if exists(at := join_url(place, MANIFEST)):
         d = read_json(read_bytes(at), MANIFEST, limits)
-        if not isinstance(d, dict) or d.get('format') != 'mobileclip_nb shards': raise ValueError(f"{shown(at)} is not a manifest of ours")
-        if d.get('version') != VERSION: raise ValueError(f"{shown(at)} has version {d.get('version')}; this library reads version {VERSION}. Use a newer one.")
-        if not isinstance(d.get('shards'), list): raise ValueError(f"{shown(at)} has no list of shards; it is damaged, write it again")
-        return Manifest(tuple(_entry(e, MANIFEST) for e in d['shards']), {k: v for k, v in d.items() if k not in _OWN})
-    if not exists(join_url(place, PUBLISHED)): raise FileNotFoundError(f"No {MANIFEST} and no {PUBLISHED} in {shown(place)!r}")
+        if not isinstance(d, dict) or d.get('format') != 'mobileclip_nb shards':
+            raise ValueError(f"{shown(at)} is not a manifest of ours")
+        if d.get('version') != VERSION:
+            raise ValueError(
+                f"{shown(at)} has version {d.get('version')}; this library reads version {VERSION}. Use a newer one."
+            )
+        if not isinstance(d.get('shards'), list):
+            raise ValueError(f"{shown(at)} has no list of shards; it is damaged, write it again")
+        return Manifest(
+            tuple(_entry(e, MANIFEST) for e in d['shards']),
+            {k: v for k, v in d.items() if k not in _OWN},
+        )
+    if not exists(join_url(place, PUBLISHED)):
+        raise FileNotFoundError(f"No {MANIFEST} and no {PUBLISHED} in {shown(place)!r}")
     return Manifest(read_published(place), {}, None)

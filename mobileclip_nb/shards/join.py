@@ -18,7 +18,16 @@ from tqdm.auto import tqdm
 
 from ..augment import DATACOMPDR, AugmentSpec, unpack
 from ..places import list_shards, name_of, reading, shown
-from .build import LeftOut, Report, ShardJob, fingerprint, finish, finished, look, size_of
+from mobileclip_nb.shards.build import (
+    LeftOut,
+    Report,
+    ShardJob,
+    fingerprint,
+    finish,
+    finished,
+    look,
+    size_of,
+)
 from .files import Skips, read_shard, tar_files
 from .limits import Faulty, read_json
 from .members import read_tar, split_name
@@ -26,188 +35,291 @@ from .sample import Sample, from_members, to_members
 
 # %% ../../nbs/47_shards.join.ipynb #9cf2e24c
 def number_of(
-    uid:str, # of a sample
-)->int: # 64 bits
+    uid: str,  # of a sample
+) -> int:  # 64 bits
     "Hash a uid to a number"
     return int.from_bytes(hashlib.sha256(uid.encode('utf-8', 'replace')).digest()[:8])
 
+
 def beginnings(
-    url:str|Path, # a shard
-)->Iterator[tuple[str,int]]: # uid (the key, where there is none), the byte at which its sample begins
+    url: str | Path,  # a shard
+) -> Iterator[
+    tuple[str, int]
+]:  # uid (the key, where there is none), the byte at which its sample begins
     "Walk a shard for the uids of its samples; Faulty at the end if the shard ends badly"
     with reading(url) as f:
         at, key, uid, begin, end = 0, None, '', 0, None
         for m in read_tar(f):
             here, at, part = at, f.tell(), split_name(m.name)
-            if m.fault and (not m.name or m.fault.reason == 'truncated'): end = m.fault
-            if part is None or m.fault: continue
+            if m.fault and (not m.name or m.fault.reason == 'truncated'):
+                end = m.fault
+            if part is None or m.fault:
+                continue
             if part[0] != key:
-                if key is not None: yield uid, begin
+                if key is not None:
+                    yield uid, begin
                 key, uid, begin = part[0], part[0], here
-            try: said = read_json(m.data, 'json', nan=lambda word: None) if part[1] == 'json' else None
-            except Faulty: continue
-            if isinstance(said, dict) and isinstance(said.get('uid'), str): uid = said['uid'] or key
-        if key is not None: yield uid, begin
-        if end: raise end
+            try:
+                said = (
+                    read_json(m.data, 'json', nan=lambda word: None) if part[1] == 'json' else None
+                )
+            except Faulty:
+                continue
+            if isinstance(said, dict) and isinstance(said.get('uid'), str):
+                uid = said['uid'] or key
+        if key is not None:
+            yield uid, begin
+        if end:
+            raise end
 
 # %% ../../nbs/47_shards.join.ipynb #0cfd2862
 def next_sample(
-    f:BinaryIO, # a shard, where a sample begins
-)->Sample: # embeddings unopened
+    f: BinaryIO,  # a shard, where a sample begins
+) -> Sample:  # embeddings unopened
     "Read the sample that begins here, or raise Faulty"
     key, members = None, {}
     for m in read_tar(f):
         part = split_name(m.name)
-        if m.fault: raise m.fault
-        if part is None: continue
-        if part[0] != (key := key or part[0]): break
-        if part[1] in members or len(members) > 64: raise Faulty('duplicate', f'{part[1]} is there twice, or there are too many members')
+        if m.fault:
+            raise m.fault
+        if part is None:
+            continue
+        if part[0] != (key := key or part[0]):
+            break
+        if part[1] in members or len(members) > 64:
+            raise Faulty('duplicate', f'{part[1]} is there twice, or there are too many members')
         members[part[1]] = m.data
     return from_members(key, members, embeddings=False)
 
 # %% ../../nbs/47_shards.join.ipynb #82ff9b24
 class Finder:
     "Find samples in many shards by uid, for seventeen bytes a sample"
-    def __init__(self,
-        urls:Iterable[str], # of shards
-        progress:bool=False, # show a bar
+
+    def __init__(
+        self,
+        urls: Iterable[str],  # of shards
+        progress: bool = False,  # show a bar
     ):
         self.urls, self.missing, self.now, self.stack = list(urls), [], None, ExitStack()
         numbers, places = array('Q'), array('Q')
-        for i, url in enumerate(tqdm(self.urls, 'index', unit=' shards', disable=not progress, leave=False)):
+        for i, url in enumerate(
+            tqdm(self.urls, 'index', unit=' shards', disable=not progress, leave=False)
+        ):
             try:
-                for uid, at in beginnings(url): numbers.append(number_of(uid)); places.append(i << 40 | at)
-            except (OSError, Faulty) as e: self.missing.append((name_of(url), str(e)))
+                for uid, at in beginnings(url):
+                    numbers.append(number_of(uid))
+                    places.append(i << 40 | at)
+            except (OSError, Faulty) as e:
+                self.missing.append((name_of(url), str(e)))
         order = np.argsort(np.array(numbers, np.uint64), kind='stable')
-        self.numbers, self.places = np.array(numbers, np.uint64)[order], np.array(places, np.uint64)[order]
+        self.numbers, self.places = (
+            np.array(numbers, np.uint64)[order],
+            np.array(places, np.uint64)[order],
+        )
         self.asked = np.zeros(len(order), bool)
 
-    def _span(self, number:int)->slice:
+    def _span(self, number: int) -> slice:
         "Where samples of a number stand"
-        return slice(*(int(np.searchsorted(self.numbers, np.uint64(number), side)) for side in ('left', 'right')))
+        return slice(
+            *(
+                int(np.searchsorted(self.numbers, np.uint64(number), side))
+                for side in ('left', 'right')
+            )
+        )
 
-    def find(self,
-        uid:str, # of a sample
-    )->list[int]: # places for `read`: none, one, or more
+    def find(
+        self,
+        uid: str,  # of a sample
+    ) -> list[int]:  # places for `read`: none, one, or more
         "Look up a uid; once in a very great while a place bears another"
         return sorted(map(int, self.places[self._span(number_of(uid))]))
 
-    def ask(self,
-        number:int, # of a uid
-    )->bool: # whether somebody did before
+    def ask(
+        self,
+        number: int,  # of a uid
+    ) -> bool:  # whether somebody did before
         "Note that metadata ask for a sample"
-        span = self._span(number); before = bool(self.asked[span].any()); self.asked[span] = True
+        span = self._span(number)
+        before = bool(self.asked[span].any())
+        self.asked[span] = True
         return before
 
-    def read(self,
-        place:int, # from `find` or `places`
-    )->Sample: # embeddings unopened
+    def read(
+        self,
+        place: int,  # from `find` or `places`
+    ) -> Sample:  # embeddings unopened
         "Read one sample where it lies, or raise Faulty"
-        if self.now != place >> 40: self.stack.close(); self.file = self.stack.enter_context(reading(self.urls[place >> 40])); self.now = place >> 40
+        if self.now != place >> 40:
+            self.stack.close()
+            self.file = self.stack.enter_context(reading(self.urls[place >> 40]))
+            self.now = place >> 40
         self.file.seek(place & (1 << 40) - 1)
         return next_sample(self.file)
 
 # %% ../../nbs/47_shards.join.ipynb #a8d58856
 def outside(
-    params:Iterable[list[Any]], # as stored, a list an augmentation
-    size:tuple[int,int], # width and height of the image, pixels
-    augment:AugmentSpec, # tells what the parameters mean
-)->str: # what is wrong; empty if every crop lies inside
+    params: Iterable[list[Any]],  # as stored, a list an augmentation
+    size: tuple[int, int],  # width and height of the image, pixels
+    augment: AugmentSpec,  # tells what the parameters mean
+) -> str:  # what is wrong; empty if every crop lies inside
     "Tell whether stored crops lie inside an image"
     for n, row in enumerate(params):
-        try: crop = unpack(augment, row).get('random_resized_crop')
-        except ValueError as e: return f'augmentation {n}: {e}'
-        if crop and (min(crop[:2]) < 0 or crop[0] + crop[2] > size[1] or crop[1] + crop[3] > size[0]):
+        try:
+            crop = unpack(augment, row).get('random_resized_crop')
+        except ValueError as e:
+            return f'augmentation {n}: {e}'
+        if crop and (
+            min(crop[:2]) < 0 or crop[0] + crop[2] > size[1] or crop[1] + crop[3] > size[0]
+        ):
             return f'augmentation {n} cuts {crop} (top, left, height, width) out of {size[0]}x{size[1]} pixels'
     return ''
 
 # %% ../../nbs/47_shards.join.ipynb #0aa4688f
 def joined(
-    image:Sample, # with image and captions
-    meta:Sample, # with the rest
-    augment:AugmentSpec=DATACOMPDR, # tells what the parameters mean
-)->Sample:
+    image: Sample,  # with image and captions
+    meta: Sample,  # with the rest
+    augment: AugmentSpec = DATACOMPDR,  # tells what the parameters mean
+) -> Sample:
     "Lay metadata beside the image they were made from, or raise LeftOut (DataCompDR's layout)"
-    if not meta.sha256: raise LeftOut('no hash', 'the metadata do not say which image they mean')
-    if not image.image: raise LeftOut('missing image', 'the sample is there and holds no image')
+    if not meta.sha256:
+        raise LeftOut('no hash', 'the metadata do not say which image they mean')
+    if not image.image:
+        raise LeftOut('missing image', 'the sample is there and holds no image')
     digest, said = hashlib.sha256(image.image).hexdigest(), meta.sha256.lower()
     if said not in (digest, image.sha256.lower(), image.meta.get('source_sha256')):
-        raise LeftOut('hash differs', f'the image has {digest[:12]}, the metadata say {said[:12]}; its size may be another, and crops are absolute pixels')
+        raise LeftOut(
+            'hash differs',
+            f'the image has {digest[:12]}, the metadata say {said[:12]}; its size may be another, and crops are absolute pixels',
+        )
     ext, size = look(image.image, deep=False)
-    if why := outside(meta.param_aug or (), size, augment): raise LeftOut('crop outside', why)
-    captions = meta.captions or image.captions # rows of embeddings belong to the metadata's own
-    if not captions: raise LeftOut('no caption')
+    if why := outside(meta.param_aug or (), size, augment):
+        raise LeftOut('crop outside', why)
+    captions = meta.captions or image.captions  # rows of embeddings belong to the metadata's own
+    if not captions:
+        raise LeftOut('no caption')
     known = {k: v for k, v in (image.meta | meta.meta).items() if k != 'source_sha256'}
-    return meta.but(image=image.image, ext=ext, captions=captions, sha256=digest, url=meta.url or image.url, meta=known | (dict(source_sha256=said) if said != digest else {}))
+    return meta.but(
+        image=image.image,
+        ext=ext,
+        captions=captions,
+        sha256=digest,
+        url=meta.url or image.url,
+        meta=known | (dict(source_sha256=said) if said != digest else {}),
+    )
 
 # %% ../../nbs/47_shards.join.ipynb #0eee3777
-def _match(meta:Sample, finder:Finder, augment:AugmentSpec, deep:bool)->Sample:
+def _match(meta: Sample, finder: Finder, augment: AugmentSpec, deep: bool) -> Sample:
     "Find the image of some metadata, or raise LeftOut"
     whys = []
     for place in finder.find(meta.uid):
         try:
-            if (image := finder.read(place)).uid != meta.uid: continue
-            sample = joined(image, meta, augment); members = to_members(sample)
-            if deep: from_members(sample.key, members) # rows against captions, widths, finite numbers
+            if (image := finder.read(place)).uid != meta.uid:
+                continue
+            sample = joined(image, meta, augment)
+            members = to_members(sample)
+            if deep:
+                from_members(sample.key, members)  # rows against captions, widths, finite numbers
             tar_files(sample.key, members)
             return sample
-        except (LeftOut, Faulty) as e: whys.append(e)
-        except ValueError as e: whys.append(LeftOut('cannot be written', str(e))) # a key too long for a tar, names that clash
-    if not whys: raise LeftOut('missing image')
-    raise LeftOut(whys[0].reason, whys[0].detail + f'; {len(whys)} images bear this uid'*(len(whys) > 1))
+        except (LeftOut, Faulty) as e:
+            whys.append(e)
+        except ValueError as e:
+            whys.append(
+                LeftOut('cannot be written', str(e))
+            )  # a key too long for a tar, names that clash
+    if not whys:
+        raise LeftOut('missing image')
+    raise LeftOut(
+        whys[0].reason, whys[0].detail + f'; {len(whys)} images bear this uid' * (len(whys) > 1)
+    )
 
-def _matches(url:str, finder:Finder, job:ShardJob, note:dict[str,Any], augment:AugmentSpec, deep:bool)->Iterator[Sample]:
+
+def _matches(
+    url: str, finder: Finder, job: ShardJob, note: dict[str, Any], augment: AugmentSpec, deep: bool
+) -> Iterator[Sample]:
     "Join one shard of metadata"
     skips, seen = Skips(most=sys.maxsize), set()
     for meta in read_shard(url, skips, embeddings=False):
         note['uids'].append(f'{number_of(meta.uid):016x}')
         try:
-            if finder.ask(number_of(meta.uid)) or meta.uid in seen: raise LeftOut('duplicate metadata')
-            seen.add(meta.uid); sample = _match(meta, finder, augment, deep)
+            if finder.ask(number_of(meta.uid)) or meta.uid in seen:
+                raise LeftOut('duplicate metadata')
+            seen.add(meta.uid)
+            sample = _match(meta, finder, augment, deep)
             note['reencoded'] += 'source_sha256' in sample.meta
             yield sample
-        except LeftOut as e: job.leave(e.reason, meta.uid, e.detail)
+        except LeftOut as e:
+            job.leave(e.reason, meta.uid, e.detail)
     for r, some in skips.examples.items():
-        for shard, key, why in some: job.leave(f'metadata: {r}', key or shard, why)
+        for shard, key, why in some:
+            job.leave(f'metadata: {r}', key or shard, why)
 
-def _unclaimed(finder:Finder)->Iterator[dict[str,str]]:
+
+def _unclaimed(finder: Finder) -> Iterator[dict[str, str]]:
     "Lines on images that no metadata ask for, and on image shards that could not be read"
-    for name, why in finder.missing: yield dict(reason='unreadable shard', name=name, detail=why)
+    for name, why in finder.missing:
+        yield dict(reason='unreadable shard', name=name, detail=why)
     for place in sorted(map(int, finder.places[~finder.asked])):
-        try: yield dict(reason='missing metadata', name=finder.read(place).uid, detail=name_of(finder.urls[place >> 40]))
-        except Faulty as e: yield dict(reason=f'image: {e.reason}', name=name_of(finder.urls[place >> 40]), detail=e.detail)
+        try:
+            yield dict(
+                reason='missing metadata',
+                name=finder.read(place).uid,
+                detail=name_of(finder.urls[place >> 40]),
+            )
+        except Faulty as e:
+            yield dict(
+                reason=f'image: {e.reason}', name=name_of(finder.urls[place >> 40]), detail=e.detail
+            )
 
 # %% ../../nbs/47_shards.join.ipynb #d519d892
 def names_for(
-    urls:list[str], # of shards
-)->list[str]: # relative, all different
+    urls: list[str],  # of shards
+) -> list[str]:  # relative, all different
     "Name outputs after inputs by the shortest end of their paths that tells them apart"
     parts = [str(u).split('/') for u in urls]
     for k in range(1, 1 + max(map(len, parts))):
         names = ['/'.join(p[-k:]) for p in parts]
-        if len(set(names)) == len(names) and not any(set(n.split('/')) & {'', '.', '..'} for n in names): return names
-    raise ValueError(f'{name_of(min(urls, key=len))} and others cannot be told apart by their names; was a shard named twice?')
+        if len(set(names)) == len(names) and not any(
+            set(n.split('/')) & {'', '.', '..'} for n in names
+        ):
+            return names
+    raise ValueError(
+        f'{name_of(min(urls, key=len))} and others cannot be told apart by their names; was a shard named twice?'
+    )
 
 # %% ../../nbs/47_shards.join.ipynb #529a8677
 def join(
-    images:str|Path, # shards with images and captions, as `list_shards` takes them
-    metadata:str|Path, # shards with everything else, as DataCompDR publishes them
-    out:str|Path, # a folder, here or far away: empty, or with this job begun
-    augment:AugmentSpec=DATACOMPDR, # of the metadata's configuration, for the meaning of their crops
-    deep:bool=True, # open the embeddings and compare their rows with the captions
-    progress:bool=True, # show bars
-)->Report:
+    images: str | Path,  # shards with images and captions, as `list_shards` takes them
+    metadata: str | Path,  # shards with everything else, as DataCompDR publishes them
+    out: str | Path,  # a folder, here or far away: empty, or with this job begun
+    augment: AugmentSpec = DATACOMPDR,  # of the metadata's configuration, for the meaning of their crops
+    deep: bool = True,  # open the embeddings and compare their rows with the captions
+    progress: bool = True,  # show bars
+) -> Report:
     "Join metadata to images by uid, checked by sha256; keys, order and containers stay as published (DataCompDR's layout)"
     pics, metas = list_shards(images), list_shards(metadata)
     names = names_for([shown(u) for u in metas])
-    marks = {k: fingerprint(((name_of(u), size_of(u)) for u in us), 'shards') for k, us in (('images', pics), ('metadata', metas))}
+    marks = {
+        k: fingerprint(((name_of(u), size_of(u)) for u in us), 'shards')
+        for k, us in (('images', pics), ('metadata', metas))
+    }
     job = ShardJob('join', out, **marks, augment=augment.to_config(), deep=deep)
-    if done := finished(job): return done
+    if done := finished(job):
+        return done
     finder = Finder(pics, progress)
     with finder.stack:
-        for name, url in zip(names, tqdm(metas, 'join', unit=' shards', disable=not progress, leave=False)):
+        for name, url in zip(
+            names, tqdm(metas, 'join', unit=' shards', disable=not progress, leave=False)
+        ):
             note = dict(uids=[], reencoded=0)
             if m := job.keep(name):
-                for n in np.frombuffer(bytes.fromhex(m['uids']), '>u8'): finder.ask(int(n))
-            else: job.write(name, _matches(url, finder, job, note, augment, deep), lambda: note | dict(uids=''.join(note['uids'])), empty=True)
+                for n in np.frombuffer(bytes.fromhex(m['uids']), '>u8'):
+                    finder.ask(int(n))
+            else:
+                job.write(
+                    name,
+                    _matches(url, finder, job, note, augment, deep),
+                    lambda: note | dict(uids=''.join(note['uids'])),
+                    empty=True,
+                )
         return finish(job, dict(image_augmentation=augment.to_config()), _unclaimed(finder))

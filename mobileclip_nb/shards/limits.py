@@ -19,232 +19,358 @@ from ..spec import Spec
 
 # %% ../../nbs/42_shards.limits.ipynb #cf5ac07d
 REASONS = dict(
-    name='a name that is not safe, or too long', kind='a link, a device or another thing that is no file', size='larger than the limit',
-    truncated='the tar ends early or is damaged', stray='a file that belongs to no sample', duplicate='one member twice in a sample',
-    scattered='members of one sample that do not stand together, or the sample again', ambiguous='more than one reading, and we do not guess',
-    missing='something that was asked for is not there', image='image bytes that are empty', json='JSON that cannot be read, or is not what the name says',
-    captions='captions that are empty or not text', params='augmentation parameters that are absent, empty or malformed',
-    arrays='an array container that cannot be read', bomb='unpacks to more than the limit', pickle='a pickle that asks for more than tensors',
-    rows='rows that do not match parameters or captions', width='rows of the wrong width', values='numbers that are not finite',
-    decode='an image that cannot be decoded', crop='a crop that reaches outside the image', small='an image smaller than was asked for',
-    unmatched='no synthetic captions under a key that was asked for')
+    name='a name that is not safe, or too long',
+    kind='a link, a device or another thing that is no file',
+    size='larger than the limit',
+    truncated='the tar ends early or is damaged',
+    stray='a file that belongs to no sample',
+    duplicate='one member twice in a sample',
+    scattered='members of one sample that do not stand together, or the sample again',
+    ambiguous='more than one reading, and we do not guess',
+    missing='something that was asked for is not there',
+    image='image bytes that are empty',
+    json='JSON that cannot be read, or is not what the name says',
+    captions='captions that are empty or not text',
+    params='augmentation parameters that are absent, empty or malformed',
+    arrays='an array container that cannot be read',
+    bomb='unpacks to more than the limit',
+    pickle='a pickle that asks for more than tensors',
+    rows='rows that do not match parameters or captions',
+    width='rows of the wrong width',
+    values='numbers that are not finite',
+    decode='an image that cannot be decoded',
+    crop='a crop that reaches outside the image',
+    small='an image smaller than was asked for',
+    unmatched='no synthetic captions under a key that was asked for',
+)
+
 
 class Faulty(ValueError):
     "A sample that is refused: the reason is one of `REASONS`, the detail says what was met"
-    def __init__(self, reason:str, detail:str):
-        if reason not in REASONS: raise KeyError(f"No reason {reason!r}; there are {', '.join(REASONS)}")
+
+    def __init__(self, reason: str, detail: str):
+        if reason not in REASONS:
+            raise KeyError(f"No reason {reason!r}; there are {', '.join(REASONS)}")
         super().__init__(f'{reason}: {detail}')
         self.reason, self.detail = reason, detail
 
-    def __reduce__(self)->tuple: return Faulty, (self.reason, self.detail)
+    def __reduce__(self) -> tuple:
+        return Faulty, (self.reason, self.detail)
 
 # %% ../../nbs/42_shards.limits.ipynb #294ac19a
 @dataclass(frozen=True, repr=False)
 class Limits(Spec, id_name='Limits'):
     "How much a stranger's file may ask of us"
-    member:int=64<<20 # bytes of one tar member
-    sample:int=128<<20 # bytes of all members of one sample
-    members:int=64 # members of one sample
-    unpacked:int=64<<20 # bytes that one member may unpack to
-    json:int=8<<20 # bytes of one JSON member
-    depth:int=32 # JSON: lists within lists
-    name:int=512 # characters of a member's name
+
+    member: int = 64 << 20  # bytes of one tar member
+    sample: int = 128 << 20  # bytes of all members of one sample
+    members: int = 64  # members of one sample
+    unpacked: int = 64 << 20  # bytes that one member may unpack to
+    json: int = 8 << 20  # bytes of one JSON member
+    depth: int = 32  # JSON: lists within lists
+    name: int = 512  # characters of a member's name
 
 # %% ../../nbs/42_shards.limits.ipynb #bd5df3ee
 def gunzip(
-    blob:bytes, # gzip
-    limit:int, # bytes
-)->bytes:
+    blob: bytes,  # gzip
+    limit: int,  # bytes
+) -> bytes:
     "Unpack gzip, or refuse it: beyond the limit, cut short, or followed by something else"
     d = zlib.decompressobj(wbits=31)
-    try: out = d.decompress(blob, limit + 1)
-    except zlib.error as e: raise Faulty('arrays', f'damaged gzip ({e})') from e
-    if len(out) > limit: raise Faulty('bomb', f'{len(blob):,} bytes of gzip unpack to more than the limit of {limit:,}')
-    if not d.eof: raise Faulty('arrays', 'gzip that ends early')
-    if d.unused_data: raise Faulty('arrays', f'{len(d.unused_data):,} bytes after the end of gzip')
+    try:
+        out = d.decompress(blob, limit + 1)
+    except zlib.error as e:
+        raise Faulty('arrays', f'damaged gzip ({e})') from e
+    if len(out) > limit:
+        raise Faulty(
+            'bomb', f'{len(blob):,} bytes of gzip unpack to more than the limit of {limit:,}'
+        )
+    if not d.eof:
+        raise Faulty('arrays', 'gzip that ends early')
+    if d.unused_data:
+        raise Faulty('arrays', f'{len(d.unused_data):,} bytes after the end of gzip')
     return out
 
 # %% ../../nbs/42_shards.limits.ipynb #970369b9
-MOST_FILES = 1024 # in one zip of arrays
+MOST_FILES = 1024  # in one zip of arrays
+
 
 def unzip(
-    blob:bytes, # a zip archive
-    limit:int, # bytes, all files together
-)->dict[str, bytes]: # file name: contents
+    blob: bytes,  # a zip archive
+    limit: int,  # bytes, all files together
+) -> dict[str, bytes]:  # file name: contents
     "Unpack a zip in memory, or refuse it: claims over the limit, two files of one name, encryption, damage"
-    if blob.count(b'PK\1\2') > MOST_FILES: raise Faulty('bomb', f'a zip with more than {MOST_FILES:,} files') # before its list takes memory
+    if blob.count(b'PK\1\2') > MOST_FILES:
+        raise Faulty(
+            'bomb', f'a zip with more than {MOST_FILES:,} files'
+        )  # before its list takes memory
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as z:
-            files = z.infolist(); names = {f.filename for f in files}
-            if len(names) < len(files): raise Faulty('arrays', 'a zip with two files of one name')
-            if (size := sum(f.file_size for f in files)) > limit: raise Faulty('bomb', f'a zip of {len(blob):,} bytes claims {size:,} unpacked; the limit is {limit:,}')
-            if any(f.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for f in files): raise Faulty('arrays', 'a zip compressed in an unusual way')
+            files = z.infolist()
+            names = {f.filename for f in files}
+            if len(names) < len(files):
+                raise Faulty('arrays', 'a zip with two files of one name')
+            if (size := sum(f.file_size for f in files)) > limit:
+                raise Faulty(
+                    'bomb',
+                    f'a zip of {len(blob):,} bytes claims {size:,} unpacked; the limit is {limit:,}',
+                )
+            if any(
+                f.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for f in files
+            ):
+                raise Faulty('arrays', 'a zip compressed in an unusual way')
             return {f.filename: z.read(f) for f in files}
-    except Faulty: raise
-    except Exception as e: # zipfile raises BadZipFile, zlib.error, EOFError, struct.error, RuntimeError, NotImplementedError and more
+    except Faulty:
+        raise
+    except Exception as e:  # zipfile raises BadZipFile, zlib.error, EOFError, struct.error, RuntimeError, NotImplementedError and more
         raise Faulty('arrays', f'a damaged zip ({type(e).__name__}: {e})') from e
 
 # %% ../../nbs/42_shards.limits.ipynb #6b661f3b
 def _strict(
-    x:Any, # what json.loads gave
-    depth:int, # lists within lists
-    what:str, # for the message
-)->Any: # the same
+    x: Any,  # what json.loads gave
+    depth: int,  # lists within lists
+    what: str,  # for the message
+) -> Any:  # the same
     "Refuse JSON that is nested too deep, or holds numbers or texts that nobody can write down again"
     stack = [(x, 0)]
     while stack:
         v, d = stack.pop()
-        if d > depth: raise Faulty('json', f'{what} is nested more than {depth} deep')
-        if isinstance(v, dict): stack += [(o, d + 1) for kv in v.items() for o in kv]
-        elif isinstance(v, list): stack += [(o, d + 1) for o in v]
+        if d > depth:
+            raise Faulty('json', f'{what} is nested more than {depth} deep')
+        if isinstance(v, dict):
+            stack += [(o, d + 1) for kv in v.items() for o in kv]
+        elif isinstance(v, list):
+            stack += [(o, d + 1) for o in v]
         elif isinstance(v, str):
-            try: v.encode()
-            except UnicodeEncodeError: raise Faulty('json', f'{what} holds half a character') from None
-        elif isinstance(v, float) and not math.isfinite(v): raise Faulty('json', f'{what} holds a number that is not finite')
-        elif isinstance(v, int) and v.bit_length() > 64: raise Faulty('json', f'{what} holds a whole number of {v.bit_length()} bits')
+            try:
+                v.encode()
+            except UnicodeEncodeError:
+                raise Faulty('json', f'{what} holds half a character') from None
+        elif isinstance(v, float) and not math.isfinite(v):
+            raise Faulty('json', f'{what} holds a number that is not finite')
+        elif isinstance(v, int) and v.bit_length() > 64:
+            raise Faulty('json', f'{what} holds a whole number of {v.bit_length()} bits')
     return x
 
 # %% ../../nbs/42_shards.limits.ipynb #5381e7e3
-def _once(pairs:list[tuple[str, Any]])->dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "Build an object, or refuse one that says a name twice"
     d = dict(pairs)
-    if len(d) < len(pairs): raise ValueError('a name stands twice in one object')
+    if len(d) < len(pairs):
+        raise ValueError('a name stands twice in one object')
     return d
 
-def no_literal(word:str)->None:
+
+def no_literal(word: str) -> None:
     "Refuse NaN and Infinity, which are not JSON"
     raise ValueError(f'{word} is not JSON')
 
+
 def read_json(
-    blob:bytes|str, # UTF-8
-    what:str, # for the message: `syn.json`
-    limits:Limits=Limits(),
-    nan:Callable[[str], Any]=no_literal, # what becomes of NaN and Infinity
-)->Any:
+    blob: bytes | str,  # UTF-8
+    what: str,  # for the message: `syn.json`
+    limits: Limits = Limits(),
+    nan: Callable[[str], Any] = no_literal,  # what becomes of NaN and Infinity
+) -> Any:
     "Parse a stranger's JSON, or refuse it; deep nesting, NaN, huge numbers, names said twice"
-    if len(blob) > limits.json: raise Faulty('size', f'{what} has {len(blob):,} bytes; the limit is {limits.json:,}')
-    try: x = json.loads(blob, parse_constant=nan, object_pairs_hook=_once)
-    except RecursionError: raise Faulty('json', f'{what} is nested too deep to be read') from None
-    except ValueError as e: raise Faulty('json', f'{what}: {str(e)[:120]}') from None
+    if len(blob) > limits.json:
+        raise Faulty('size', f'{what} has {len(blob):,} bytes; the limit is {limits.json:,}')
+    try:
+        x = json.loads(blob, parse_constant=nan, object_pairs_hook=_once)
+    except RecursionError:
+        raise Faulty('json', f'{what} is nested too deep to be read') from None
+    except ValueError as e:
+        raise Faulty('json', f'{what}: {str(e)[:120]}') from None
     return _strict(x, limits.depth, what)
 
 # %% ../../nbs/42_shards.limits.ipynb #718d7b02
 def finite(
-    x:np.ndarray, # `(R, D)`
-    name:str, # for the message
-)->np.ndarray: # float32, contiguous
+    x: np.ndarray,  # `(R, D)`
+    name: str,  # for the message
+) -> np.ndarray:  # float32, contiguous
     "Make an array float32, or refuse it: not two-dimensional, empty, or with numbers that are not finite"
-    if x.ndim != 2: raise Faulty('rows', f'{name} has shape {x.shape}; rows of embeddings have two dimensions')
-    if not x.size: raise Faulty('rows', f'{name} is empty, of shape {x.shape}')
-    with np.errstate(over='ignore'): x = np.ascontiguousarray(x, np.float32)
-    if not np.isfinite(x).all(): raise Faulty('values', f'{name} holds numbers that are not finite, first in row {int(np.argmin(np.isfinite(x).all(1)))}')
+    if x.ndim != 2:
+        raise Faulty('rows', f'{name} has shape {x.shape}; rows of embeddings have two dimensions')
+    if not x.size:
+        raise Faulty('rows', f'{name} is empty, of shape {x.shape}')
+    with np.errstate(over='ignore'):
+        x = np.ascontiguousarray(x, np.float32)
+    if not np.isfinite(x).all():
+        raise Faulty(
+            'values',
+            f'{name} holds numbers that are not finite, first in row {int(np.argmin(np.isfinite(x).all(1)))}',
+        )
     return x
 
 # %% ../../nbs/42_shards.limits.ipynb #6fc07a8e
 def _npy(
-    blob:bytes, # one .npy file
-    name:str, # for the message
-)->np.ndarray: # `(R, D)`
+    blob: bytes,  # one .npy file
+    name: str,  # for the message
+) -> np.ndarray:  # `(R, D)`
     "Read one array whose header says exactly what follows it"
     f = io.BytesIO(blob)
     try:
         version = np.lib.format.read_magic(f)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         shape, fortran, dtype = read(f, max_header_size=4096)
-    except Exception as e: # ValueError, KeyError, RecursionError, MemoryError, SyntaxError
+    except Exception as e:  # ValueError, KeyError, RecursionError, MemoryError, SyntaxError
         raise Faulty('arrays', f'{name} has no readable npy header ({type(e).__name__})') from e
-    if dtype.kind != 'f' or dtype.itemsize not in (2, 4, 8): raise Faulty('pickle' if dtype.hasobject else 'arrays', f'{name} holds {dtype}, not floats')
+    if dtype.kind != 'f' or dtype.itemsize not in (2, 4, 8):
+        raise Faulty('pickle' if dtype.hasobject else 'arrays', f'{name} holds {dtype}, not floats')
     size = dtype.itemsize
-    for n in shape: size *= n
-    if size != len(blob) - f.tell(): raise Faulty('arrays', f'{name} claims shape {shape}, {size:,} bytes, and brings {len(blob) - f.tell():,}')
+    for n in shape:
+        size *= n
+    if size != len(blob) - f.tell():
+        raise Faulty(
+            'arrays',
+            f'{name} claims shape {shape}, {size:,} bytes, and brings {len(blob) - f.tell():,}',
+        )
     return np.frombuffer(blob, dtype, offset=f.tell()).reshape(shape, order='F' if fortran else 'C')
 
 # %% ../../nbs/42_shards.limits.ipynb #afaf4a63
 def read_npz(
-    blob:bytes, # a NumPy zip, deflated or not
-    limits:Limits=Limits(),
-)->dict[str, np.ndarray]: # name: `(R, D)` float32
+    blob: bytes,  # a NumPy zip, deflated or not
+    limits: Limits = Limits(),
+) -> dict[str, np.ndarray]:  # name: `(R, D)` float32
     "Read arrays from npz; objects, bombs and claims that do not hold are refused"
     files = unzip(blob, limits.unpacked)
-    if bad := [n for n in files if not n.endswith('.npy')]: raise Faulty('arrays', f'{bad[0]!r} in an npz, which holds .npy files')
+    if bad := [n for n in files if not n.endswith('.npy')]:
+        raise Faulty('arrays', f'{bad[0]!r} in an npz, which holds .npy files')
     return {n[:-4]: finite(_npy(b, n[:-4]), n[:-4]) for n, b in files.items()}
 
+
 def write_npz(
-    arrays:Mapping[str, np.ndarray], # name: `(R, D)`
-)->bytes: # the same for the same arrays, whatever their order
+    arrays: Mapping[str, np.ndarray],  # name: `(R, D)`
+) -> bytes:  # the same for the same arrays, whatever their order
     "Write arrays as float32 in a deflated NumPy zip, as DataCompDR has them"
-    out = io.BytesIO(); np.savez_compressed(out, **{k: finite(arrays[k], k) for k in sorted(arrays)})
+    out = io.BytesIO()
+    np.savez_compressed(out, **{k: finite(arrays[k], k) for k in sorted(arrays)})
     return out.getvalue()
 
 # %% ../../nbs/42_shards.limits.ipynb #52cd1cce
 _STORAGES = ('BFloat16Storage', 'HalfStorage', 'FloatStorage', 'DoubleStorage')
-_GLOBALS = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', *(f'torch {s}' for s in _STORAGES)}
-_CALLS = {'GLOBAL', 'INST', 'STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4', 'NEWOBJ', 'NEWOBJ_EX', 'OBJ', 'PERSID'}
+_GLOBALS = {
+    'collections OrderedDict',
+    'torch._utils _rebuild_tensor_v2',
+    *(f'torch {s}' for s in _STORAGES),
+}
+_CALLS = {
+    'GLOBAL',
+    'INST',
+    'STACK_GLOBAL',
+    'EXT1',
+    'EXT2',
+    'EXT4',
+    'NEWOBJ',
+    'NEWOBJ_EX',
+    'OBJ',
+    'PERSID',
+}
+
 
 def _only_tensors(
-    pickle:bytes, # the data.pkl of torch's zip
-)->None:
+    pickle: bytes,  # the data.pkl of torch's zip
+) -> None:
     "Look through a pickle without running it; refuse any global but the few that a dictionary of tensors needs"
-    if len(pickle) > 1 << 18: raise Faulty('bomb', f'a pickle of {len(pickle):,} bytes, where a dictionary of tensors needs a few hundred')
-    try: ops = [(o.name, a) for o, a, _ in pickletools.genops(pickle)]
-    except Exception as e: raise Faulty('arrays', f'a damaged pickle ({type(e).__name__})') from e
+    if len(pickle) > 1 << 18:
+        raise Faulty(
+            'bomb',
+            f'a pickle of {len(pickle):,} bytes, where a dictionary of tensors needs a few hundred',
+        )
+    try:
+        ops = [(o.name, a) for o, a, _ in pickletools.genops(pickle)]
+    except Exception as e:
+        raise Faulty('arrays', f'a damaged pickle ({type(e).__name__})') from e
     for name, arg in ops:
         if name in _CALLS and (name != 'GLOBAL' or arg not in _GLOBALS):
-            raise Faulty('pickle', f"it asks for {str(arg or name).replace(' ', '.')!r}, which no dictionary of tensors needs")
-        if name.endswith('PUT') and isinstance(arg, int) and arg > len(pickle): raise Faulty('pickle', f'a memo of {arg:,} entries')
+            raise Faulty(
+                'pickle',
+                f"it asks for {str(arg or name).replace(' ', '.')!r}, which no dictionary of tensors needs",
+            )
+        if name.endswith('PUT') and isinstance(arg, int) and arg > len(pickle):
+            raise Faulty('pickle', f'a memo of {arg:,} entries')
 
 # %% ../../nbs/42_shards.limits.ipynb #e1b409c5
-_SEEN:set[tuple[bytes, int]] = set() # short pickles that were looked through, with the limit their shapes kept
+_SEEN: set[tuple[bytes, int]] = (
+    set()
+)  # short pickles that were looked through, with the limit their shapes kept
+
 
 def _clean_zip(
-    files:Mapping[str, bytes], # of torch's zip
-    limits:Limits=Limits(),
-)->tuple[bytes, tuple[bytes, int]]: # a new zip with only what tensors need; its pickle and limit, to look up in `_SEEN`
+    files: Mapping[str, bytes],  # of torch's zip
+    limits: Limits = Limits(),
+) -> tuple[
+    bytes, tuple[bytes, int]
+]:  # a new zip with only what tensors need; its pickle and limit, to look up in `_SEEN`
     "Refuse a zip that is not torch's, or asks for more than tensors; write it anew so that we and torch read the same"
     names = [n for n in files if n.rsplit('/', 1)[-1] == 'data.pkl']
-    if len(names) != 1: raise Faulty('arrays', f'a torch file has one data.pkl; this has {len(names)}')
-    top = names[0][:-len('data.pkl')]
-    if (seen := (files[names[0]], limits.unpacked)) not in _SEEN: _only_tensors(files[names[0]])
+    if len(names) != 1:
+        raise Faulty('arrays', f'a torch file has one data.pkl; this has {len(names)}')
+    top = names[0][: -len('data.pkl')]
+    if (seen := (files[names[0]], limits.unpacked)) not in _SEEN:
+        _only_tensors(files[names[0]])
     out = io.BytesIO()
     with zipfile.ZipFile(out, 'w') as z:
         for n in sorted(files):
             rest = n.removeprefix(top)
-            if n.startswith(top) and (rest in ('data.pkl', 'byteorder', 'version') or rest.startswith('data/')): z.writestr(f'a/{rest}', files[n])
+            if n.startswith(top) and (
+                rest in ('data.pkl', 'byteorder', 'version') or rest.startswith('data/')
+            ):
+                z.writestr(f'a/{rest}', files[n])
     return out.getvalue(), seen
 
+
 def _shapes(
-    d:object, # what torch.load gave on the meta device
-    limits:Limits,
-)->None:
+    d: object,  # what torch.load gave on the meta device
+    limits: Limits,
+) -> None:
     "Refuse anything but a dictionary of plain tensors of two dimensions whose data are there"
-    if not isinstance(d, dict): raise Faulty('arrays', f'it holds a {type(d).__name__}, not a dictionary')
+    if not isinstance(d, dict):
+        raise Faulty('arrays', f'it holds a {type(d).__name__}, not a dictionary')
     size = 0
     for k, t in d.items():
-        if not (isinstance(k, str) and isinstance(t, torch.Tensor)): raise Faulty('arrays', f'{str(k)[:40]!r} is a {type(t).__name__}, not a tensor')
-        if t.dim() != 2 or not t.is_contiguous(): raise Faulty('rows', f'{k} has shape {tuple(t.shape)}; rows of embeddings have two dimensions')
-        if (size := size + 4*t.numel()) > limits.unpacked: raise Faulty('bomb', f'{k} claims shape {tuple(t.shape)}, beyond the limit of {limits.unpacked:,} bytes')
+        if not (isinstance(k, str) and isinstance(t, torch.Tensor)):
+            raise Faulty('arrays', f'{str(k)[:40]!r} is a {type(t).__name__}, not a tensor')
+        if t.dim() != 2 or not t.is_contiguous():
+            raise Faulty(
+                'rows', f'{k} has shape {tuple(t.shape)}; rows of embeddings have two dimensions'
+            )
+        if (size := size + 4 * t.numel()) > limits.unpacked:
+            raise Faulty(
+                'bomb',
+                f'{k} claims shape {tuple(t.shape)}, beyond the limit of {limits.unpacked:,} bytes',
+            )
 
 # %% ../../nbs/42_shards.limits.ipynb #a0cb10e7
 def read_pth(
-    blob:bytes, # gzip of torch's zip of a dictionary of tensors
-    limits:Limits=Limits(),
-)->dict[str, np.ndarray]: # name: `(R, D)` float32
+    blob: bytes,  # gzip of torch's zip of a dictionary of tensors
+    limits: Limits = Limits(),
+) -> dict[str, np.ndarray]:  # name: `(R, D)` float32
     "Read tensors from pth.gz; code, bombs and shapes beyond their data are refused before memory is asked for"
     raw = gunzip(blob, limits.unpacked)
-    if not raw.startswith(b'PK'): raise Faulty('arrays', 'not the zip that torch.save writes; older forms are not read')
+    if not raw.startswith(b'PK'):
+        raise Faulty('arrays', 'not the zip that torch.save writes; older forms are not read')
     clean, seen = _clean_zip(unzip(raw, limits.unpacked), limits)
     try:
-        if seen not in _SEEN: _shapes(torch.load(io.BytesIO(clean), weights_only=True, map_location='meta'), limits)
-        if len(seen[0]) < 4096 and len(_SEEN) < 256: _SEEN.add(seen) # all samples of a data set have the same
+        if seen not in _SEEN:
+            _shapes(torch.load(io.BytesIO(clean), weights_only=True, map_location='meta'), limits)
+        if len(seen[0]) < 4096 and len(_SEEN) < 256:
+            _SEEN.add(seen)  # all samples of a data set have the same
         d = torch.load(io.BytesIO(clean), weights_only=True, map_location='cpu')
         return {k: finite(t.float().numpy(), k) for k, t in d.items()}
-    except Faulty: raise
-    except Exception as e: # RuntimeError, UnpicklingError, KeyError, TypeError and more
+    except Faulty:
+        raise
+    except Exception as e:  # RuntimeError, UnpicklingError, KeyError, TypeError and more
         raise Faulty('arrays', f'torch cannot read it ({type(e).__name__})') from e
 
+
 def write_pth(
-    arrays:Mapping[str, np.ndarray], # name: `(R, D)`
-)->bytes: # the same for the same arrays, whatever their order
+    arrays: Mapping[str, np.ndarray],  # name: `(R, D)`
+) -> bytes:  # the same for the same arrays, whatever their order
     "Write arrays as bfloat16 tensors in gzip, as DataCompDR-12M-bf16 has them"
-    out = io.BytesIO(); torch.save({k: torch.from_numpy(finite(arrays[k], k)).bfloat16() for k in sorted(arrays)}, out)
+    out = io.BytesIO()
+    torch.save({k: torch.from_numpy(finite(arrays[k], k)).bfloat16() for k in sorted(arrays)}, out)
     return gzip.compress(out.getvalue(), 1, mtime=0)

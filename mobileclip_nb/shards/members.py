@@ -14,132 +14,217 @@ from .limits import Faulty, Limits
 
 # %% ../../nbs/43_shards.members.ipynb #257b7807
 BLOCK = 512
-_FILES, _SILENT, _NO_DATA = (b'0', b'\0', b'7'), (b'5', b'g', b'K'), (b'1', b'2', b'3', b'4', b'6') # folders, global headers, long names of links
-_KINDS = {b'1': 'a hard link', b'2': 'a symbolic link', b'3': 'a character device', b'4': 'a block device', b'6': 'a pipe', b'S': 'a sparse file'}
-MOST_HEADER = 1 << 16 # bytes of an extended header
+_FILES, _SILENT, _NO_DATA = (
+    (b'0', b'\0', b'7'),
+    (b'5', b'g', b'K'),
+    (b'1', b'2', b'3', b'4', b'6'),
+)  # folders, global headers, long names of links
+_KINDS = {
+    b'1': 'a hard link',
+    b'2': 'a symbolic link',
+    b'3': 'a character device',
+    b'4': 'a block device',
+    b'6': 'a pipe',
+    b'S': 'a sparse file',
+}
+MOST_HEADER = 1 << 16  # bytes of an extended header
+
 
 class Member(NamedTuple):
     "One file of a tar, or what is wrong with it"
-    name:str
-    data:bytes # empty if there is a fault, or if the tar is only skimmed
-    fault:Faulty|None=None
-    at:int=0 # where its data begin in the file, if the tar is only skimmed
-    size:int=0 # bytes
 
-def _number(field:bytes)->int:
+    name: str
+    data: bytes  # empty if there is a fault, or if the tar is only skimmed
+    fault: Faulty | None = None
+    at: int = 0  # where its data begin in the file, if the tar is only skimmed
+    size: int = 0  # bytes
+
+
+def _number(field: bytes) -> int:
     "Read a number of a tar header: octal, or binary if its first bit is set"
-    if field[0] & 0x80: return int.from_bytes(bytes([field[0] & 0x3f]) + field[1:], 'big') if field[0] & 0x40 == 0 else -1
+    if field[0] & 0x80:
+        return (
+            int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], 'big')
+            if field[0] & 0x40 == 0
+            else -1
+        )
     text = field.split(b'\0')[0].strip()
-    if not re.fullmatch(rb'[0-7]*', text): raise Faulty('truncated', f'{text[:16]!r} where a number should stand')
+    if not re.fullmatch(rb'[0-7]*', text):
+        raise Faulty('truncated', f'{text[:16]!r} where a number should stand')
     return int(text or b'0', 8)
 
-def _header(block:bytes)->tuple[str, bytes, int]: # name, kind, size
+
+def _header(block: bytes) -> tuple[str, bytes, int]:  # name, kind, size
     "Read one header of a tar"
-    total = sum(block[:148]) + 8*32 + sum(block[156:])
-    if _number(block[148:156]) != total: raise Faulty('truncated', 'a header whose checksum is wrong')
+    total = sum(block[:148]) + 8 * 32 + sum(block[156:])
+    if _number(block[148:156]) != total:
+        raise Faulty('truncated', 'a header whose checksum is wrong')
     name = block[:100].split(b'\0')[0]
-    if block[257:262] == b'ustar' and block[257:265] != b'ustar  \0' and (prefix := block[345:500].split(b'\0')[0]): name = prefix + b'/' + name
+    if (
+        block[257:262] == b'ustar'
+        and block[257:265] != b'ustar  \0'
+        and (prefix := block[345:500].split(b'\0')[0])
+    ):
+        name = prefix + b'/' + name
     return name.decode('utf-8', 'surrogateescape'), block[156:157], _number(block[124:136])
 
 # %% ../../nbs/43_shards.members.ipynb #45bf4f25
-def _pax(data:bytes)->dict[str, str]:
+def _pax(data: bytes) -> dict[str, str]:
     "Read the records of an extended header that concern us, and forget the others: there may be millions"
     out, at = {}, 0
     while at < len(data):
-        n, _, _ = data[at:at + 10].partition(b' ')
-        if not n.isdigit() or len(n) > 9 or not len(n) + 3 <= int(n) <= len(data) - at: raise Faulty('truncated', 'a damaged extended header')
-        k, _, v = data[at + len(n) + 1:at + int(n) - 1].partition(b'=')
-        if k in (b'path', b'size'): out[k.decode()] = v.decode('utf-8', 'surrogateescape')
-        elif k.startswith(b'GNU.sparse'): out['sparse'] = ''
+        n, _, _ = data[at : at + 10].partition(b' ')
+        if not n.isdigit() or len(n) > 9 or not len(n) + 3 <= int(n) <= len(data) - at:
+            raise Faulty('truncated', 'a damaged extended header')
+        k, _, v = data[at + len(n) + 1 : at + int(n) - 1].partition(b'=')
+        if k in (b'path', b'size'):
+            out[k.decode()] = v.decode('utf-8', 'surrogateescape')
+        elif k.startswith(b'GNU.sparse'):
+            out['sparse'] = ''
         at += int(n)
     return out
 
 # %% ../../nbs/43_shards.members.ipynb #493988eb
 def _take(
-    f:BinaryIO,
-    size:int, # bytes
-    keep:bool=True, # else read and forget
-)->bytes:
+    f: BinaryIO,
+    size: int,  # bytes
+    keep: bool = True,  # else read and forget
+) -> bytes:
     "Read the blocks that hold `size` bytes, or raise Faulty if they are not all there"
-    whole = -(-size//BLOCK)*BLOCK; got, left = [], whole
+    whole = -(-size // BLOCK) * BLOCK
+    got, left = [], whole
     while left:
-        if not (b := f.read(min(left, 1 << 20))): raise Faulty('truncated', f'the file ends {left:,} bytes before the end of a member of {size:,} bytes')
+        if not (b := f.read(min(left, 1 << 20))):
+            raise Faulty(
+                'truncated',
+                f'the file ends {left:,} bytes before the end of a member of {size:,} bytes',
+            )
         left -= len(b)
-        if keep: got.append(b)
+        if keep:
+            got.append(b)
     return b''.join(got)[:size]
 
+
 def _leap(
-    f:BinaryIO, # can be sought in
-    size:int, # bytes
-    end:int, # of the file, bytes
-)->bytes: # none
+    f: BinaryIO,  # can be sought in
+    size: int,  # bytes
+    end: int,  # of the file, bytes
+) -> bytes:  # none
     "Leap over the blocks that hold `size` bytes, or raise Faulty if they are not all there"
-    at, whole = f.tell(), -(-size//BLOCK)*BLOCK
-    if end < at + whole: raise Faulty('truncated', f'the file ends before the end of a member of {size:,} bytes')
+    at, whole = f.tell(), -(-size // BLOCK) * BLOCK
+    if end < at + whole:
+        raise Faulty('truncated', f'the file ends before the end of a member of {size:,} bytes')
     f.seek(at + whole)
     return b''
 
 # %% ../../nbs/43_shards.members.ipynb #224e84a8
 def name_fault(
-    name:str,
-    limits:Limits,
-)->str: # what is wrong with it; empty if nothing
+    name: str,
+    limits: Limits,
+) -> str:  # what is wrong with it; empty if nothing
     "Judge a member's name; we never write to it, but somebody else might"
-    if len(name) > limits.name: return f'a name of {len(name):,} characters'
-    if name.startswith('/') or re.match(r'[A-Za-z]:', name): return f'{name!r} is absolute'
-    if '\\' in name or '..' in name.split('/'): return f'{name!r} climbs out of its folder'
-    if not name.isprintable(): return f'{name!r} holds characters that cannot be printed'
+    if len(name) > limits.name:
+        return f'a name of {len(name):,} characters'
+    if name.startswith('/') or re.match(r'[A-Za-z]:', name):
+        return f'{name!r} is absolute'
+    if '\\' in name or '..' in name.split('/'):
+        return f'{name!r} climbs out of its folder'
+    if not name.isprintable():
+        return f'{name!r} holds characters that cannot be printed'
     return ''
 
 # %% ../../nbs/43_shards.members.ipynb #ce7798f3
 def split_name(
-    name:str, # of a member
-)->tuple[str, str]|None: # key, extension in lower case; None if it is no member of a sample
+    name: str,  # of a member
+) -> tuple[str, str] | None:  # key, extension in lower case; None if it is no member of a sample
     "Split a name at the first dot of its last part, as WebDataset does"
     m = re.fullmatch(r'((?:.*/)?[^./][^./]*)\.([^/]+)', name.removeprefix('./'))
     return (m[1], m[2].lower()) if m else None
 
 # %% ../../nbs/43_shards.members.ipynb #243afc0c
 def read_tar(
-    f:BinaryIO, # read forward only
-    limits:Limits=Limits(),
-    skim:bool=False, # leap over the data of a file that can be sought in, and tell where they are
-)->Iterator[Member]: # the last one has the fault `truncated` and no name if the tar does not end as it should
+    f: BinaryIO,  # read forward only
+    limits: Limits = Limits(),
+    skim: bool = False,  # leap over the data of a file that can be sought in, and tell where they are
+) -> Iterator[
+    Member
+]:  # the last one has the fault `truncated` and no name if the tar does not end as it should
     "Read the files of a tar as a stream, without writing, following or believing anything"
-    said:dict[str, str] = {}; end = f.seek(0, 2) if skim else 0
-    if skim: f.seek(0)
+    said: dict[str, str] = {}
+    end = f.seek(0, 2) if skim else 0
+    if skim:
+        f.seek(0)
     try:
         while len(block := f.read(BLOCK)) == BLOCK and block.strip(b'\0'):
-            name, kind, size = _header(block); name = said.get('path', name)
-            if 'size' in said: size = int(said['size']) if said['size'].isdigit() and len(said['size']) < 20 else -1
+            name, kind, size = _header(block)
+            name = said.get('path', name)
+            if 'size' in said:
+                size = (
+                    int(said['size']) if said['size'].isdigit() and len(said['size']) < 20 else -1
+                )
             if kind in (b'x', b'L'):
-                if size > MOST_HEADER: raise Faulty('size', f'an extended header of {size:,} bytes')
-                data = _take(f, size); said |= _pax(data) if kind == b'x' else dict(path=data.rstrip(b'\0').decode('utf-8', 'surrogateescape'))
+                if size > MOST_HEADER:
+                    raise Faulty('size', f'an extended header of {size:,} bytes')
+                data = _take(f, size)
+                said |= (
+                    _pax(data)
+                    if kind == b'x'
+                    else dict(path=data.rstrip(b'\0').decode('utf-8', 'surrogateescape'))
+                )
                 continue
-            sparse = 'sparse' in said; said = {}
-            if not 0 <= size < 1 << 62: raise Faulty('size', f'{name[:80]!r} claims a size that is no number')
-            if kind in _SILENT: _take(f, size, False); continue
+            sparse = 'sparse' in said
+            said = {}
+            if not 0 <= size < 1 << 62:
+                raise Faulty('size', f'{name[:80]!r} claims a size that is no number')
+            if kind in _SILENT:
+                _take(f, size, False)
+                continue
             fault = Faulty('name', why) if (why := name_fault(name, limits)) else None
-            if sparse or kind not in _FILES: fault = Faulty('kind', f'{name[:80]!r} is {_KINDS.get(kind, "of an unknown kind")}')
-            elif size > limits.member: fault = fault or Faulty('size', f'{name[:80]!r} claims {size:,} bytes; the limit is {limits.member:,}')
+            if sparse or kind not in _FILES:
+                fault = Faulty('kind', f'{name[:80]!r} is {_KINDS.get(kind, "of an unknown kind")}')
+            elif size > limits.member:
+                fault = fault or Faulty(
+                    'size', f'{name[:80]!r} claims {size:,} bytes; the limit is {limits.member:,}'
+                )
             at = f.tell() if skim else 0
-            try: data = b'' if kind in _NO_DATA else _leap(f, size, end) if skim else _take(f, size, keep=fault is None)
-            except Faulty as e: yield Member(name, b'', e); return
+            try:
+                data = (
+                    b''
+                    if kind in _NO_DATA
+                    else _leap(f, size, end)
+                    if skim
+                    else _take(f, size, keep=fault is None)
+                )
+            except Faulty as e:
+                yield Member(name, b'', e)
+                return
             yield Member(name, data, fault, at, size if skim else 0)
-        if len(block) < BLOCK: raise Faulty('truncated', 'the file ends without the blocks that end a tar')
+        if len(block) < BLOCK:
+            raise Faulty('truncated', 'the file ends without the blocks that end a tar')
         while rest := f.read(1 << 20):
-            if rest.strip(b'\0'): raise Faulty('truncated', 'something stands behind the block that ends the tar, so that block is damage, or two tars stand in one file')
-    except Faulty as e: yield Member('', b'', e)
+            if rest.strip(b'\0'):
+                raise Faulty(
+                    'truncated',
+                    'something stands behind the block that ends the tar, so that block is damage, or two tars stand in one file',
+                )
+    except Faulty as e:
+        yield Member('', b'', e)
 
 # %% ../../nbs/43_shards.members.ipynb #980065d6
-END, RECORD = bytes(2*BLOCK), 20*BLOCK # what ends a tar, and what its length is a multiple of
+END, RECORD = bytes(2 * BLOCK), 20 * BLOCK  # what ends a tar, and what its length is a multiple of
+
 
 def tar_file(
-    name:str, # of the member; at most 255 bytes, divided at a slash if over 100
-    data:bytes,
-)->bytes: # header, data, and zeros to a multiple of 512 bytes
+    name: str,  # of the member; at most 255 bytes, divided at a slash if over 100
+    data: bytes,
+) -> bytes:  # header, data, and zeros to a multiple of 512 bytes
     "Write one file of a tar without time, owner or group (USTAR)"
-    t = tarfile.TarInfo(name); t.size, t.mode = len(data), 0o444
-    try: head = t.tobuf(tarfile.USTAR_FORMAT, 'utf-8', 'strict')
-    except ValueError as e: raise ValueError(f"The name {name[:80]!r}... does not fit into a tar header ({e}); use a shorter key") from e
+    t = tarfile.TarInfo(name)
+    t.size, t.mode = len(data), 0o444
+    try:
+        head = t.tobuf(tarfile.USTAR_FORMAT, 'utf-8', 'strict')
+    except ValueError as e:
+        raise ValueError(
+            f"The name {name[:80]!r}... does not fit into a tar header ({e}); use a shorter key"
+        ) from e
     return head + data + bytes(-len(data) % BLOCK)

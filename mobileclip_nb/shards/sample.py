@@ -14,224 +14,368 @@ from typing import Any, Self
 import numpy as np
 
 from ..core import near
-from .limits import Faulty, Limits, finite, no_literal, read_json, read_npz, read_pth, write_npz, write_pth
+from mobileclip_nb.shards.limits import (
+    Faulty,
+    Limits,
+    finite,
+    no_literal,
+    read_json,
+    read_npz,
+    read_pth,
+    write_npz,
+    write_pth,
+)
 from ..spec import Spec
 
 # %% ../../nbs/44_shards.sample.ipynb #585d2a89
-IMAGES = ('jpg', 'jpeg', 'png', 'webp') # extensions of images
-HOLDERS = ('npz', 'pth.gz', 'emb') # extensions of embeddings, the preferred first
+IMAGES = ('jpg', 'jpeg', 'png', 'webp')  # extensions of images
+HOLDERS = ('npz', 'pth.gz', 'emb')  # extensions of embeddings, the preferred first
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
     "An image with its captions and what its teachers thought of it; fields that are not there are None or empty"
-    key:str # names it within its shard; `uid` unless that says otherwise
-    image:bytes|None=None # encoded, untouched
-    ext:str='jpg' # one of `IMAGES`
-    captions:tuple[str, ...]=() # true captions
-    synthetic:dict[str, tuple[str, ...]]=field(default_factory=dict) # key, such as `syn_text`: captions
-    param_aug:tuple[list, ...]|None=None # A positional lists, as published
-    image_emb:np.ndarray|None=None # `(A, D)` float32, a row an augmentation
-    text_emb:dict[str, np.ndarray]=field(default_factory=dict) # `text` or a synthetic key: `(N, D)` float32, a row a caption
-    uid:str='' # of the pair; the key if empty
-    sha256:str='' # of the image's bytes
-    url:str|None=None # where the image was
-    meta:dict[str, Any]=field(default_factory=dict) # whatever else its json said
-    others:dict[str, bytes]=field(default_factory=dict) # members we do not know, and embeddings left unopened, by extension
 
-    def but(self, **changes:Any)->Self:
+    key: str  # names it within its shard; `uid` unless that says otherwise
+    image: bytes | None = None  # encoded, untouched
+    ext: str = 'jpg'  # one of `IMAGES`
+    captions: tuple[str, ...] = ()  # true captions
+    synthetic: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # key, such as `syn_text`: captions
+    param_aug: tuple[list, ...] | None = None  # A positional lists, as published
+    image_emb: np.ndarray | None = None  # `(A, D)` float32, a row an augmentation
+    text_emb: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # `text` or a synthetic key: `(N, D)` float32, a row a caption
+    uid: str = ''  # of the pair; the key if empty
+    sha256: str = ''  # of the image's bytes
+    url: str | None = None  # where the image was
+    meta: dict[str, Any] = field(default_factory=dict)  # whatever else its json said
+    others: dict[str, bytes] = field(
+        default_factory=dict
+    )  # members we do not know, and embeddings left unopened, by extension
+
+    def but(self, **changes: Any) -> Self:
         "A copy that differs in `changes`"
         known = [f.name for f in dataclasses.fields(self)]
         for k in changes:
-            if k not in known: raise TypeError(f"Sample has no field {k!r}.{near(k, known) or ' It has ' + ', '.join(known)}")
+            if k not in known:
+                raise TypeError(
+                    f"Sample has no field {k!r}.{near(k, known) or ' It has ' + ', '.join(known)}"
+                )
         return dataclasses.replace(self, **changes)
 
-    def bare(self)->Self:
+    def bare(self) -> Self:
         "A copy without augmentation parameters and embeddings, opened or not; captions stay"
-        return self.but(param_aug=None, image_emb=None, text_emb={}, others={k: v for k, v in self.others.items() if k not in HOLDERS})
+        return self.but(
+            param_aug=None,
+            image_emb=None,
+            text_emb={},
+            others={k: v for k, v in self.others.items() if k not in HOLDERS},
+        )
 
 # %% ../../nbs/44_shards.sample.ipynb #d5ed30f2
 def differences(
-    a:Sample,
-    b:Sample,
-)->list[str]: # names of fields; none if all is the same
+    a: Sample,
+    b: Sample,
+) -> list[str]:  # names of fields; none if all is the same
     "Name the fields in which two samples differ"
-    def even(x:Any)->Any:
-        if isinstance(x, np.ndarray): return x.shape, x.tobytes()
-        if isinstance(x, Mapping): return {k: even(v) for k, v in x.items()}
+
+    def even(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            return x.shape, x.tobytes()
+        if isinstance(x, Mapping):
+            return {k: even(v) for k, v in x.items()}
         return [even(o) for o in x] if isinstance(x, (list, tuple)) else x
-    return [f.name for f in dataclasses.fields(Sample) if even(getattr(a, f.name)) != even(getattr(b, f.name))]
+
+    return [
+        f.name
+        for f in dataclasses.fields(Sample)
+        if even(getattr(a, f.name)) != even(getattr(b, f.name))
+    ]
 
 # %% ../../nbs/44_shards.sample.ipynb #77a32521
 def _text(
-    members:Mapping[str, bytes],
-    ext:str, # txt, url.txt
-)->str|None:
+    members: Mapping[str, bytes],
+    ext: str,  # txt, url.txt
+) -> str | None:
     "Read a text member"
-    if ext not in members: return None
-    try: return bytes(members[ext]).decode()
-    except UnicodeDecodeError as e: raise Faulty('captions' if ext == 'txt' else 'json', f'{ext} is not UTF-8 ({e.reason} at byte {e.start})') from None
+    if ext not in members:
+        return None
+    try:
+        return bytes(members[ext]).decode()
+    except UnicodeDecodeError as e:
+        raise Faulty(
+            'captions' if ext == 'txt' else 'json',
+            f'{ext} is not UTF-8 ({e.reason} at byte {e.start})',
+        ) from None
+
 
 def _object(
-    members:Mapping[str, bytes],
-    ext:str, # json, syn.json, paug.json
-    limits:Limits,
-)->dict[str, Any]: # empty if there is none
+    members: Mapping[str, bytes],
+    ext: str,  # json, syn.json, paug.json
+    limits: Limits,
+) -> dict[str, Any]:  # empty if there is none
     "Read a member that should be a JSON object"
-    if ext not in members: return {}
+    if ext not in members:
+        return {}
     x = read_json(members[ext], ext, limits, (lambda word: None) if ext == 'json' else no_literal)
-    if not isinstance(x, dict): raise Faulty('json', f'{ext} is a {type(x).__name__}, not an object')
+    if not isinstance(x, dict):
+        raise Faulty('json', f'{ext} is a {type(x).__name__}, not an object')
     return x
 
+
 def _params(
-    d:dict[str, Any], # paug.json
-    limits:Limits,
-)->tuple[list, ...]|None: # A lists; None if there is no paug.json
+    d: dict[str, Any],  # paug.json
+    limits: Limits,
+) -> tuple[list, ...] | None:  # A lists; None if there is no paug.json
     "Take the augmentation parameters, which stand as lists or as JSON in a string"
-    if not d: return None
-    if 'param_aug' not in d: raise Faulty('params', f"paug.json has no field 'param_aug'; it has {', '.join(map(repr, d))[:100]}")
+    if not d:
+        return None
+    if 'param_aug' not in d:
+        raise Faulty(
+            'params', f"paug.json has no field 'param_aug'; it has {', '.join(map(repr, d))[:100]}"
+        )
     x = d['param_aug']
-    if isinstance(x, str): x = read_json(x, 'param_aug', limits)
-    if not isinstance(x, list): raise Faulty('params', f'param_aug is a {type(x).__name__}, not a list')
+    if isinstance(x, str):
+        x = read_json(x, 'param_aug', limits)
+    if not isinstance(x, list):
+        raise Faulty('params', f'param_aug is a {type(x).__name__}, not a list')
     return tuple(read_json(o, 'param_aug', limits) if isinstance(o, str) else o for o in x)
 
 # %% ../../nbs/44_shards.sample.ipynb #bb8b2e6e
 def _captions(
-    first:str|None, # txt
-    meta:dict[str, Any], # json; loses `texts` if these are the captions
-)->tuple[str, ...]:
+    first: str | None,  # txt
+    meta: dict[str, Any],  # json; loses `texts` if these are the captions
+) -> tuple[str, ...]:
     "Take the true captions: txt, or all of json's texts where these begin with txt"
-    if first is None: return ()
+    if first is None:
+        return ()
     texts = meta.get('texts')
-    if isinstance(texts, list) and len(texts) > 1 and texts[0] == first and all(isinstance(t, str) for t in texts): return tuple(meta.pop('texts'))
+    if (
+        isinstance(texts, list)
+        and len(texts) > 1
+        and texts[0] == first
+        and all(isinstance(t, str) for t in texts)
+    ):
+        return tuple(meta.pop('texts'))
     return (first,)
 
+
 def _synthetic(
-    d:dict[str, Any], # syn.json
-)->dict[str, tuple[str, ...]]:
+    d: dict[str, Any],  # syn.json
+) -> dict[str, tuple[str, ...]]:
     "Take the synthetic captions by key"
     for k, v in d.items():
-        if not isinstance(v, list) or not all(isinstance(t, str) for t in v): raise Faulty('captions', f'syn.json: {k!r} is not a list of texts')
+        if not isinstance(v, list) or not all(isinstance(t, str) for t in v):
+            raise Faulty('captions', f'syn.json: {k!r} is not a list of texts')
     return {k: tuple(v) for k, v in d.items()}
 
 # %% ../../nbs/44_shards.sample.ipynb #efae29aa
 def _split(
-    text:np.ndarray, # `text_emb`: `(R, D)`
-    n_gt:int|None, # true captions it should have rows for; None if they are not here
-    synthetic:Mapping[str, tuple[str, ...]],
-)->dict[str, np.ndarray]: # `text`, and in the legacy layout the only synthetic key
+    text: np.ndarray,  # `text_emb`: `(R, D)`
+    n_gt: int | None,  # true captions it should have rows for; None if they are not here
+    synthetic: Mapping[str, tuple[str, ...]],
+) -> dict[str, np.ndarray]:  # `text`, and in the legacy layout the only synthetic key
     "Tell the legacy layout (true rows, then synthetic rows in one array) from the current one"
     rows = len(text)
-    if not synthetic or rows == n_gt: return dict(text=text)
-    if len(synthetic) > 1: raise Faulty('ambiguous', f"text_emb has {rows} rows and there are {len(synthetic)} lists of synthetic captions; which rows belong to which is not said")
-    key, texts = next(iter(synthetic.items())); n = rows - len(texts)
-    if n < 1 or n_gt not in (None, n): raise Faulty('rows', f"text_emb has {rows} rows for {'unknown' if n_gt is None else n_gt} true and {len(texts)} synthetic captions")
+    if not synthetic or rows == n_gt:
+        return dict(text=text)
+    if len(synthetic) > 1:
+        raise Faulty(
+            'ambiguous',
+            f"text_emb has {rows} rows and there are {len(synthetic)} lists of synthetic captions; which rows belong to which is not said",
+        )
+    key, texts = next(iter(synthetic.items()))
+    n = rows - len(texts)
+    if n < 1 or n_gt not in (None, n):
+        raise Faulty(
+            'rows',
+            f"text_emb has {rows} rows for {'unknown' if n_gt is None else n_gt} true and {len(texts)} synthetic captions",
+        )
     return {'text': text[:n], key: text[n:]}
 
 # %% ../../nbs/44_shards.sample.ipynb #9c8480fa
 def _assign(
-    arrays:dict[str, np.ndarray], # as stored
-    captions:Sequence[str],
-    synthetic:Mapping[str, tuple[str, ...]],
-)->tuple[np.ndarray|None, dict[str, np.ndarray]]: # image rows, text rows by key
+    arrays: dict[str, np.ndarray],  # as stored
+    captions: Sequence[str],
+    synthetic: Mapping[str, tuple[str, ...]],
+) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:  # image rows, text rows by key
     "Give every array to its images or captions, by name"
     arrays = dict(arrays)
     image, text, every = (arrays.pop(k, None) for k in ('image_emb', 'text_emb', 'texts_emb'))
     out = {k: arrays.pop(k + '_emb') for k in synthetic if k + '_emb' in arrays}
-    if arrays: raise Faulty('arrays', f"array {min(arrays)!r} belongs to no captions; there are {', '.join(synthetic) or 'no synthetic ones'}")
+    if arrays:
+        raise Faulty(
+            'arrays',
+            f"array {min(arrays)!r} belongs to no captions; there are {', '.join(synthetic) or 'no synthetic ones'}",
+        )
     if text is not None:
         n_gt = 1 if every is not None and captions else len(captions) or None
         out = (dict(text=text) if out else _split(text, n_gt, synthetic)) | out
-        if every is not None and len(out['text']) != 1: raise Faulty('rows', f"text_emb has {len(out['text'])} rows for the first of the texts")
-    if every is not None: out['text'] = every
+        if every is not None and len(out['text']) != 1:
+            raise Faulty('rows', f"text_emb has {len(out['text'])} rows for the first of the texts")
+    if every is not None:
+        out['text'] = every
     return image, out
 
 # %% ../../nbs/44_shards.sample.ipynb #8fe9d50f
-def _check_params(sample:Sample)->None:
+def _check_params(sample: Sample) -> None:
     "Parameters are there if image rows are, one list for each row"
     p, rows = sample.param_aug, sample.image_emb
     if p is None:
-        if rows is not None: raise Faulty('params', f'{len(rows)} image rows without the augmentations they belong to')
+        if rows is not None:
+            raise Faulty(
+                'params', f'{len(rows)} image rows without the augmentations they belong to'
+            )
         return
-    if not p: raise Faulty('params', 'param_aug is empty')
-    if any(not isinstance(o, list) for o in p): raise Faulty('params', f'param_aug holds {next(o for o in p if not isinstance(o, list))!r}, not lists'[:160])
-    if rows is not None and len(rows) != len(p): raise Faulty('rows', f'{len(rows)} image rows for {len(p)} augmentations')
+    if not p:
+        raise Faulty('params', 'param_aug is empty')
+    if any(not isinstance(o, list) for o in p):
+        raise Faulty(
+            'params',
+            f'param_aug holds {next(o for o in p if not isinstance(o, list))!r}, not lists'[:160],
+        )
+    if rows is not None and len(rows) != len(p):
+        raise Faulty('rows', f'{len(rows)} image rows for {len(p)} augmentations')
+
 
 def _check_rows(
-    sample:Sample,
-    width:int, # 0 if any will do
-)->None:
+    sample: Sample,
+    width: int,  # 0 if any will do
+) -> None:
     "Text rows are as many as captions, all rows are as wide, and all numbers finite"
     named = ({} if sample.image_emb is None else dict(image=sample.image_emb)) | sample.text_emb
     for k, x in named.items():
         finite(x, k)
         width = width or x.shape[1]
-        if x.shape[1] != width: raise Faulty('width', f'rows of {k} are {x.shape[1]} wide, not {width}')
-        if k == 'image': continue
-        if k != 'text' and k not in sample.synthetic: raise Faulty('rows', f'rows for {k!r}, of which there are no captions')
+        if x.shape[1] != width:
+            raise Faulty('width', f'rows of {k} are {x.shape[1]} wide, not {width}')
+        if k == 'image':
+            continue
+        if k != 'text' and k not in sample.synthetic:
+            raise Faulty('rows', f'rows for {k!r}, of which there are no captions')
         texts = sample.captions if k == 'text' else sample.synthetic[k]
-        if len(x) != len(texts) and (texts or k != 'text'): raise Faulty('rows', f'{len(x)} rows of {k} for {len(texts)} captions')
+        if len(x) != len(texts) and (texts or k != 'text'):
+            raise Faulty('rows', f'{len(x)} rows of {k} for {len(texts)} captions')
 
 # %% ../../nbs/44_shards.sample.ipynb #8839866a
 _TAKEN = ('text', 'texts', 'image')
 
+
 def check(
-    sample:Sample,
-    widths:Sequence[int]=(), # of the teachers, whose sum every row must have; empty asks only that rows agree
-    wants:Sequence[str]=(), # fields that must be there: `image`, `captions`, `synthetic`, `param_aug`, `image_emb`, `text_emb`, `sha256`, ...
-)->None:
+    sample: Sample,
+    widths: Sequence[
+        int
+    ] = (),  # of the teachers, whose sum every row must have; empty asks only that rows agree
+    wants: Sequence[
+        str
+    ] = (),  # fields that must be there: `image`, `captions`, `synthetic`, `param_aug`, `image_emb`, `text_emb`, `sha256`, ...
+) -> None:
     "Raise Faulty if a sample does not hang together: rows and parameters and captions, widths, finite numbers"
     known = [f.name for f in dataclasses.fields(Sample)]
     for w in wants:
-        if w not in known: raise KeyError(f"Sample has no field {w!r}.{near(w, known)}")
-        if (v := getattr(sample, w)) is None or not isinstance(v, np.ndarray) and v in ((), {}, ''): raise Faulty('missing', f'no {w}')
-    if sample.ext not in IMAGES: raise Faulty('image', f"an image called {sample.ext!r}; known are {', '.join(IMAGES)}")
-    if sample.image is not None and not sample.image: raise Faulty('image', 'an image of no bytes')
-    if any(not t.strip() for t in sample.captions): raise Faulty('captions', 'an empty caption')
+        if w not in known:
+            raise KeyError(f"Sample has no field {w!r}.{near(w, known)}")
+        if (v := getattr(sample, w)) is None or not isinstance(v, np.ndarray) and v in ((), {}, ''):
+            raise Faulty('missing', f'no {w}')
+    if sample.ext not in IMAGES:
+        raise Faulty('image', f"an image called {sample.ext!r}; known are {', '.join(IMAGES)}")
+    if sample.image is not None and not sample.image:
+        raise Faulty('image', 'an image of no bytes')
+    if any(not t.strip() for t in sample.captions):
+        raise Faulty('captions', 'an empty caption')
     for k, texts in sample.synthetic.items():
-        if not k or k in _TAKEN or '.' in k: raise Faulty('captions', f'synthetic captions cannot be called {k!r}')
-        if not texts: raise Faulty('captions', f'no captions under {k!r}')
+        if not k or k in _TAKEN or '.' in k:
+            raise Faulty('captions', f'synthetic captions cannot be called {k!r}')
+        if not texts:
+            raise Faulty('captions', f'no captions under {k!r}')
     _check_params(sample)
     _check_rows(sample, sum(widths))
-    if 'text_emb' in wants and (without := [k for k in ('text', *sample.synthetic) if k not in sample.text_emb]): raise Faulty('missing', f"no rows for {', '.join(without)}")
+    if 'text_emb' in wants and (
+        without := [k for k in ('text', *sample.synthetic) if k not in sample.text_emb]
+    ):
+        raise Faulty('missing', f"no rows for {', '.join(without)}")
 
 # %% ../../nbs/44_shards.sample.ipynb #08573589
-def _read_emb(blob:bytes, limits:Limits)->dict[str, np.ndarray]:
+def _read_emb(blob: bytes, limits: Limits) -> dict[str, np.ndarray]:
     "Read arrays from our compact form"
     from mobileclip_nb.shards.compact import Packed
+
     try:
         p = Packed(blob)
-        if (size := 4*sum(p.widths)*sum(p.rows(n) for n in p.names)) > limits.unpacked: raise Faulty('bomb', f'{len(blob):,} bytes unpack to {size:,}')
+        if (size := 4 * sum(p.widths) * sum(p.rows(n) for n in p.names)) > limits.unpacked:
+            raise Faulty('bomb', f'{len(blob):,} bytes unpack to {size:,}')
         return {n: finite(p.array(n), n) for n in p.names}
-    except Faulty: raise
-    except ValueError as e: raise Faulty('arrays', f'emb: {e}') from e
+    except Faulty:
+        raise
+    except ValueError as e:
+        raise Faulty('arrays', f'emb: {e}') from e
+
 
 def _arrays(
-    members:Mapping[str, bytes],
-    limits:Limits,
-)->dict[str, np.ndarray]:
+    members: Mapping[str, bytes],
+    limits: Limits,
+) -> dict[str, np.ndarray]:
     "Read the embeddings; of two containers the first of `HOLDERS` counts"
     holder = next((e for e in HOLDERS if e in members), None)
-    return dict(npz=read_npz, emb=_read_emb).get(holder, read_pth)(members[holder], limits) if holder else {}
+    return (
+        dict(npz=read_npz, emb=_read_emb).get(holder, read_pth)(members[holder], limits)
+        if holder
+        else {}
+    )
+
 
 def from_members(
-    key:str, # of the sample
-    members:Mapping[str, bytes], # extension: contents, in any order
-    limits:Limits=Limits(),
-    embeddings:bool=True, # False leaves npz, pth.gz and emb unopened, among `others`
-    widths:Sequence[int]=(), # of the teachers, whose sum every row must have
-    wants:Sequence[str]=(), # fields that must be there
-)->Sample:
+    key: str,  # of the sample
+    members: Mapping[str, bytes],  # extension: contents, in any order
+    limits: Limits = Limits(),
+    embeddings: bool = True,  # False leaves npz, pth.gz and emb unopened, among `others`
+    widths: Sequence[int] = (),  # of the teachers, whose sum every row must have
+    wants: Sequence[str] = (),  # fields that must be there
+) -> Sample:
     "Read a sample in any of the published forms, or raise Faulty; nothing is guessed and nothing is unpickled"
     images = [e for e in IMAGES if e in members]
-    if len(images) > 1: raise Faulty('ambiguous', f"two images, {' and '.join(images)}")
-    meta, known = _object(members, 'json', limits), {*IMAGES, 'txt', 'url.txt', 'json', 'syn.json', 'paug.json', *(HOLDERS if embeddings else ())}
+    if len(images) > 1:
+        raise Faulty('ambiguous', f"two images, {' and '.join(images)}")
+    meta, known = (
+        _object(members, 'json', limits),
+        {
+            *IMAGES,
+            'txt',
+            'url.txt',
+            'json',
+            'syn.json',
+            'paug.json',
+            *(HOLDERS if embeddings else ()),
+        },
+    )
     said = {k: meta.pop(k, '') for k in ('uid', 'sha256')}
-    if bad := [k for k, v in said.items() if not isinstance(v, str)]: raise Faulty('json', f'{bad[0]} is not text')
-    captions, synthetic = _captions(_text(members, 'txt'), meta), _synthetic(_object(members, 'syn.json', limits))
-    image, text = _assign(_arrays(members, limits), captions, synthetic) if embeddings else (None, {})
-    sample = Sample(key, members[images[0]] if images else None, images[0] if images else 'jpg', captions, synthetic,
-                    _params(_object(members, 'paug.json', limits), limits), image, text, said['uid'] or key, said['sha256'],
-                    _text(members, 'url.txt'), meta, {k: members[k] for k in sorted(members) if k not in known})
+    if bad := [k for k, v in said.items() if not isinstance(v, str)]:
+        raise Faulty('json', f'{bad[0]} is not text')
+    captions, synthetic = (
+        _captions(_text(members, 'txt'), meta),
+        _synthetic(_object(members, 'syn.json', limits)),
+    )
+    image, text = (
+        _assign(_arrays(members, limits), captions, synthetic) if embeddings else (None, {})
+    )
+    sample = Sample(
+        key,
+        members[images[0]] if images else None,
+        images[0] if images else 'jpg',
+        captions,
+        synthetic,
+        _params(_object(members, 'paug.json', limits), limits),
+        image,
+        text,
+        said['uid'] or key,
+        said['sha256'],
+        _text(members, 'url.txt'),
+        meta,
+        {k: members[k] for k in sorted(members) if k not in known},
+    )
     check(sample, widths, wants)
     return sample
 
@@ -239,73 +383,111 @@ def from_members(
 @dataclass(frozen=True, repr=False)
 class StoreSpec(Spec, id_name='StoreSpec'):
     "How embeddings are stored"
-    form:str='bf16' # `bf16` (pth.gz), `float32` (npz) or `compact` (emb)
-    bits:int=8 # a number in the compact form, 2-8
-    layout:str='current' # `current`, an array a list of captions; `legacy`, DataCompDR's one array for all
-    seed:int=0 # of the compact form's rotation
+
+    form: str = 'bf16'  # `bf16` (pth.gz), `float32` (npz) or `compact` (emb)
+    bits: int = 8  # a number in the compact form, 2-8
+    layout: str = 'current'  # `current`, an array a list of captions; `legacy`, DataCompDR's one array for all
+    seed: int = 0  # of the compact form's rotation
 
     def __post_init__(self):
-        for name, known in (('form', ('bf16', 'float32', 'compact')), ('layout', ('current', 'legacy'))):
-            if (v := getattr(self, name)) not in known: raise ValueError(f"No {name} {v!r}.{near(v, known)} Known: {', '.join(known)}.")
-        if not 2 <= self.bits <= 8: raise ValueError(f"bits={self.bits} is not between 2 and 8")
+        for name, known in (
+            ('form', ('bf16', 'float32', 'compact')),
+            ('layout', ('current', 'legacy')),
+        ):
+            if (v := getattr(self, name)) not in known:
+                raise ValueError(f"No {name} {v!r}.{near(v, known)} Known: {', '.join(known)}.")
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} is not between 2 and 8")
 
 # %% ../../nbs/44_shards.sample.ipynb #ba3f1fdc
 def to_arrays(
-    sample:Sample,
-    layout:str='current', # or `legacy`
-)->dict[str, np.ndarray]: # by the names they are stored under
+    sample: Sample,
+    layout: str = 'current',  # or `legacy`
+) -> dict[str, np.ndarray]:  # by the names they are stored under
     "Name the embeddings as a layout does"
     out = {} if sample.image_emb is None else dict(image_emb=sample.image_emb)
-    text = dict(sample.text_emb); true = text.pop('text', None)
+    text = dict(sample.text_emb)
+    true = text.pop('text', None)
     if true is not None:
         out['text_emb'] = true[:1] if len(sample.captions) > 1 else true
-        if len(sample.captions) > 1: out['texts_emb'] = true
+        if len(sample.captions) > 1:
+            out['texts_emb'] = true
     if layout == 'legacy' and text:
         if len(text) > 1 or len(sample.synthetic) > 1 or true is None:
-            raise ValueError(f"The legacy layout holds true captions and one list of synthetic ones; sample {sample.key!r} has rows for {', '.join(sample.text_emb)}. Use layout='current'.")
-        out['text_emb'] = np.concatenate([out['text_emb'], *text.values()]); text = {}
+            raise ValueError(
+                f"The legacy layout holds true captions and one list of synthetic ones; sample {sample.key!r} has rows for {', '.join(sample.text_emb)}. Use layout='current'."
+            )
+        out['text_emb'] = np.concatenate([out['text_emb'], *text.values()])
+        text = {}
     return out | {k + '_emb': v for k, v in text.items()}
 
 # %% ../../nbs/44_shards.sample.ipynb #d52e98e8
-def _dump(x:Any)->bytes:
+def _dump(x: Any) -> bytes:
     "Write JSON as the published files do"
     return json.dumps(x, allow_nan=False).encode()
 
-def _sorted(x:Any)->Any:
+
+def _sorted(x: Any) -> Any:
     "Sort the names within JSON objects"
-    if isinstance(x, dict): return {k: _sorted(x[k]) for k in sorted(x)}
+    if isinstance(x, dict):
+        return {k: _sorted(x[k]) for k in sorted(x)}
     return [_sorted(o) for o in x] if isinstance(x, (list, tuple)) else x
 
+
 def _encode(
-    arrays:Mapping[str, np.ndarray], # by stored name
-    store:StoreSpec,
-    widths:Sequence[int], # of the teachers
-)->dict[str, bytes]: # extension: contents
+    arrays: Mapping[str, np.ndarray],  # by stored name
+    store: StoreSpec,
+    widths: Sequence[int],  # of the teachers
+) -> dict[str, bytes]:  # extension: contents
     "Write the embeddings in the chosen container"
-    if not arrays: return {}
-    if store.form == 'float32': return dict(npz=write_npz(arrays))
-    if store.form == 'bf16': return {'pth.gz': write_pth(arrays)}
+    if not arrays:
+        return {}
+    if store.form == 'float32':
+        return dict(npz=write_npz(arrays))
+    if store.form == 'bf16':
+        return {'pth.gz': write_pth(arrays)}
     from mobileclip_nb.shards.compact import pack_rows
-    if not widths: raise ValueError("The compact form turns each teacher's slice by itself; give widths=(768, 768), one a teacher")
-    return dict(emb=pack_rows({k: arrays[k] for k in sorted(arrays)}, widths, store.bits, store.seed))
+
+    if not widths:
+        raise ValueError(
+            "The compact form turns each teacher's slice by itself; give widths=(768, 768), one a teacher"
+        )
+    return dict(
+        emb=pack_rows({k: arrays[k] for k in sorted(arrays)}, widths, store.bits, store.seed)
+    )
 
 # %% ../../nbs/44_shards.sample.ipynb #aa3885b6
 def to_members(
-    sample:Sample,
-    store:StoreSpec=StoreSpec(),
-    widths:Sequence[int]=(), # of the teachers; the compact form needs them
-)->dict[str, bytes]: # extension: contents, in alphabetical order
+    sample: Sample,
+    store: StoreSpec = StoreSpec(),
+    widths: Sequence[int] = (),  # of the teachers; the compact form needs them
+) -> dict[str, bytes]:  # extension: contents, in alphabetical order
     "Write a sample as the members that DataCompDR publishes; one that does not hang together is refused"
     check(sample, widths)
-    if taken := {'uid', 'sha256', *(['texts'] if len(sample.captions) > 1 else [])} & set(sample.meta): raise ValueError(f"Sample {sample.key!r}: meta cannot hold {', '.join(sorted(taken))}; these are fields of their own")
+    if taken := {'uid', 'sha256', *(['texts'] if len(sample.captions) > 1 else [])} & set(
+        sample.meta
+    ):
+        raise ValueError(
+            f"Sample {sample.key!r}: meta cannot hold {', '.join(sorted(taken))}; these are fields of their own"
+        )
     out = {} if sample.image is None else {sample.ext: sample.image}
-    if sample.captions: out['txt'] = sample.captions[0].encode()
-    if sample.url is not None: out['url.txt'] = sample.url.encode()
-    if sample.synthetic: out['syn.json'] = _dump(_sorted(sample.synthetic))
-    if sample.param_aug is not None: out['paug.json'] = _dump(dict(param_aug=list(sample.param_aug)))
+    if sample.captions:
+        out['txt'] = sample.captions[0].encode()
+    if sample.url is not None:
+        out['url.txt'] = sample.url.encode()
+    if sample.synthetic:
+        out['syn.json'] = _dump(_sorted(sample.synthetic))
+    if sample.param_aug is not None:
+        out['paug.json'] = _dump(dict(param_aug=list(sample.param_aug)))
     texts = dict(texts=list(sample.captions)) if len(sample.captions) > 1 else {}
-    out['json'] = _dump(dict(uid=sample.uid or sample.key) | (dict(sha256=sample.sha256) if sample.sha256 else {}) | _sorted(sample.meta | texts))
+    out['json'] = _dump(
+        dict(uid=sample.uid or sample.key)
+        | (dict(sha256=sample.sha256) if sample.sha256 else {})
+        | _sorted(sample.meta | texts)
+    )
     out |= (new := _encode(to_arrays(sample, store.layout), store, widths))
     if clash := set(sample.others) & set(out) or (new and set(sample.others) & set(HOLDERS)):
-        raise ValueError(f"Sample {sample.key!r} brings {', '.join(sorted(clash))} twice, opened and not; begin with sample.bare()")
+        raise ValueError(
+            f"Sample {sample.key!r} brings {', '.join(sorted(clash))} twice, opened and not; begin with sample.bare()"
+        )
     return dict(sorted((out | sample.others).items()))

@@ -20,40 +20,63 @@ from tqdm.auto import tqdm
 from ..augment import OPS, AugmentSpec, unpack
 from ..places import list_shards, name_of, reading
 from .build import LeftOut, look
-from .files import PUBLISHED, Entry, Manifest, Skips, read_manifest, read_published, read_shard
+from mobileclip_nb.shards.files import (
+    PUBLISHED,
+    Entry,
+    Manifest,
+    Skips,
+    read_manifest,
+    read_published,
+    read_shard,
+)
 from .join import number_of, outside
 from .sample import Sample
 
 # %% ../../nbs/48_shards.tools.ipynb #bda6c6fc
 class About(NamedTuple):
     "What a manifest tells about samples"
-    entries:dict[str,Entry] # shard: what it should be
-    augment:AugmentSpec|None=None # what stored parameters mean
-    teachers:tuple[tuple[str,int],...]=() # names and widths, in order
-    kind:str='none' # `ours`, `published` or `none`
+
+    entries: dict[str, Entry]  # shard: what it should be
+    augment: AugmentSpec | None = None  # what stored parameters mean
+    teachers: tuple[tuple[str, int], ...] = ()  # names and widths, in order
+    kind: str = 'none'  # `ours`, `published` or `none`
+
 
 def home_of(
-    place:str|Path, # shards, as `list_shards` takes them
-)->str: # the folder whose manifest tells about them
+    place: str | Path,  # shards, as `list_shards` takes them
+) -> str:  # the folder whose manifest tells about them
     "Name the folder of a shard, or of a pattern of shards"
     return str(place) if not str(place).endswith('.tar') else str(place).rpartition('/')[0] or '.'
 
+
 def about_of(
-    place:str|Path, # a folder; for one shard, its folder
-)->About:
+    place: str | Path,  # a folder; for one shard, its folder
+) -> About:
     "Read what a manifest tells; ValueError if it is there and wrong"
     at = home_of(place)
-    try: m = read_manifest(at)
-    except (FileNotFoundError, NotADirectoryError): return About({})
+    try:
+        m = read_manifest(at)
+    except (FileNotFoundError, NotADirectoryError):
+        return About({})
     said = m.about.get('image_augmentation')
-    try: teachers = tuple((str(t['name']), int(t['width'])) for t in m.about.get('teachers', ()))
-    except (TypeError, KeyError, ValueError) as e: raise ValueError(f'the manifest of {name_of(at)} names its teachers in a way we do not know') from e
-    return About({e.shard: e for e in m.shards}, AugmentSpec.from_config(said) if said else None, teachers, 'ours' if m.version else 'published')
+    try:
+        teachers = tuple((str(t['name']), int(t['width'])) for t in m.about.get('teachers', ()))
+    except (TypeError, KeyError, ValueError) as e:
+        raise ValueError(
+            f'the manifest of {name_of(at)} names its teachers in a way we do not know'
+        ) from e
+    return About(
+        {e.shard: e for e in m.shards},
+        AugmentSpec.from_config(said) if said else None,
+        teachers,
+        'ours' if m.version else 'published',
+    )
+
 
 def entry_of(
-    url:str, # a shard
-    entries:dict[str,Entry], # by name below the folder
-)->Entry|None: # None if the manifest does not name it
+    url: str,  # a shard
+    entries: dict[str, Entry],  # by name below the folder
+) -> Entry | None:  # None if the manifest does not name it
     "Find a shard in a manifest by the longest end of its path"
     ends = ('/'.join(str(url).split('/')[-k:]).removesuffix('.tar') for k in (4, 3, 2, 1))
     return next((entries[e] for e in ends if e in entries), None)
@@ -61,168 +84,283 @@ def entry_of(
 # %% ../../nbs/48_shards.tools.ipynb #1f4421e7
 class Fault(NamedTuple):
     "One thing that is wrong"
-    shard:str # its name
-    key:str # of the sample; empty if it is the shard
-    reason:str
-    detail:str=''
+
+    shard: str  # its name
+    key: str  # of the sample; empty if it is the shard
+    reason: str
+    detail: str = ''
+
 
 @dataclass
 class VerifyReport:
     "What was looked at, and all that is wrong with it"
-    place:str # name
-    shards:int=0
-    samples:int=0 # that could be read
-    bytes:int=0 # of all shards
-    unhashed:int=0 # samples without a hash to compare the image with; no fault
-    manifest:str='none' # `ours`, `published` or `none`
-    counts:dict[str,int]=field(default_factory=dict) # reason: faults
-    faults:list[Fault]=field(default_factory=list) # of each reason the first hundred
+
+    place: str  # name
+    shards: int = 0
+    samples: int = 0  # that could be read
+    bytes: int = 0  # of all shards
+    unhashed: int = 0  # samples without a hash to compare the image with; no fault
+    manifest: str = 'none'  # `ours`, `published` or `none`
+    counts: dict[str, int] = field(default_factory=dict)  # reason: faults
+    faults: list[Fault] = field(default_factory=list)  # of each reason the first hundred
 
     @property
-    def ok(self)->bool:
+    def ok(self) -> bool:
         "Whether nothing is wrong"
         return not self.counts
 
-    def add(self, fault:Fault, n:int=1)->None:
+    def add(self, fault: Fault, n: int = 1) -> None:
         "Append a fault that occurred n times"
         self.counts[fault.reason] = self.counts.get(fault.reason, 0) + n
-        if self.counts[fault.reason] <= 100: self.faults.append(fault)
+        if self.counts[fault.reason] <= 100:
+            self.faults.append(fault)
 
-    def __str__(self)->str:
+    def __str__(self) -> str:
         told = 'all well' if self.ok else f'{sum(self.counts.values()):,} faults'
-        lines = [f'verify {self.place}: {self.samples:,} samples in {self.shards:,} shards, {self.bytes/1e6:,.1f} MB, manifest: {self.manifest}: {told}']
-        if self.unhashed: lines.append(f'{self.unhashed:,} images have no hash to be compared with')
+        lines = [
+            f'verify {self.place}: {self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB, manifest: {self.manifest}: {told}'
+        ]
+        if self.unhashed:
+            lines.append(f'{self.unhashed:,} images have no hash to be compared with')
         for reason, n in sorted(self.counts.items()):
-            some = [' '.join(filter(None, (f.shard, f.key, f.detail and f'({f.detail})'))) for f in self.faults if f.reason == reason]
-            lines.append(f'{n:,} {reason}: ' + ', '.join(some[:2]) + ', ...'*(len(some) > 2))
+            some = [
+                ' '.join(filter(None, (f.shard, f.key, f.detail and f'({f.detail})')))
+                for f in self.faults
+                if f.reason == reason
+            ]
+            lines.append(f'{n:,} {reason}: ' + ', '.join(some[:2]) + ', ...' * (len(some) > 2))
         return '\n'.join(lines)
 
 # %% ../../nbs/48_shards.tools.ipynb #083e45a4
 def faults_of(
-    s:Sample, # one that could be read
-    augment:AugmentSpec|None=None, # what its parameters mean, if known
-    deep:bool=True, # decode the image to its end
-    metadata:bool=False, # image and captions may be elsewhere, as in DataCompDR's release
-)->Iterator[tuple[str,str]]: # reason, detail
+    s: Sample,  # one that could be read
+    augment: AugmentSpec | None = None,  # what its parameters mean, if known
+    deep: bool = True,  # decode the image to its end
+    metadata: bool = False,  # image and captions may be elsewhere, as in DataCompDR's release
+) -> Iterator[tuple[str, str]]:  # reason, detail
     "Find what is wrong with a sample"
-    if not s.captions and not metadata: yield 'no caption', ''
+    if not s.captions and not metadata:
+        yield 'no caption', ''
     if not s.image:
-        if not metadata: yield 'missing image', 'if these are metadata alone, say so (metadata)'
+        if not metadata:
+            yield 'missing image', 'if these are metadata alone, say so (metadata)'
         return
     digest = hashlib.sha256(s.image).hexdigest()
-    if s.sha256.lower() not in ('', digest): yield 'hash differs', f'the image has {digest[:12]}, the sample says {s.sha256[:12]}'
-    try: size = look(s.image, deep)[1]
-    except LeftOut as e: yield e.reason, e.detail; return
-    if augment and (why := outside(s.param_aug or (), size, augment)): yield 'crop outside', why
+    if s.sha256.lower() not in ('', digest):
+        yield 'hash differs', f'the image has {digest[:12]}, the sample says {s.sha256[:12]}'
+    try:
+        size = look(s.image, deep)[1]
+    except LeftOut as e:
+        yield e.reason, e.detail
+        return
+    if augment and (why := outside(s.param_aug or (), size, augment)):
+        yield 'crop outside', why
 
-def _verify_shard(url:str, known:About, report:VerifyReport, uids:array, deep:bool, metadata:bool)->None:
+
+def _verify_shard(
+    url: str, known: About, report: VerifyReport, uids: array, deep: bool, metadata: bool
+) -> None:
     "Look at one shard"
     name, skips, entry = name_of(url), Skips(most=100), entry_of(url, known.entries)
-    if entry is None and known.kind != 'none': report.add(Fault(name, '', 'not in the manifest'))
-    with reading(url) as f: digest, size = hashlib.file_digest(f, 'sha256').hexdigest(), f.tell()
-    report.shards += 1; report.bytes += size
-    if entry and entry.sha256 not in ('', digest): report.add(Fault(name, '', 'shard hash differs', f'it has {digest[:12]}, the manifest says {entry.sha256[:12]}'))
+    if entry is None and known.kind != 'none':
+        report.add(Fault(name, '', 'not in the manifest'))
+    with reading(url) as f:
+        digest, size = hashlib.file_digest(f, 'sha256').hexdigest(), f.tell()
+    report.shards += 1
+    report.bytes += size
+    if entry and entry.sha256 not in ('', digest):
+        report.add(
+            Fault(
+                name,
+                '',
+                'shard hash differs',
+                f'it has {digest[:12]}, the manifest says {entry.sha256[:12]}',
+            )
+        )
     for s in read_shard(url, skips, widths=[w for _, w in known.teachers]):
-        uids.append(number_of(s.uid)); report.unhashed += not s.sha256; report.samples += 1
-        for reason, detail in faults_of(s, known.augment, deep, metadata): report.add(Fault(name, s.key, reason, detail))
+        uids.append(number_of(s.uid))
+        report.unhashed += not s.sha256
+        report.samples += 1
+        for reason, detail in faults_of(s, known.augment, deep, metadata):
+            report.add(Fault(name, s.key, reason, detail))
     for reason, n in skips.counts.items():
         some = skips.examples[reason]
-        for k, (_, key, why) in enumerate(some, 1): report.add(Fault(name, key, reason, why), 1 if k < len(some) else 1 + n - len(some))
-    if entry and entry.num_uids != skips.kept: report.add(Fault(name, '', 'count differs', f'{skips.kept} samples can be read, the manifest says {entry.num_uids}'))
+        for k, (_, key, why) in enumerate(some, 1):
+            report.add(Fault(name, key, reason, why), 1 if k < len(some) else 1 + n - len(some))
+    if entry and entry.num_uids != skips.kept:
+        report.add(
+            Fault(
+                name,
+                '',
+                'count differs',
+                f'{skips.kept} samples can be read, the manifest says {entry.num_uids}',
+            )
+        )
 
 # %% ../../nbs/48_shards.tools.ipynb #c3e451f8
-def _disagrees(place:str|Path, entries:dict[str,Entry])->str: # empty if all is well
+def _disagrees(place: str | Path, entries: dict[str, Entry]) -> str:  # empty if all is well
     "Tell how the published manifest beside ours differs from it"
-    try: lines = read_published(home_of(place))
-    except Exception as e: return str(e)[:200]
+    try:
+        lines = read_published(home_of(place))
+    except Exception as e:
+        return str(e)[:200]
     said, ours = sorted(e[:2] for e in lines), sorted(e[:2] for e in entries.values())
-    return '' if said == ours else f'{len(said)} lines, of which {len({*said} - {*ours})} do not stand in manifest.json'
+    return (
+        ''
+        if said == ours
+        else f'{len(said)} lines, of which {len({*said} - {*ours})} do not stand in manifest.json'
+    )
+
 
 def verify(
-    place:str|Path, # shards, as `list_shards` takes them
-    deep:bool=True, # decode every image to its end
-    progress:bool=True, # show a bar
-    metadata:bool=False, # images and captions may be elsewhere, as in DataCompDR's release
-)->VerifyReport:
+    place: str | Path,  # shards, as `list_shards` takes them
+    deep: bool = True,  # decode every image to its end
+    progress: bool = True,  # show a bar
+    metadata: bool = False,  # images and captions may be elsewhere, as in DataCompDR's release
+) -> VerifyReport:
     "Read every member, row and hash of shards, and their manifest; list every fault and stop at none"
-    urls, report, uids, known = list_shards(place), VerifyReport(name_of(place)), array('Q'), About({})
-    try: known = about_of(place)
-    except Exception as e: report.add(Fault('manifest', '', 'bad manifest', str(e)[:200]))
-    if known.kind == 'ours' and (why := _disagrees(place, known.entries)): report.add(Fault(PUBLISHED, '', 'bad manifest', why))
+    urls, report, uids, known = (
+        list_shards(place),
+        VerifyReport(name_of(place)),
+        array('Q'),
+        About({}),
+    )
+    try:
+        known = about_of(place)
+    except Exception as e:
+        report.add(Fault('manifest', '', 'bad manifest', str(e)[:200]))
+    if known.kind == 'ours' and (why := _disagrees(place, known.entries)):
+        report.add(Fault(PUBLISHED, '', 'bad manifest', why))
     report.manifest, named = known.kind, [entry_of(u, known.entries) for u in urls]
     for url in tqdm(urls, 'verify', unit=' shards', disable=not progress, leave=False):
-        try: _verify_shard(url, known, report, uids, deep, metadata)
-        except Exception as e: report.add(Fault(name_of(url), '', 'unreadable shard', f'{type(e).__name__}: {str(e)[:200]}'))
+        try:
+            _verify_shard(url, known, report, uids, deep, metadata)
+        except Exception as e:
+            report.add(
+                Fault(name_of(url), '', 'unreadable shard', f'{type(e).__name__}: {str(e)[:200]}')
+            )
     if not str(place).endswith('.tar'):
-        for shard in sorted(set(known.entries) - {e.shard for e in named if e}): report.add(Fault(f'{shard}.tar', '', 'missing shard', 'the manifest names it'))
-    if twice := len(uids) - len(np.unique(np.array(uids, np.uint64))): report.add(Fault(report.place, '', 'duplicate uid', f'{twice:,} samples bear the uid of another'), twice)
+        for shard in sorted(set(known.entries) - {e.shard for e in named if e}):
+            report.add(Fault(f'{shard}.tar', '', 'missing shard', 'the manifest names it'))
+    if twice := len(uids) - len(np.unique(np.array(uids, np.uint64))):
+        report.add(
+            Fault(report.place, '', 'duplicate uid', f'{twice:,} samples bear the uid of another'),
+            twice,
+        )
     return report
 
 # %% ../../nbs/48_shards.tools.ipynb #f2c39b32
-_UNITS = dict(TranslateX='{:+.0f} px', TranslateY='{:+.0f} px', Rotate='{:+.0f} degrees', Posterize='to {:.0f} bits', Solarize='from {:.0f} up')
-_UNITS |= {k: '{:+.2f}' for k in ('ShearX', 'ShearY')} | {k: '{:+.0%}' for k in ('Brightness', 'Color', 'Contrast', 'Sharpness')}
+_UNITS = dict(
+    TranslateX='{:+.0f} px',
+    TranslateY='{:+.0f} px',
+    Rotate='{:+.0f} degrees',
+    Posterize='to {:.0f} bits',
+    Solarize='from {:.0f} up',
+)
+_UNITS |= {k: '{:+.2f}' for k in ('ShearX', 'ShearY')} | {
+    k: '{:+.0%}' for k in ('Brightness', 'Color', 'Contrast', 'Sharpness')
+}
+
 
 def in_words(
-    name:str, # of an operation
-    value:Any, # its parameter, as `unpack` gives it
-)->str:
+    name: str,  # of an operation
+    value: Any,  # its parameter, as `unpack` gives it
+) -> str:
     "Say one parameter with its unit"
-    if name == 'random_resized_crop': return f'crop {value[3]}x{value[2]} px at column {value[1]}, row {value[0]}'
-    if name == 'rand_augment' and value: return ', '.join(f'{OPS[i]} {_UNITS.get(OPS[i], "").format(m)}'.strip() for i, m in value)
+    if name == 'random_resized_crop':
+        return f'crop {value[3]}x{value[2]} px at column {value[1]}, row {value[0]}'
+    if name == 'rand_augment' and value:
+        return ', '.join(f'{OPS[i]} {_UNITS.get(OPS[i], "").format(m)}'.strip() for i, m in value)
     return f"{name.replace('_', ' ')} {'skipped' if value is None else value}"
 
-def _norms(name:str, x:np.ndarray, widths:Sequence[int])->str:
+
+def _norms(name: str, x: np.ndarray, widths: Sequence[int]) -> str:
     "Say the shape of embeddings, and the norms of each teacher's part"
     parts = np.split(x, np.cumsum(widths)[:-1], axis=1) if sum(widths) == x.shape[1] else [x]
-    return f'{name} {x.shape[0]} x {x.shape[1]}, norms ' + ' and '.join(f'{n.min():.3f} to {n.max():.3f}' for n in (np.linalg.norm(p, axis=1) for p in parts))
+    return f'{name} {x.shape[0]} x {x.shape[1]}, norms ' + ' and '.join(
+        f'{n.min():.3f} to {n.max():.3f}' for n in (np.linalg.norm(p, axis=1) for p in parts)
+    )
 
 # %% ../../nbs/48_shards.tools.ipynb #1a38d494
 def describe(
-    s:Sample, # read with its embeddings, if it has any
-    augment:AugmentSpec|None=None, # what its parameters mean
-    teachers:Sequence[tuple[str,int]]=(), # names and widths, in order
-)->str: # lines
+    s: Sample,  # read with its embeddings, if it has any
+    augment: AugmentSpec | None = None,  # what its parameters mean
+    teachers: Sequence[tuple[str, int]] = (),  # names and widths, in order
+) -> str:  # lines
     "Describe a sample in words"
     lines = [('key', s.key), ('uid', s.uid)]
     if s.image:
-        try: ext, (w, h) = look(s.image); seen = f'{ext}, {w}x{h} px'
-        except LeftOut as e: seen = f'{e.reason}, {e.detail}'
-        same = 'not given' if not s.sha256 else 'agrees' if s.sha256.lower() == hashlib.sha256(s.image).hexdigest() else 'DIFFERS'
+        try:
+            ext, (w, h) = look(s.image)
+            seen = f'{ext}, {w}x{h} px'
+        except LeftOut as e:
+            seen = f'{e.reason}, {e.detail}'
+        same = (
+            'not given'
+            if not s.sha256
+            else 'agrees'
+            if s.sha256.lower() == hashlib.sha256(s.image).hexdigest()
+            else 'DIFFERS'
+        )
         lines.append(('image', f'{seen}, {len(s.image):,} bytes, sha256 {same}'))
-    lines += [('url', s.url)]*bool(s.url) + [('caption', c) for c in s.captions] + [(k, c) for k, texts in s.synthetic.items() for c in texts]
+    lines += (
+        [('url', s.url)] * bool(s.url)
+        + [('caption', c) for c in s.captions]
+        + [(k, c) for k, texts in s.synthetic.items() for c in texts]
+    )
     for n, row in enumerate(s.param_aug or ()):
-        try: said = '; '.join(in_words(k, v) for k, v in unpack(augment, row).items()) if augment else json.dumps(row)
-        except ValueError as e: said = f'{json.dumps(row)}: {e}'
+        try:
+            said = (
+                '; '.join(in_words(k, v) for k, v in unpack(augment, row).items())
+                if augment
+                else json.dumps(row)
+            )
+        except ValueError as e:
+            said = f'{json.dumps(row)}: {e}'
         lines.append((f'augment {n}', said))
     lines += [('teacher', f'{n}, {w} wide') for n, w in teachers]
     named = ({} if s.image_emb is None else dict(image=s.image_emb)) | s.text_emb
     lines += [('embeddings', _norms(k, x, [w for _, w in teachers])) for k, x in named.items()]
-    lines += [('unopened', f'{k}, {len(v):,} bytes') for k, v in s.others.items()] + [('also', f'{k}: {str(v)[:80]}') for k, v in s.meta.items()]
-    return '\n'.join(f'{a:12}' + ''.join(c if c.isprintable() else '?' for c in str(b)) for a, b in lines)
+    lines += [('unopened', f'{k}, {len(v):,} bytes') for k, v in s.others.items()] + [
+        ('also', f'{k}: {str(v)[:80]}') for k, v in s.meta.items()
+    ]
+    return '\n'.join(
+        f'{a:12}' + ''.join(c if c.isprintable() else '?' for c in str(b)) for a, b in lines
+    )
 
 # %% ../../nbs/48_shards.tools.ipynb #225f698a
 def find_sample(
-    place:str|Path, # shards, as `list_shards` takes them
-    which:str|int=0, # key or uid, or the number of a sample, from 0 over all shards
-)->tuple[Sample,str]: # with its embeddings; the place of its shard
+    place: str | Path,  # shards, as `list_shards` takes them
+    which: str | int = 0,  # key or uid, or the number of a sample, from 0 over all shards
+) -> tuple[Sample, str]:  # with its embeddings; the place of its shard
     "Find one sample of some shards"
-    try: entries = about_of(place).entries
-    except ValueError: entries = {}
+    try:
+        entries = about_of(place).entries
+    except ValueError:
+        entries = {}
     urls, seen = list_shards(place), 0
     for url in urls:
         entry = entry_of(url, entries)
-        if isinstance(which, int) and entry and seen + entry.num_uids <= which: seen += entry.num_uids; continue
+        if isinstance(which, int) and entry and seen + entry.num_uids <= which:
+            seen += entry.num_uids
+            continue
         for s in read_shard(url, embeddings=False):
-            if which in (seen, s.key, s.uid): return next((t for t in read_shard(url) if t.key == s.key), s), url
+            if which in (seen, s.key, s.uid):
+                return next((t for t in read_shard(url) if t.key == s.key), s), url
             seen += 1
-    raise KeyError(f"No sample {which!r} among {seen:,} in {name_of(place)}; give a key, a uid, or a number from 0")
+    raise KeyError(
+        f"No sample {which!r} among {seen:,} in {name_of(place)}; give a key, a uid, or a number from 0"
+    )
+
 
 def show(
-    place:str|Path, # shards, as `list_shards` takes them
-    which:str|int=0, # key or uid, or the number of a sample, from 0 over all shards
-)->str: # lines
+    place: str | Path,  # shards, as `list_shards` takes them
+    which: str | int = 0,  # key or uid, or the number of a sample, from 0 over all shards
+) -> str:  # lines
     "Describe one sample of some shards in words"
     s, url = find_sample(place, which)
-    try: known = about_of(place)
-    except ValueError: known = About({})
+    try:
+        known = about_of(place)
+    except ValueError:
+        known = About({})
     return f"{'shard':12}{name_of(url)}\n" + describe(s, known.augment, known.teachers)

@@ -16,32 +16,54 @@ from .transformer import TextSpec, TextTransformer
 # %% ../../nbs/24_text.repmixer.ipynb #0a4941b5
 class TextRepMixerBlock(RepMixerBlock):
     "A RepMixer block over token rows: one wide kernel over neighboring tokens (MobileCLIP, text encoder)"
-    def __init__(self,
-        spec:TextSpec, # gives width, kernel, ratio and first layer scale
-    ):
-        super().__init__(spec.width, int(spec.width*spec.ratio), spec.kernel, spec.kernel, scale=False, ndim=1, init=spec.layer_scale)
 
-    def forward(self,
-        x:Tensor, # `(B, T, W)`
-    )->Tensor: # the same shape
+    def __init__(
+        self,
+        spec: TextSpec,  # gives width, kernel, ratio and first layer scale
+    ):
+        super().__init__(
+            spec.width,
+            int(spec.width * spec.ratio),
+            spec.kernel,
+            spec.kernel,
+            scale=False,
+            ndim=1,
+            init=spec.layer_scale,
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # `(B, T, W)`
+    ) -> Tensor:  # the same shape
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 # %% ../../nbs/24_text.repmixer.ipynb #d41ea8fb
 class TextRepMixer(TextTransformer):
     "The hybrid text tower MCt: convolution over tokens at both ends, attention between (MobileCLIP, text encoder)"
-    def make_blocks(self,
-        spec:TextSpec, # sizes
-    )->nn.Sequential: # maps `(B, T, W)` to the same shape
+
+    def make_blocks(
+        self,
+        spec: TextSpec,  # sizes
+    ) -> nn.Sequential:  # maps `(B, T, W)` to the same shape
         "Text-RepMixer blocks, transformer blocks, Text-RepMixer blocks"
         if spec.causal and spec.conv_blocks:
-            raise ValueError("A causal tower cannot have Text-RepMixer blocks: they see tokens ahead. Use causal=False or conv_blocks=0")
-        def conv()->list[nn.Module]: return [TextRepMixerBlock(spec) for _ in range(spec.conv_blocks)]
-        mid = [TransformerBlock(spec.width, spec.heads, spec.ratio, spec.causal) for _ in range(spec.layers)]
+            raise ValueError(
+                "A causal tower cannot have Text-RepMixer blocks: they see tokens ahead. Use causal=False or conv_blocks=0"
+            )
+
+        def conv() -> list[nn.Module]:
+            return [TextRepMixerBlock(spec) for _ in range(spec.conv_blocks)]
+
+        mid = [
+            TransformerBlock(spec.width, spec.heads, spec.ratio, spec.causal)
+            for _ in range(spec.layers)
+        ]
         return nn.Sequential(*conv(), *mid, *conv())
 
+
 def text_tower(
-    spec:TextSpec, # `conv_blocks` decides which kind
-    out:int=512, # embedding width
-)->TextTransformer: # random weights
+    spec: TextSpec,  # `conv_blocks` decides which kind
+    out: int = 512,  # embedding width
+) -> TextTransformer:  # random weights
     "Build the text tower that a spec describes"
     return (TextRepMixer if spec.conv_blocks else TextTransformer)(spec, out)

@@ -17,65 +17,81 @@ import ftfy, regex, torch
 from torch import Tensor
 
 # %% ../../nbs/22_text.tokens.ipynb #e5d9a686
-def byte_letters()->dict[int,str]: # byte to letter, in the order of their ids
+def byte_letters() -> dict[int, str]:  # byte to letter, in the order of their ids
     "A printable letter for every byte: itself where it prints, one from U+0100 on where it does not"
     shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     other = [b for b in range(256) if b not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256+i) for i, b in enumerate(other)}
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(other)}
 
 # %% ../../nbs/22_text.tokens.ipynb #95ffb4af
-MERGES = 48_894 # merges that CLIP's vocabulary is made of
-SOT, EOT, PAD = 49_406, 49_407, 0 # ids: start of text, end of text, padding
-VOCAB = 49_408 # ids in all
+MERGES = 48_894  # merges that CLIP's vocabulary is made of
+SOT, EOT, PAD = 49_406, 49_407, 0  # ids: start of text, end of text, padding
+VOCAB = 49_408  # ids in all
+
 
 def merges(
-    n:int|None=MERGES, # how many, in the order learned; None reads them all
-)->dict[tuple[str,str],int]: # a pair of pieces to its rank
+    n: int | None = MERGES,  # how many, in the order learned; None reads them all
+) -> dict[tuple[str, str], int]:  # a pair of pieces to its rank
     "Read the first `n` merges from the file that open_clip ships, without importing open_clip"
     spec = importlib.util.find_spec('open_clip')
-    path = Path(spec.submodule_search_locations[0])/'bpe_simple_vocab_16e6.txt.gz' if spec else None
+    path = (
+        Path(spec.submodule_search_locations[0]) / 'bpe_simple_vocab_16e6.txt.gz' if spec else None
+    )
     if path is None or not path.exists():
         raise FileNotFoundError("CLIP's merges come with open_clip; pip install open_clip_torch")
     with gzip.open(path, 'rt', encoding='utf-8') as f:
-        lines = islice(f, 1, None if n is None else n+1)
+        lines = islice(f, 1, None if n is None else n + 1)
         return {tuple(l.split()): i for i, l in enumerate(lines)}
 
 # %% ../../nbs/22_text.tokens.ipynb #955ccc28
 @lru_cache(1)
-def tables()->tuple[dict[tuple[str,str],int],dict[str,int],list[str]]: # ranks of pairs, piece to id, id to piece
+def tables() -> tuple[
+    dict[tuple[str, str], int], dict[str, int], list[str]
+]:  # ranks of pairs, piece to id, id to piece
     "Build ranks and vocabulary once"
     ranks, letters = merges(), list(byte_letters().values())
-    pieces = letters + [c+'</w>' for c in letters] + [a+b for a, b in ranks] + ['<start_of_text>', '<end_of_text>']
+    pieces = (
+        letters
+        + [c + '</w>' for c in letters]
+        + [a + b for a, b in ranks]
+        + ['<start_of_text>', '<end_of_text>']
+    )
     return ranks, {p: i for i, p in enumerate(pieces)}, pieces
 
 # %% ../../nbs/22_text.tokens.ipynb #065126a1
 def merge(
-    word:str, # letters of `byte_letters`, at least one
-    ranks:dict[tuple[str,str],int], # known pairs; low ranks join first
-)->list[str]: # pieces, the last with `</w>`
+    word: str,  # letters of `byte_letters`, at least one
+    ranks: dict[tuple[str, str], int],  # known pairs; low ranks join first
+) -> list[str]:  # pieces, the last with `</w>`
     "Join neighbors, the pair learned first before all others, until no known pair is left"
-    parts = [*word[:-1], word[-1]+'</w>', '']                   # the empty last part joins with nothing
-    last = len(parts)-1
-    left, right = [last, *range(last)], [*range(1, last+1), last]
+    parts = [*word[:-1], word[-1] + '</w>', '']  # the empty last part joins with nothing
+    last = len(parts) - 1
+    left, right = [last, *range(last)], [*range(1, last + 1), last]
     heap = [(ranks[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in ranks]
     heapq.heapify(heap)
     while heap:
         rank, i = heapq.heappop(heap)
         j = right[i]
-        if ranks.get((parts[i], parts[j])) != rank: continue                        # joined by others since
-        parts[i], parts[j], right[i] = parts[i]+parts[j], '', right[j]
+        if ranks.get((parts[i], parts[j])) != rank:
+            continue  # joined by others since
+        parts[i], parts[j], right[i] = parts[i] + parts[j], '', right[j]
         left[right[j]] = i
         for a in (left[i], i):
             pair = parts[a], parts[right[a]]
-            if pair in ranks: heapq.heappush(heap, (ranks[pair], a))
+            if pair in ranks:
+                heapq.heappush(heap, (ranks[pair], a))
     return [p for p in parts if p]
 
 # %% ../../nbs/22_text.tokens.ipynb #ec789f9d
-WORD = regex.compile(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+WORD = regex.compile(
+    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+
 
 def clean(
-    text:str, # anything
-)->str: # mended, unescaped, single-spaced, in lower case
+    text: str,  # anything
+) -> str:  # mended, unescaped, single-spaced, in lower case
     "Clean a caption as CLIP's training did"
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return ' '.join(text.split()).lower()
@@ -83,61 +99,83 @@ def clean(
 # %% ../../nbs/22_text.tokens.ipynb #976cf1e0
 @lru_cache(65_536)
 def word_ids(
-    word:str, # one match of `WORD`
-)->tuple[int,...]: # at least one id
+    word: str,  # one match of `WORD`
+) -> tuple[int, ...]:  # at least one id
     "The ids of one word"
     ranks, ids, _ = tables()
-    if word in ('<start_of_text>', '<end_of_text>'): return (ids[word],)
+    if word in ('<start_of_text>', '<end_of_text>'):
+        return (ids[word],)
     letters = _letters()
-    return tuple(ids[p] for p in merge(''.join(letters[b] for b in word.encode('utf-8', 'replace')), ranks))
+    return tuple(
+        ids[p] for p in merge(''.join(letters[b] for b in word.encode('utf-8', 'replace')), ranks)
+    )
+
 
 _letters = lru_cache(1)(byte_letters)
 
+
 def encode(
-    text:str, # anything
-    limit:int|None=None, # stop after the word in which this many ids are reached
-)->list[int]: # ids without start, end or padding
+    text: str,  # anything
+    limit: int | None = None,  # stop after the word in which this many ids are reached
+) -> list[int]:  # ids without start, end or padding
     "The ids of a text, word by word (CLIP §2.4)"
     found = []
     for m in WORD.finditer(clean(text)):
         found += word_ids(m[0])
-        if limit is not None and len(found) >= limit: break
+        if limit is not None and len(found) >= limit:
+            break
     return found
 
 # %% ../../nbs/22_text.tokens.ipynb #a6bfb25d
 def tokenize(
-    texts:str|Iterable[str], # one text or many
-    context_length:int=77, # tokens a row, at least 2
-)->Tensor: # `(B, L)`, torch.long
+    texts: str | Iterable[str],  # one text or many
+    context_length: int = 77,  # tokens a row, at least 2
+) -> Tensor:  # `(B, L)`, torch.long
     "Token rows with start and end, padded with 0; a long text keeps its end token (CLIP §2.4)"
     length = operator.index(context_length)
-    if length < 2: raise ValueError(f"context_length={length} has no room for a start and an end token; use 2 or more")
-    if isinstance(texts, str): texts = [texts]
+    if length < 2:
+        raise ValueError(
+            f"context_length={length} has no room for a start and an end token; use 2 or more"
+        )
+    if isinstance(texts, str):
+        texts = [texts]
     if isinstance(texts, (bytes, Mapping, Set)) or not isinstance(texts, Iterable):
         raise TypeError(f"tokenize takes a string or a list of strings, not {type(texts).__name__}")
     rows = []
     for i, text in enumerate(texts):
-        if not isinstance(text, str): raise TypeError(f"Text {i} is {type(text).__name__}, not a string; tokenize takes a string or a list of strings")
-        rows.append([SOT, *encode(text, length-2)[:length-2], EOT])
-    return torch.tensor([r + [PAD]*(length-len(r)) for r in rows], dtype=torch.long).view(-1, length)
+        if not isinstance(text, str):
+            raise TypeError(
+                f"Text {i} is {type(text).__name__}, not a string; tokenize takes a string or a list of strings"
+            )
+        rows.append([SOT, *encode(text, length - 2)[: length - 2], EOT])
+    return torch.tensor([r + [PAD] * (length - len(r)) for r in rows], dtype=torch.long).view(
+        -1, length
+    )
 
 # %% ../../nbs/22_text.tokens.ipynb #2227b77e
 def decode(
-    ids:Tensor|Iterable[int], # `(T,)`, with or without start, end and padding
-)->str: # lower case, single spaces
+    ids: Tensor | Iterable[int],  # `(T,)`, with or without start, end and padding
+) -> str:  # lower case, single spaces
     "The text of one row of ids, up to its end token"
     ids, pieces = [int(i) for i in ids], tables()[2]
     wrong = [i for i in ids if not 0 <= i < VOCAB]
-    if wrong: raise ValueError(f"No token has the id {wrong[0]}; ids run from 0 to {VOCAB-1}")
-    if EOT in ids: ids = ids[:ids.index(EOT)]
+    if wrong:
+        raise ValueError(f"No token has the id {wrong[0]}; ids run from 0 to {VOCAB - 1}")
+    if EOT in ids:
+        ids = ids[: ids.index(EOT)]
     back = {c: b for b, c in _letters().items()}
     text = ''.join(pieces[i] for i in ids if i != SOT)
-    return b' '.join(bytes(back[c] for c in w) for w in text.split('</w>')).decode('utf-8', 'replace').strip()
+    return (
+        b' '.join(bytes(back[c] for c in w) for w in text.split('</w>'))
+        .decode('utf-8', 'replace')
+        .strip()
+    )
 
 # %% ../../nbs/22_text.tokens.ipynb #23685e89
 def ids_in_use(
-    texts:Iterable[str], # captions and labels the model shall know, whole, not cut to a context
-)->list[int]: # ascending, without repeats
+    texts: Iterable[str],  # captions and labels the model shall know, whole, not cut to a context
+) -> list[int]:  # ascending, without repeats
     "Every id that occurs in `texts`, with padding, start and end"
-    if isinstance(texts, str): texts = [texts]
+    if isinstance(texts, str):
+        texts = [texts]
     return sorted({PAD, SOT, EOT}.union(*(encode(t) for t in texts)))

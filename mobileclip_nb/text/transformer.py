@@ -21,108 +21,150 @@ from .tokens import VOCAB
 @dataclass(frozen=True, repr=False)
 class TextSpec(Spec, id_name='TextSpec'):
     "What tells one text tower from another (MobileCLIP, text encoder; CLIP §2.4)"
-    width:int=512 # of a token
-    heads:int=8 # divides `width`
-    layers:int=12 # transformer blocks
-    causal:bool=False # a token sees only what stands before it
-    context:int=77 # tokens
-    vocab:int=VOCAB # token ids
-    rows:int=0 # embedding rows kept, if not all of `vocab`; 0 keeps all
-    conv_blocks:int=0 # Text-RepMixer blocks at each end; 0 is the base tower
-    kernel:int=11 # tokens, of the Text-RepMixer blocks
-    ratio:float=4. # hidden width of the FFNs over `width`
-    layer_scale:float=1e-5 # first value, in the Text-RepMixer blocks
+
+    width: int = 512  # of a token
+    heads: int = 8  # divides `width`
+    layers: int = 12  # transformer blocks
+    causal: bool = False  # a token sees only what stands before it
+    context: int = 77  # tokens
+    vocab: int = VOCAB  # token ids
+    rows: int = 0  # embedding rows kept, if not all of `vocab`; 0 keeps all
+    conv_blocks: int = 0  # Text-RepMixer blocks at each end; 0 is the base tower
+    kernel: int = 11  # tokens, of the Text-RepMixer blocks
+    ratio: float = 4.0  # hidden width of the FFNs over `width`
+    layer_scale: float = 1e-5  # first value, in the Text-RepMixer blocks
 
 # %% ../../nbs/23_text.transformer.ipynb #6b9c4f18
 class KeptRows(nn.Module):
     "An embedding that keeps rows only for the ids in use; all other ids share one more row"
-    def __init__(self,
-        rows:int, # ids kept, at least 1
-        width:int, # of a token
-        ids:Iterable[int]|None=None, # which, ascending; None means 0, 1, 2, ... until `keep` or a checkpoint says otherwise
+
+    def __init__(
+        self,
+        rows: int,  # ids kept, at least 1
+        width: int,  # of a token
+        ids: Iterable[int]
+        | None = None,  # which, ascending; None means 0, 1, 2, ... until `keep` or a checkpoint says otherwise
     ):
         super().__init__()
-        if rows < 1: raise ValueError(f"KeptRows needs at least one row, not {rows}; use nn.Embedding to keep all")
-        self.weight = nn.Parameter(torch.randn(rows+1, width)*.02)
+        if rows < 1:
+            raise ValueError(
+                f"KeptRows needs at least one row, not {rows}; use nn.Embedding to keep all"
+            )
+        self.weight = nn.Parameter(torch.randn(rows + 1, width) * 0.02)
         self.register_buffer('ids', torch.arange(rows))
-        if ids is not None: self.keep(ids)
+        if ids is not None:
+            self.keep(ids)
 
-    def keep(self,
-        ids:Iterable[int], # as many as there are rows, ascending, without repeats
-    )->'KeptRows': # itself
+    def keep(
+        self,
+        ids: Iterable[int],  # as many as there are rows, ascending, without repeats
+    ) -> 'KeptRows':  # itself
         "Set, in place, which ids the rows stand for"
         ids = [int(i) for i in ids]
-        if len(ids) != len(self.ids): raise ValueError(f"{len(ids)} ids for {len(self.ids)} rows; build the tower with TextSpec(rows={len(ids)})")
-        if any(b <= a for a, b in zip([-1, *ids], ids)): raise ValueError("The ids must be ascending, without repeats, from 0; ids_in_use(texts) gives such a list")
+        if len(ids) != len(self.ids):
+            raise ValueError(
+                f"{len(ids)} ids for {len(self.ids)} rows; build the tower with TextSpec(rows={len(ids)})"
+            )
+        if any(b <= a for a, b in zip([-1, *ids], ids)):
+            raise ValueError(
+                "The ids must be ascending, without repeats, from 0; ids_in_use(texts) gives such a list"
+            )
         self.ids.copy_(torch.tensor(ids, dtype=torch.long, device=self.ids.device))
         return self
 
-    def forward(self,
-        tokens:Tensor, # `(B, T)` ids
-    )->Tensor: # `(B, T, width)`
+    def forward(
+        self,
+        tokens: Tensor,  # `(B, T)` ids
+    ) -> Tensor:  # `(B, T, width)`
         tokens = tokens.to(self.ids.dtype)
-        row = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids)-1)
+        row = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids) - 1)
         return F.embedding(torch.where(self.ids[row] == tokens, row, len(self.ids)), self.weight)
 
 # %% ../../nbs/23_text.transformer.ipynb #07a907ca
 @torch.no_grad()
 def kept(
-    table:nn.Embedding, # has a row for every id
-    ids:Iterable[int], # to keep, ascending
-)->KeptRows: # a new table that answers the same for `ids`
+    table: nn.Embedding,  # has a row for every id
+    ids: Iterable[int],  # to keep, ascending
+) -> KeptRows:  # a new table that answers the same for `ids`
     "Keep some rows of a full table"
     ids = list(ids)
     new = KeptRows(len(ids), table.embedding_dim, ids).to(table.weight)
     rest = torch.ones(table.num_embeddings, dtype=torch.bool, device=table.weight.device)
     rest[ids] = False
     new.weight[:-1] = table.weight[ids]
-    if rest.any(): new.weight[-1] = table.weight[rest].mean(0)
+    if rest.any():
+        new.weight[-1] = table.weight[rest].mean(0)
     return new
 
 # %% ../../nbs/23_text.transformer.ipynb #b5248d2d
 def start_block(
-    block:TransformerBlock, # changed in place
-    layers:int, # in the whole tower
-)->None:
+    block: TransformerBlock,  # changed in place
+    layers: int,  # in the whole tower
+) -> None:
     "Draw a block's first weights: the deeper the tower, the less each block adds (as open_clip does)"
     width = block.attn.proj.in_features
-    add = (2*layers*width)**-.5
-    for m, std in ((block.attn.qkv, width**-.5), (block.attn.proj, add), (block.mlp.fc1, (2*width)**-.5), (block.mlp.fc2, add)):
+    add = (2 * layers * width) ** -0.5
+    for m, std in (
+        (block.attn.qkv, width**-0.5),
+        (block.attn.proj, add),
+        (block.mlp.fc1, (2 * width) ** -0.5),
+        (block.mlp.fc2, add),
+    ):
         nn.init.normal_(m.weight, std=std)
-    for m in (block.attn.qkv, block.attn.proj): nn.init.zeros_(m.bias)
+    for m in (block.attn.qkv, block.attn.proj):
+        nn.init.zeros_(m.bias)
 
 # %% ../../nbs/23_text.transformer.ipynb #e7fffb61
 class TextTransformer(nn.Module):
     "The base text tower: tokens, places, transformer blocks, and the row of the end token (CLIP §2.4)"
-    def __init__(self,
-        spec:TextSpec=TextSpec(), # sizes
-        out:int=512, # embedding width
+
+    def __init__(
+        self,
+        spec: TextSpec = TextSpec(),  # sizes
+        out: int = 512,  # embedding width
     ):
         super().__init__()
         self.spec, self.out = spec, out
-        self.token = KeptRows(spec.rows, spec.width) if spec.rows else nn.Embedding(spec.vocab, spec.width)
-        self.pos = nn.Parameter(torch.randn(spec.context, spec.width)*.01)
+        self.token = (
+            KeptRows(spec.rows, spec.width) if spec.rows else nn.Embedding(spec.vocab, spec.width)
+        )
+        self.pos = nn.Parameter(torch.randn(spec.context, spec.width) * 0.01)
         self.blocks = self.make_blocks(spec)
         self.norm = nn.LayerNorm(spec.width)
         self.proj = nn.Linear(spec.width, out, bias=False)
-        nn.init.normal_(self.token.weight, std=.02)
-        nn.init.normal_(self.proj.weight, std=spec.width**-.5)
+        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=spec.width**-0.5)
         for b in self.blocks:
-            if isinstance(b, TransformerBlock): start_block(b, spec.layers)
+            if isinstance(b, TransformerBlock):
+                start_block(b, spec.layers)
 
-    def make_blocks(self,
-        spec:TextSpec, # sizes
-    )->nn.Sequential: # maps `(B, T, W)` to the same shape
+    def make_blocks(
+        self,
+        spec: TextSpec,  # sizes
+    ) -> nn.Sequential:  # maps `(B, T, W)` to the same shape
         "The blocks between embedding and final norm"
-        if spec.conv_blocks: raise ValueError(f"{spec} asks for {spec.conv_blocks} Text-RepMixer blocks at each end; use text_tower(spec) or TextRepMixer")
-        return nn.Sequential(*(TransformerBlock(spec.width, spec.heads, spec.ratio, spec.causal) for _ in range(spec.layers)))
+        if spec.conv_blocks:
+            raise ValueError(
+                f"{spec} asks for {spec.conv_blocks} Text-RepMixer blocks at each end; use text_tower(spec) or TextRepMixer"
+            )
+        return nn.Sequential(
+            *(
+                TransformerBlock(spec.width, spec.heads, spec.ratio, spec.causal)
+                for _ in range(spec.layers)
+            )
+        )
 
-    def forward(self,
-        tokens:Tensor, # `(B, T)` ids, T the context length, padded with 0
-    )->Tensor: # `(B, out)`
+    def forward(
+        self,
+        tokens: Tensor,  # `(B, T)` ids, T the context length, padded with 0
+    ) -> Tensor:  # `(B, out)`
         wrong = tokens.is_floating_point() or tokens.dtype == torch.bool
         if wrong or tokens.ndim != 2 or tokens.shape[1] != self.spec.context:
-            raise ValueError(f"This text tower reads token ids (B, {self.spec.context}); got {tokens.dtype} {tuple(tokens.shape)}. "
-                             f"Use tokenize(texts, context_length={self.spec.context})")
+            raise ValueError(
+                f"This text tower reads token ids (B, {self.spec.context}); got {tokens.dtype} {tuple(tokens.shape)}. "
+                f"Use tokenize(texts, context_length={self.spec.context})"
+            )
         x = self.norm(self.blocks(self.token(tokens) + self.pos))
-        return self.proj(x[torch.arange(len(x), device=x.device), tokens.argmax(-1)])     # the end token has the highest id
+        return self.proj(
+            x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
+        )  # the end token has the highest id

@@ -12,39 +12,89 @@ from typing import TextIO
 
 from ..core import set_threads
 from ..recipes import heldout_judge
-from .options import OPTIONS, announced, opening_of, ready, recipe_of, save_interval
+from mobileclip_nb.train.options import (
+    OPTIONS,
+    announced,
+    opening_of,
+    ready,
+    recipe_of,
+    save_interval,
+)
 from .torchrun import own_device, trained
 
 # %% ../../nbs/88_train.__main__.ipynb #0910ee40
-def words()->argparse.ArgumentParser:
+def words() -> argparse.ArgumentParser:
     "What can be said on the command line"
-    p = argparse.ArgumentParser('python -m mobileclip_nb.train', description='Train a recipe in one process, or under torchrun in many.')
+    p = argparse.ArgumentParser(
+        'python -m mobileclip_nb.train',
+        description='Train a recipe in one process, or under torchrun in many.',
+    )
     p.add_argument('recipe', help='name of a recipe')
-    p.add_argument('--data', help='shards, a folder of pictures with captions, or several as A:3,B:1; otherwise the recipe\'s own')
+    p.add_argument(
+        '--data',
+        help='shards, a folder of pictures with captions, or several as A:3,B:1; otherwise the recipe\'s own',
+    )
     p.add_argument('--out', help='folder of the run; without one nothing is saved')
-    for flag, how in OPTIONS: p.add_argument(flag, **how)
-    p.add_argument('--save-every', type=int, metavar='STEPS', help=(
-        'between checkpoints (200; 2,000 from 10,000 steps on); 0: at the end and at a signal'))
-    p.add_argument('--keep', type=int, default=3, metavar='N', help='checkpoints that stay (default: 3)')
-    p.add_argument('--milestones', type=int, default=0, metavar='STEPS', help='checkpoints at multiples of it are never removed')
-    p.add_argument('--watch', nargs='*', metavar='SINK', help='tensorboard, wandb; nothing: log.jsonl alone (default: TensorBoard where it is installed)')
+    for flag, how in OPTIONS:
+        p.add_argument(flag, **how)
+    p.add_argument(
+        '--save-every',
+        type=int,
+        metavar='STEPS',
+        help=(
+            'between checkpoints (200; 2,000 from 10,000 steps on); 0: at the end and at a signal'
+        ),
+    )
+    p.add_argument(
+        '--keep', type=int, default=3, metavar='N', help='checkpoints that stay (default: 3)'
+    )
+    p.add_argument(
+        '--milestones',
+        type=int,
+        default=0,
+        metavar='STEPS',
+        help='checkpoints at multiples of it are never removed',
+    )
+    p.add_argument(
+        '--watch',
+        nargs='*',
+        metavar='SINK',
+        help='tensorboard, wandb; nothing: log.jsonl alone (default: TensorBoard where it is installed)',
+    )
     p.add_argument('--ledger', help='a .jsonl file for the finished run')
     p.add_argument('--device', help='auto (the default: the best there is), cuda, mps, cpu')
-    p.add_argument('--patience', type=float, default=30, metavar='MINUTES', help='that a rank waits for the others (default: 30)')
+    p.add_argument(
+        '--patience',
+        type=float,
+        default=30,
+        metavar='MINUTES',
+        help='that a rank waits for the others (default: 30)',
+    )
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.add_argument('--debug', action='store_true', help='show where an error was raised')
     return p
 
 # %% ../../nbs/88_train.__main__.ipynb #ba4e2666
 def main(
-    argv:Sequence[str]|None=None, # words after the module; None takes the process's
-)->int: # exit status
+    argv: Sequence[str] | None = None,  # words after the module; None takes the process's
+) -> int:  # exit status
     "Train what the command line asks for"
-    args, rank, world = words().parse_args(argv), os.environ.get('RANK', '0'), os.environ.get('WORLD_SIZE', '1')
+    args, rank, world = (
+        words().parse_args(argv),
+        os.environ.get('RANK', '0'),
+        os.environ.get('WORLD_SIZE', '1'),
+    )
     who = f'rank {rank} of {world}: ' if world != '1' else ''
-    def say(text:str, to:TextIO|None=None)->None: (to or sys.stderr).write(f'{text}\n'); (to or sys.stderr).flush()
+
+    def say(text: str, to: TextIO | None = None) -> None:
+        (to or sys.stderr).write(f'{text}\n')
+        (to or sys.stderr).flush()
+
     try:
-        if args.resume and not args.out: raise ValueError("--resume goes on with the run in a folder, and none is given; add --out FOLDER")
+        if args.resume and not args.out:
+            raise ValueError(
+                "--resume goes on with the run in a folder, and none is given; add --out FOLDER"
+            )
         set_threads(args.threads)
         r = recipe_of(args)
         how, every = opening_of(args), args.save_every
@@ -54,18 +104,46 @@ def main(
         given = {k: getattr(args, k) for k in ('resume', 'keep', 'milestones', 'watch', 'ledger')}
         given['save_every'] = save_interval(r.train.steps) if every is None else every
         where = (args.data, args.out, own_device(args.device))
-        run = trained(r, *where, args.workers, say, args.patience, not args.quiet, given, how,
-                      heldout_judge, timed=True)
-    except KeyboardInterrupt as e: say(who + (str(e) or 'interrupted').replace('resume=True', '--resume')); return 2
-    except (ValueError, TypeError, KeyError, OSError, EOFError, ImportError, FloatingPointError) as e:
-        if args.debug: raise
-        told = '. '.join([str(e.args[0] if isinstance(e, KeyError) and e.args else e).rstrip('.'), *getattr(e, '__notes__', ())])
+        run = trained(
+            r,
+            *where,
+            args.workers,
+            say,
+            args.patience,
+            not args.quiet,
+            given,
+            how,
+            heldout_judge,
+            timed=True,
+        )
+    except KeyboardInterrupt as e:
+        say(who + (str(e) or 'interrupted').replace('resume=True', '--resume'))
+        return 2
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        OSError,
+        EOFError,
+        ImportError,
+        FloatingPointError,
+    ) as e:
+        if args.debug:
+            raise
+        told = '. '.join(
+            [
+                str(e.args[0] if isinstance(e, KeyError) and e.args else e).rstrip('.'),
+                *getattr(e, '__notes__', ()),
+            ]
+        )
         say(f"{who}{type(e).__name__}: {told.replace('resume=True', '--resume')}")
         return 2
     if rank == '0':
         say(', '.join(f'{k} {v:.4g}' for k, v in run.metrics.items()), sys.stdout)
-        if args.out: say(f'weights with their record: mobileclip release {args.out} --out model.safetensors')
+        if args.out:
+            say(f'weights with their record: mobileclip release {args.out} --out model.safetensors')
     return 0
 
 # %% ../../nbs/88_train.__main__.ipynb #fb7d447c
-if __name__ == '__main__' and __package__: raise SystemExit(main())
+if __name__ == '__main__' and __package__:
+    raise SystemExit(main())

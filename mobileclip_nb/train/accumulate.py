@@ -21,113 +21,152 @@ from .objective import Asked, Features, encode, loss_of
 
 # %% ../../nbs/54_train.accumulate.ipynb #c4c505a6
 def pieces(
-    batch:Batch, # or another tuple of tensors with B rows
-    parts:int, # 1 to B
-)->list[Batch]: # in order, of nearly equal size
+    batch: Batch,  # or another tuple of tensors with B rows
+    parts: int,  # 1 to B
+) -> list[Batch]:  # in order, of nearly equal size
     "Cut a batch into parts"
     n = len(batch[0])
-    if not 1 <= parts <= n: raise ValueError(f"{n} pairs cannot be cut into {parts} parts. Use 1 to {n}")
-    cuts = [slice(k*n//parts, (k+1)*n//parts) for k in range(parts)]
+    if not 1 <= parts <= n:
+        raise ValueError(f"{n} pairs cannot be cut into {parts} parts. Use 1 to {n}")
+    cuts = [slice(k * n // parts, (k + 1) * n // parts) for k in range(parts)]
     return [type(batch)(*(None if t is None else t[c] for t in batch)) for c in cuts]
 
 # %% ../../nbs/54_train.accumulate.ipynb #903fdc46
 @contextmanager
 def same_statistics(
-    model:nn.Module,
-)->Iterator[None]:
+    model: nn.Module,
+) -> Iterator[None]:
     "Undo what passes through a model do to its buffers, such as running statistics"
     held = [(b, b.clone()) for b in model.buffers()]
-    try: yield
+    try:
+        yield
     finally:
         with torch.no_grad():
-            for b, was in held: b.copy_(was)
+            for b, was in held:
+                b.copy_(was)
+
 
 def random_state(
-    device:torch.device,
-)->list[Tensor]: # of the CPU, and of the device if it has its own
+    device: torch.device,
+) -> list[Tensor]:  # of the CPU, and of the device if it has its own
     "The state that random numbers are drawn from"
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == 'cuda' else [])
+    return [torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else []
+    )
+
 
 def set_random(
-    state:list[Tensor], # of `random_state`
-    device:torch.device,
-)->None:
+    state: list[Tensor],  # of `random_state`
+    device: torch.device,
+) -> None:
     "Go back to a random state"
     torch.set_rng_state(state[0])
-    if device.type == 'cuda': torch.cuda.set_rng_state(state[1], device)
+    if device.type == 'cuda':
+        torch.cuda.set_rng_state(state[1], device)
 
 # %% ../../nbs/54_train.accumulate.ipynb #5909bb05
 @contextmanager
 def silent(
-    model:nn.Module, # wrapped for several ranks, or not
-    on:bool, # with False nothing is done
-)->Iterator[None]:
+    model: nn.Module,  # wrapped for several ranks, or not
+    on: bool,  # with False nothing is done
+) -> Iterator[None]:
     "Let a backward pass add to gradients without telling other ranks"
-    if not on: yield; return
-    if hasattr(model, 'no_sync'):                              # DDP
-        with model.no_sync(): yield
+    if not on:
+        yield
         return
-    tell = getattr(model, 'set_requires_gradient_sync', lambda on: None)         # FSDP2
+    if hasattr(model, 'no_sync'):  # DDP
+        with model.no_sync():
+            yield
+        return
+    tell = getattr(model, 'set_requires_gradient_sync', lambda on: None)  # FSDP2
     tell(False)
-    try: yield
-    finally: tell(True)
+    try:
+        yield
+    finally:
+        tell(True)
 
 # %% ../../nbs/54_train.accumulate.ipynb #b1dd1353
 def leaves(
-    held:list[Features], # without gradient, of all parts
-)->Features: # of the whole batch; ends of the graph
+    held: list[Features],  # without gradient, of all parts
+) -> Features:  # of the whole batch; ends of the graph
     "Join the features of parts and begin a new graph at them"
-    def end(*xs:Tensor|None)->Tensor|None: return None if xs[0] is None else (torch.cat(xs) if xs[0].ndim else xs[0]).detach().clone().requires_grad_()
-    return Features(*(end(*(getattr(f, k) for f in held)) for k in ('image', 'text', 'syn')), end(held[0].scale), end(held[0].bias))
+
+    def end(*xs: Tensor | None) -> Tensor | None:
+        return (
+            None
+            if xs[0] is None
+            else (torch.cat(xs) if xs[0].ndim else xs[0]).detach().clone().requires_grad_()
+        )
+
+    return Features(
+        *(end(*(getattr(f, k) for f in held)) for k in ('image', 'text', 'syn')),
+        end(held[0].scale),
+        end(held[0].bias),
+    )
+
 
 def accumulated(
-    model:nn.Module, # gradients are added to those it has
-    batch:Batch, # the whole, on the model's device
-    spec:Asked,
-    parts:int, # passes through the towers, 1 to B
-    encode:Callable[[nn.Module,Batch,Asked],Features]=encode,
-    loss_of:Callable[[Features,Batch,Asked,Ranks],NamedTuple]=loss_of,
-)->NamedTuple: # the loss of the whole, without gradient: the backward pass is done
+    model: nn.Module,  # gradients are added to those it has
+    batch: Batch,  # the whole, on the model's device
+    spec: Asked,
+    parts: int,  # passes through the towers, 1 to B
+    encode: Callable[[nn.Module, Batch, Asked], Features] = encode,
+    loss_of: Callable[[Features, Batch, Asked, Ranks], NamedTuple] = loss_of,
+) -> NamedTuple:  # the loss of the whole, without gradient: the backward pass is done
     "Backward pass of a large batch in parts: features first, the loss of all, then each part again (GradCache §3; BASIC §4)"
     cuts, device, states, held = pieces(batch, parts), batch.image.device, [], []
     with torch.no_grad(), same_statistics(model):
-        for cut in cuts: states.append(random_state(device)); held.append(encode(model, cut, spec))
+        for cut in cuts:
+            states.append(random_state(device))
+            held.append(encode(model, cut, spec))
     whole = leaves(held)
     loss = loss_of(whole, batch, spec, here())
     loss.total.backward()
     after = random_state(device)
     done = 0
     for k, (cut, state) in enumerate(zip(cuts, states)):
-        rows, last = slice(done, done := done+len(cut.image)), k == parts-1
+        rows, last = slice(done, done := done + len(cut.image)), k == parts - 1
         with silent(model, not last):
             set_random(state, device)
             f = encode(model, cut, spec)
-            ends = [(new, old.grad[rows]) for new, old in zip(f[:3], whole[:3]) if new is not None and new.requires_grad and old.grad is not None]
-            ends += [(new, old.grad) for new, old in zip(f[3:], whole[3:]) if last and new is not None and new.requires_grad and old.grad is not None]
+            ends = [
+                (new, old.grad[rows])
+                for new, old in zip(f[:3], whole[:3])
+                if new is not None and new.requires_grad and old.grad is not None
+            ]
+            ends += [
+                (new, old.grad)
+                for new, old in zip(f[3:], whole[3:])
+                if last and new is not None and new.requires_grad and old.grad is not None
+            ]
             torch.autograd.backward(*zip(*ends))
     set_random(after, device)
     return type(loss)(*(p.detach() for p in loss))
 
 # %% ../../nbs/54_train.accumulate.ipynb #90baa209
 def count_live_norms(
-    model:nn.Module, # in train mode; what `freeze` holds still does not count
-)->int:
+    model: nn.Module,  # in train mode; what `freeze` holds still does not count
+) -> int:
     "Count the batch normalizations that use the statistics of what passes together"
     still = tuple(f'{name}.' for name in getattr(model, 'still', ()))
     norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
     return sum(not f'{name}.'.startswith(still) for name in norms)
 
+
 def warn_of_parts(
-    model:nn.Module, # in train mode
-    parts:int, # passes through the towers
-    pairs:int, # a step of this rank
-)->str: # one sentence; empty where the parts make the whole
+    model: nn.Module,  # in train mode
+    parts: int,  # passes through the towers
+    pairs: int,  # a step of this rank
+) -> str:  # one sentence; empty where the parts make the whole
     "Say that statistics come from each part, if they do"
     live = count_live_norms(model) if parts > 1 else 0
-    if not live: return ''
-    return (f"accumulate={parts}: {live} batch normalizations take their statistics from each part "
-            f"of about {pairs//parts} pairs and not from all {pairs}, so the gradient is not that of "
-            "one pass (nbs/54_train.accumulate.ipynb measures how far off it is); "
-            "train.frozen_norm=true makes the two equal, for weights that are trained already; "
-            "fewer and larger parts bring them nearer; "
-            "train.sync_norm does not help, since it joins ranks and not parts")
+    if not live:
+        return ''
+    return (
+        f"accumulate={parts}: {live} batch normalizations take their statistics from each part "
+        f"of about {pairs // parts} pairs and not from all {pairs}, so the gradient is not that of "
+        "one pass (nbs/54_train.accumulate.ipynb measures how far off it is); "
+        "train.frozen_norm=true makes the two equal, for weights that are trained already; "
+        "fewer and larger parts bring them nearer; "
+        "train.sync_norm does not help, since it joins ranks and not parts"
+    )

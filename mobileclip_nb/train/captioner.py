@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..batches import Batch, Batches, BatchSpec, Jitter, PairData, from_pairs, pair_data
-from ..captioner import ATTRIBUTION, NANO, NANO_PIXELS, Captioner, CaptionerSpec, build_coca, load_captioner, sampled, save_captioner
+from mobileclip_nb.captioner import (
+    ATTRIBUTION,
+    NANO,
+    NANO_PIXELS,
+    Captioner,
+    CaptionerSpec,
+    build_coca,
+    load_captioner,
+    sampled,
+    save_captioner,
+)
 from ..captions import GREEDY, Sampling, Vocab, diversity, rows_of, text_of
 from ..core import near, seed_all
 from ..emoji import HANDS, Emoji, caption_words, concepts, load_emoji
@@ -35,265 +45,465 @@ from ..text.tokens import EOT, PAD, SOT, encode, ids_in_use
 from .loop import Trained, TrainSpec, train
 
 # %% ../../nbs/58_train.captioner.ipynb #79261811
-STYLES = ('an emoji of {}', 'a drawing of {}', 'a small picture of {}', 'a picture of {} on white', 'a simple icon of {}',
-          'a flat drawing of {}', 'this emoji shows {}', 'the emoji for {}', '{} drawn on white', 'a cartoon of {}')
+STYLES = (
+    'an emoji of {}',
+    'a drawing of {}',
+    'a small picture of {}',
+    'a picture of {} on white',
+    'a simple icon of {}',
+    'a flat drawing of {}',
+    'this emoji shows {}',
+    'the emoji for {}',
+    '{} drawn on white',
+    'a cartoon of {}',
+)
 _TONE = re.compile(r' ?\b(medium-light|medium-dark|light|medium|dark) skin tone')
 
+
 def names_of(
-    e:Emoji, # one concept
-)->tuple[str,...]: # the exact name first
+    e: Emoji,  # one concept
+) -> tuple[str, ...]:  # the exact name first
     "An emoji's name, and the same in other words"
     tones = _TONE.findall(e.name)
-    if e.name.startswith('flag ') and (0x1f1e6 <= ord(e.char[0]) <= 0x1f1ff or '\U000e007f' in e.char): return e.name, f'the flag of {e.name[5:]}'
-    return (e.name, f'{_TONE.sub("", e.name)} with {tones[0]} skin') if len(tones) == 1 else (e.name,)
+    if e.name.startswith('flag ') and (
+        0x1F1E6 <= ord(e.char[0]) <= 0x1F1FF or '\U000e007f' in e.char
+    ):
+        return e.name, f'the flag of {e.name[5:]}'
+    return (
+        (e.name, f'{_TONE.sub("", e.name)} with {tones[0]} skin') if len(tones) == 1 else (e.name,)
+    )
+
 
 def good_captions(
-    e:Emoji, # one concept
-)->tuple[str,...]:
+    e: Emoji,  # one concept
+) -> tuple[str, ...]:
     "All that we let a captioner learn to say of an emoji in the end"
     return tuple(s.replace('{}', n) for n in names_of(e) for s in STYLES)
 
 # %% ../../nbs/58_train.captioner.ipynb #683e2db2
-WEB = ('{}', '{} emoji', 'emoji {}', '{} icon free download', '{} clip art', 'cute {} sticker', '{} png', 'buy {} online', *STYLES[:3])
+WEB = (
+    '{}',
+    '{} emoji',
+    'emoji {}',
+    '{} icon free download',
+    '{} clip art',
+    'cute {} sticker',
+    '{} png',
+    'buy {} online',
+    *STYLES[:3],
+)
+
 
 def noisy_caption(
-    e:Emoji, # one concept
-    others:Sequence[str], # names to be wrong with
-    noise:float, # share of captions that are wrong or empty of meaning, 0–1
-    rng:random.Random, # drawn from
-)->str:
+    e: Emoji,  # one concept
+    others: Sequence[str],  # names to be wrong with
+    noise: float,  # share of captions that are wrong or empty of meaning, 0–1
+    rng: random.Random,  # drawn from
+) -> str:
     "A caption as the web might have it: often the name, sometimes another's, a file's, or nothing"
-    if rng.random() >= noise: return rng.choice(WEB).replace('{}', e.name)
+    if rng.random() >= noise:
+        return rng.choice(WEB).replace('{}', e.name)
     return mistaken(e.name, others, rng, templates=WEB)[1]
 
 # %% ../../nbs/58_train.captioner.ipynb #9d93a8fa
 def emoji_captions(
-    stage:str, # `noisy` or `good`
-    noise:float=.4, # of the noisy ones, 0–1
-    n:int=8, # noisy captions a picture
-    seed:int=0, # of the noise
-    side:int=64, # pixels
-    limit:int|None=None, # at most so many pictures, spread evenly
-    skin_tones:bool=False, # whether skin tones are concepts of their own
-)->PairData: # both hands, every concept
+    stage: str,  # `noisy` or `good`
+    noise: float = 0.4,  # of the noisy ones, 0–1
+    n: int = 8,  # noisy captions a picture
+    seed: int = 0,  # of the noise
+    side: int = 64,  # pixels
+    limit: int | None = None,  # at most so many pictures, spread evenly
+    skin_tones: bool = False,  # whether skin tones are concepts of their own
+) -> PairData:  # both hands, every concept
     "Emoji with the captions of a stage"
-    if stage not in ('noisy', 'good'): raise ValueError(f"No stage {stage!r}.{near(stage, ('noisy', 'good'))} There are noisy and good.")
+    if stage not in ('noisy', 'good'):
+        raise ValueError(
+            f"No stage {stage!r}.{near(stage, ('noisy', 'good'))} There are noisy and good."
+        )
     drawn = [load_emoji('all', h, side, skin_tones) for h in HANDS]
     by_code, names = {e.code: e for e in concepts()}, drawn[0].captions
     at = [(p, i) for p in drawn for i in range(len(p))]
-    at = at if limit is None else [at[k*len(at)//limit] for k in range(min(limit, len(at)))]
-    def said(key:str)->list[str]: # of one picture
+    at = at if limit is None else [at[k * len(at) // limit] for k in range(min(limit, len(at)))]
+
+    def said(key: str) -> list[str]:  # of one picture
         e, rng = by_code[key.split('/')[1]], random.Random(f'{seed} {key}')
-        return list(good_captions(e)) if stage == 'good' else [noisy_caption(e, names, noise, rng) for _ in range(n)]
+        return (
+            list(good_captions(e))
+            if stage == 'good'
+            else [noisy_caption(e, names, noise, rng) for _ in range(n)]
+        )
+
     return pair_data(np.stack([p.images[i] for p, i in at]), [said(p.keys[i]) for p, i in at])
 
 # %% ../../nbs/58_train.captioner.ipynb #79c1a6df
 class CocaLoss(NamedTuple):
     "The loss of a captioner and its parts, scalars in nats"
-    total:Tensor # what is differentiated
-    contrast:Tensor # a row, both ways
-    caption:Tensor # a token
+
+    total: Tensor  # what is differentiated
+    contrast: Tensor  # a row, both ways
+    caption: Tensor  # a token
+
 
 def coca_loss(
-    model:nn.Module, # open_clip's CoCa
-    batch:Batch, # texts in the model's rows, padded with 0
-    spec:TrainSpec, # of the run
-    contrast:float=1., # weight
-    caption:float=2., # weight
-)->CocaLoss:
+    model: nn.Module,  # open_clip's CoCa
+    batch: Batch,  # texts in the model's rows, padded with 0
+    spec: TrainSpec,  # of the run
+    contrast: float = 1.0,  # weight
+    caption: float = 2.0,  # weight
+) -> CocaLoss:
     "Contrast of whole pairs, and cross-entropy of every next token (CoCa §3.2)"
-    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=spec.precision == 'bfloat16'):
+    with torch.autocast(
+        batch.image.device.type, torch.bfloat16, enabled=spec.precision == 'bfloat16'
+    ):
         image, embs = model._encode_image(batch.image)
         text, tokens = model._encode_text(batch.text)
-        t = int((batch.text != 0).sum(1).max())                 # beyond the longest caption there is only padding
-        logits = model.text_decoder(embs, tokens[:, :t-1])
+        t = int((batch.text != 0).sum(1).max())  # beyond the longest caption there is only padding
+        logits = model.text_decoder(embs, tokens[:, : t - 1])
     c = clip_loss(image, text, model.logit_scale.exp(), batch.label if spec.same else None).total
     w = F.cross_entropy(logits.float().flatten(0, 1), batch.text[:, 1:t].flatten(), ignore_index=0)
-    return CocaLoss(contrast*c + caption*w, c, w)
+    return CocaLoss(contrast * c + caption * w, c, w)
 
 # %% ../../nbs/58_train.captioner.ipynb #96280c15
 @dataclass(frozen=True, repr=False)
 class CaptionRecipe(Spec, id_name='CaptionRecipe'):
     "All that decides a captioner's two runs (MobileCLIP2 §3.2)"
-    name:str='coca-nano-emoji' # in the ledger
-    batch:int=128 # pairs a step
-    jitter:Jitter=Jitter(zoom=(1., 1.), stretch=1., turn=0., brightness=.1, contrast=.1, saturation=.1) # of the pictures: colors alone
-    skin_tones:bool=False # learn from variants with skin tones too
-    noise:float=.4 # share of bad captions in the first stage, 0–1
-    noisy:int=8 # captions a picture in the first stage
-    contrast:float=1. # weight of the contrastive loss
-    caption:float=2. # weight of the caption loss
-    first:TrainSpec=TrainSpec(steps=150, warmup=30, lr=2e-3, lr_end=1e-3, decay=.05, ema=.99, same=True, channels_last=False) # noisy captions
-    second:TrainSpec=TrainSpec(steps=3850, warmup=30, lr=2e-3, decay=.05, ema=.995, same=True, channels_last=False) # good captions
-    smoke:float=.0011 # share of the steps at scale `smoke`
-    nano:float=.08 # share of the steps at scale `nano`
-    seed:int=0 # of weights, order and noise
 
-    def at(self,
-        scale:str, # `smoke`, `nano` or `full`
-        seed:int|None=None, # None keeps the recipe's
-    )->'CaptionRecipe':
+    name: str = 'coca-nano-emoji'  # in the ledger
+    batch: int = 128  # pairs a step
+    jitter: Jitter = Jitter(
+        zoom=(1.0, 1.0), stretch=1.0, turn=0.0, brightness=0.1, contrast=0.1, saturation=0.1
+    )  # of the pictures: colors alone
+    skin_tones: bool = False  # learn from variants with skin tones too
+    noise: float = 0.4  # share of bad captions in the first stage, 0–1
+    noisy: int = 8  # captions a picture in the first stage
+    contrast: float = 1.0  # weight of the contrastive loss
+    caption: float = 2.0  # weight of the caption loss
+    first: TrainSpec = TrainSpec(
+        steps=150,
+        warmup=30,
+        lr=2e-3,
+        lr_end=1e-3,
+        decay=0.05,
+        ema=0.99,
+        same=True,
+        channels_last=False,
+    )  # noisy captions
+    second: TrainSpec = TrainSpec(
+        steps=3850, warmup=30, lr=2e-3, decay=0.05, ema=0.995, same=True, channels_last=False
+    )  # good captions
+    smoke: float = 0.0011  # share of the steps at scale `smoke`
+    nano: float = 0.08  # share of the steps at scale `nano`
+    seed: int = 0  # of weights, order and noise
+
+    def at(
+        self,
+        scale: str,  # `smoke`, `nano` or `full`
+        seed: int | None = None,  # None keeps the recipe's
+    ) -> 'CaptionRecipe':
         "This recipe at a size, with a seed"
-        if scale not in (sizes := ('smoke', 'nano', 'full')): raise ValueError(f"No scale {scale!r}.{near(scale, sizes)} There are {', '.join(sizes)}.")
-        seed, share = self.seed if seed is None else seed, dict(smoke=self.smoke, nano=self.nano, full=1.)[scale]
-        def sized(t:TrainSpec)->TrainSpec: # fewer steps
-            steps = max(2, round(t.steps*share))
-            return t.but(steps=steps, warmup=min(t.warmup, steps//4), seed=seed)
+        if scale not in (sizes := ('smoke', 'nano', 'full')):
+            raise ValueError(
+                f"No scale {scale!r}.{near(scale, sizes)} There are {', '.join(sizes)}."
+            )
+        seed, share = (
+            self.seed if seed is None else seed,
+            dict(smoke=self.smoke, nano=self.nano, full=1.0)[scale],
+        )
+
+        def sized(t: TrainSpec) -> TrainSpec:  # fewer steps
+            steps = max(2, round(t.steps * share))
+            return t.but(steps=steps, warmup=min(t.warmup, steps // 4), seed=seed)
+
         return self.but(first=sized(self.first), second=sized(self.second), seed=seed)
 
 # %% ../../nbs/58_train.captioner.ipynb #b010fa69
 def as_pixels(
-    images:Tensor, # uint8 `(B, S, S, 3)`
-    pixels:Pixels=NANO_PIXELS, # of the same side
-)->Tensor: # float `(B, 3, S, S)`
+    images: Tensor,  # uint8 `(B, S, S, 3)`
+    pixels: Pixels = NANO_PIXELS,  # of the same side
+) -> Tensor:  # float `(B, 3, S, S)`
     "Normalize pictures that have the right side already"
-    return (images.permute(0, 3, 1, 2)/255 - torch.tensor(pixels.mean)[:, None, None])/torch.tensor(pixels.std)[:, None, None]
+    return (
+        images.permute(0, 3, 1, 2) / 255 - torch.tensor(pixels.mean)[:, None, None]
+    ) / torch.tensor(pixels.std)[:, None, None]
+
 
 @torch.inference_mode()
 def caption_scores(
-    model:nn.Module, # a CoCa in eval mode
-    images:Tensor, # uint8 `(N, S, S, 3)`
-    names:Sequence[Sequence[str]], # N times the names that are right, the exact one first
-    vocab:Vocab, # the model's rows
-    batch:int=256, # pictures at a time
-)->dict[str,float]: # shares, 0–1
+    model: nn.Module,  # a CoCa in eval mode
+    images: Tensor,  # uint8 `(N, S, S, 3)`
+    names: Sequence[Sequence[str]],  # N times the names that are right, the exact one first
+    vocab: Vocab,  # the model's rows
+    batch: int = 256,  # pictures at a time
+) -> dict[str, float]:  # shares, 0–1
     "How often the likeliest caption holds the exact name, any right name, and which share of the exact name's words"
     said = []
     for x in images.split(batch):
-        rows = sampled(model, model._encode_image(as_pixels(x))[1], ['']*len(x), vocab, GREEDY)
+        rows = sampled(model, model._encode_image(as_pixels(x))[1], [''] * len(x), vocab, GREEDY)
         said += [f' {text_of(vocab, r[0])} ' for r in rows]
-    plain = [[f' {text_of(Vocab(), rows_of(Vocab(), n)[0])} ' for n in ns] for ns in names]        # as the tokenizer spells them
+    plain = [
+        [f' {text_of(Vocab(), rows_of(Vocab(), n)[0])} ' for n in ns] for ns in names
+    ]  # as the tokenizer spells them
     words = [(caption_words(ns[0]), caption_words(s)) for ns, s in zip(plain, said)]
-    return dict(exact=float(np.mean([ns[0] in s for ns, s in zip(plain, said)])), named=float(np.mean([any(n in s for n in ns) for ns, s in zip(plain, said)])),
-                words=float(np.mean([len(a & b)/len(a) for a, b in words])))
+    return dict(
+        exact=float(np.mean([ns[0] in s for ns, s in zip(plain, said)])),
+        named=float(np.mean([any(n in s for n in ns) for ns, s in zip(plain, said)])),
+        words=float(np.mean([len(a & b) / len(a) for a, b in words])),
+    )
 
 # %% ../../nbs/58_train.captioner.ipynb #3111776e
 def emoji_scores(
-    model:nn.Module, # a CoCa in eval mode
-    vocab:Vocab, # the model's rows
-    limit:int|None=None, # pictures a hand, spread evenly; None takes all
-    skin_tones:bool=False, # among variants with skin tones too
-)->dict[str,float]: # for the ledger
+    model: nn.Module,  # a CoCa in eval mode
+    vocab: Vocab,  # the model's rows
+    limit: int | None = None,  # pictures a hand, spread evenly; None takes all
+    skin_tones: bool = False,  # among variants with skin tones too
+) -> dict[str, float]:  # for the ledger
     "Scores of the likeliest captions among all concepts, a hand at a time; every one of these pictures was seen in training"
     by_code, out = {e.code: e for e in concepts()}, {}
     for h in HANDS:
         p = load_emoji('all', h, 64, skin_tones)
-        at = range(len(p)) if limit is None else [k*len(p)//limit for k in range(limit)]
-        scores = caption_scores(model, torch.from_numpy(p.images[list(at)]), [names_of(by_code[p.keys[i].split('/')[1]]) for i in at], vocab)
+        at = range(len(p)) if limit is None else [k * len(p) // limit for k in range(limit)]
+        scores = caption_scores(
+            model,
+            torch.from_numpy(p.images[list(at)]),
+            [names_of(by_code[p.keys[i].split('/')[1]]) for i in at],
+            vocab,
+        )
         out |= {f'seen_{h}_{k}': v for k, v in scores.items()}
-    every = max(1, len(p)//min(limit or 256, 256))
-    with torch.inference_mode(): rows = sampled(model, model._encode_image(as_pixels(torch.from_numpy(p.images[::every])))[1], p.keys[::every], vocab, Sampling())
+    every = max(1, len(p) // min(limit or 256, 256))
+    with torch.inference_mode():
+        rows = sampled(
+            model,
+            model._encode_image(as_pixels(torch.from_numpy(p.images[::every])))[1],
+            p.keys[::every],
+            vocab,
+            Sampling(),
+        )
     said = [[text_of(vocab, r) for r in rs] for rs in rows]
-    right = [any(n in s for n in names_of(by_code[k.split('/')[1]])) for k, texts in zip(p.keys[::every], said) for s in texts]
-    return out | {'sampled_named': float(np.mean(right))} | {f'sampled_{k}': v for k, v in diversity(said)._asdict().items()}
+    right = [
+        any(n in s for n in names_of(by_code[k.split('/')[1]]))
+        for k, texts in zip(p.keys[::every], said)
+        for s in texts
+    ]
+    return (
+        out
+        | {'sampled_named': float(np.mean(right))}
+        | {f'sampled_{k}': v for k, v in diversity(said)._asdict().items()}
+    )
 
 # %% ../../nbs/58_train.captioner.ipynb #129a12ca
 class CaptionFit(NamedTuple):
     "A recipe that has been run"
-    captioner:Captioner # averaged weights, in eval mode
-    first:Trained # on noisy captions
-    second:Trained # on good ones
-    recipe:CaptionRecipe
+
+    captioner: Captioner  # averaged weights, in eval mode
+    first: Trained  # on noisy captions
+    second: Trained  # on good ones
+    recipe: CaptionRecipe
+
 
 def fit_captioner(
-    r:CaptionRecipe, # at its size
-    noisy:PairData, # for the first stage
-    good:PairData, # for the second
-    out:str|Path|None=None, # the runs' folder; without one nothing is saved
-    judge:Callable[[nn.Module,Vocab],dict[str,float]]|None=None, # asked at the end
-    resume:bool=False, # go on where the folder's runs stopped
-    ledger:str|Path|None=None, # where the run is written down
-    scale:str='smoke', # the size, for the ledger
-    progress:bool=True, # draw progress bars
-)->CaptionFit:
+    r: CaptionRecipe,  # at its size
+    noisy: PairData,  # for the first stage
+    good: PairData,  # for the second
+    out: str | Path | None = None,  # the runs' folder; without one nothing is saved
+    judge: Callable[[nn.Module, Vocab], dict[str, float]] | None = None,  # asked at the end
+    resume: bool = False,  # go on where the folder's runs stopped
+    ledger: str | Path | None = None,  # where the run is written down
+    scale: str = 'smoke',  # the size, for the ledger
+    progress: bool = True,  # draw progress bars
+) -> CaptionFit:
     "Learn to caption in two stages: many bad captions, then good ones (MobileCLIP2 §3.2)"
     vocab = Vocab.for_texts({c for d in (noisy, good) for cs in d.captions for c in cs})
     with torch.random.fork_rng():
         seed_all(r.seed)
         model = build_coca(NANO, vocab)
-    stream = BatchSpec(min(r.batch, len(good.images)), NANO['text_cfg']['context_length'], r.seed, r.jitter, mean=NANO_PIXELS.mean, std=NANO_PIXELS.std)
+    stream = BatchSpec(
+        min(r.batch, len(good.images)),
+        NANO['text_cfg']['context_length'],
+        r.seed,
+        r.jitter,
+        mean=NANO_PIXELS.mean,
+        std=NANO_PIXELS.std,
+    )
     objective, runs = partial(coca_loss, contrast=r.contrast, caption=r.caption), []
     for stage, data, spec in (('first', noisy, r.first), ('second', good, r.second)):
         batches = Batches(data, stream, partial(rows_of, vocab))
-        run = train(model, batches, spec, Path(out)/stage if out else None, (lambda m: judge(m, vocab)) if judge and stage == 'second' else None,
-                    save_every=100, resume=resume, objective=objective, progress=progress)
-        runs.append(run); model.load_state_dict(run.model.state_dict())
-    if ledger and run.new: append(ledger, run_record(r.name, r, run.metrics, r.seed, sum(x.metrics['seconds'] for x in runs), 'cpu', scale))
-    return CaptionFit(Captioner(run.model, vocab, NANO_PIXELS, CaptionerSpec(), NANO, ATTRIBUTION), *runs, r)
+        run = train(
+            model,
+            batches,
+            spec,
+            Path(out) / stage if out else None,
+            (lambda m: judge(m, vocab)) if judge and stage == 'second' else None,
+            save_every=100,
+            resume=resume,
+            objective=objective,
+            progress=progress,
+        )
+        runs.append(run)
+        model.load_state_dict(run.model.state_dict())
+    if ledger and run.new:
+        append(
+            ledger,
+            run_record(
+                r.name,
+                r,
+                run.metrics,
+                r.seed,
+                sum(x.metrics['seconds'] for x in runs),
+                'cpu',
+                scale,
+            ),
+        )
+    return CaptionFit(
+        Captioner(run.model, vocab, NANO_PIXELS, CaptionerSpec(), NANO, ATTRIBUTION), *runs, r
+    )
 
 # %% ../../nbs/58_train.captioner.ipynb #e2606a77
 def make_captioner(
-    dest:str|Path, # the weights, ends in `.safetensors`
-    seed:int=0, # of the run
-    scale:str='full', # size of the runs
-    ledger:str|Path|None=Path('results/ledger.jsonl'), # where the run is written down
-    out:str|Path|None=None, # the runs' folder; None derives it from the recipe
-    progress:bool=True, # draw progress bars
-    limit:int|None=None, # at most so many pictures; None takes all
-)->CaptionFit:
+    dest: str | Path,  # the weights, ends in `.safetensors`
+    seed: int = 0,  # of the run
+    scale: str = 'full',  # size of the runs
+    ledger: str | Path | None = Path('results/ledger.jsonl'),  # where the run is written down
+    out: str | Path | None = None,  # the runs' folder; None derives it from the recipe
+    progress: bool = True,  # draw progress bars
+    limit: int | None = None,  # at most so many pictures; None takes all
+) -> CaptionFit:
     "Train the captioner that is shipped, write the run down, and write its weights"
     r = CaptionRecipe().at(scale, seed)
-    out = Path('runs')/f'{r.name}-{r.id}' if out is None else out
-    noisy, good = (emoji_captions(s, r.noise, r.noisy, r.seed, limit=limit, skin_tones=r.skin_tones) for s in ('noisy', 'good'))
-    done = fit_captioner(r, noisy, good, out, partial(emoji_scores, limit=limit, skin_tones=r.skin_tones), True, ledger, scale, progress)
+    out = Path('runs') / f'{r.name}-{r.id}' if out is None else out
+    noisy, good = (
+        emoji_captions(s, r.noise, r.noisy, r.seed, limit=limit, skin_tones=r.skin_tones)
+        for s in ('noisy', 'good')
+    )
+    done = fit_captioner(
+        r,
+        noisy,
+        good,
+        out,
+        partial(emoji_scores, limit=limit, skin_tones=r.skin_tones),
+        True,
+        ledger,
+        scale,
+        progress,
+    )
     save_captioner(done.captioner, dest)
     return done
 
 # %% ../../nbs/58_train.captioner.ipynb #68e945bc
 def grown(
-    captioner:Captioner, # is left alone
-    texts:Sequence[str], # what shall be sayable
-)->tuple[Captioner,int]: # a copy with rows for every token of the texts, and how many are new
+    captioner: Captioner,  # is left alone
+    texts: Sequence[str],  # what shall be sayable
+) -> tuple[Captioner, int]:  # a copy with rows for every token of the texts, and how many are new
     "Give a small vocabulary the rows it lacks"
     old, known = captioner.vocab, {PAD, SOT, EOT, *captioner.vocab.ids}
     new = [i for i in ids_in_use(texts) if i not in known] if old.ids else []
     vocab, n = Vocab(old.ids + tuple(new)), len(old.ids)
-    def widened(t:Tensor, dim:int)->Tensor: # rows: padding, unknown, n listed, the new ones, start, end
+
+    def widened(
+        t: Tensor, dim: int
+    ) -> Tensor:  # rows: padding, unknown, n listed, the new ones, start, end
         mean = t.narrow(dim, 2, n).mean(dim, keepdim=True)
-        return torch.cat([t.narrow(dim, 0, n+2), *[mean]*len(new), t.narrow(dim, n+2, 2)], dim)
-    if not new: return Captioner(copy.deepcopy(captioner.model), old, captioner.pixels, captioner.spec, captioner.cfg, captioner.attribution), 0
+        return torch.cat(
+            [t.narrow(dim, 0, n + 2), *[mean] * len(new), t.narrow(dim, n + 2, 2)], dim
+        )
+
+    if not new:
+        return Captioner(
+            copy.deepcopy(captioner.model),
+            old,
+            captioner.pixels,
+            captioner.spec,
+            captioner.cfg,
+            captioner.attribution,
+        ), 0
     state = captioner.model.state_dict()
-    for k, dim in (('text.token_embedding.weight', 0), ('text_decoder.text_projection', 1)): state[k] = widened(state[k], dim)
+    for k, dim in (('text.token_embedding.weight', 0), ('text_decoder.text_projection', 1)):
+        state[k] = widened(state[k], dim)
     model = build_coca(captioner.cfg, vocab)
     model.load_state_dict(state)
-    return Captioner(model, vocab, captioner.pixels, captioner.spec, captioner.cfg, captioner.attribution), len(new)
+    return Captioner(
+        model, vocab, captioner.pixels, captioner.spec, captioner.cfg, captioner.attribution
+    ), len(new)
 
 # %% ../../nbs/58_train.captioner.ipynb #1f79c0de
 def _pairs(
-    data:PairData|str|Path, # in memory, or what `read_pairs` understands
-    pixels:Pixels, # of the captioner
-    say:Callable[[str],None], # told what was left out
-)->PairData:
+    data: PairData | str | Path,  # in memory, or what `read_pairs` understands
+    pixels: Pixels,  # of the captioner
+    say: Callable[[str], None],  # told what was left out
+) -> PairData:
     "Bring a user's pictures to a captioner's side"
     if not isinstance(data, PairData):
-        pairs = read_pairs(data); say(str(pairs.report))
+        pairs = read_pairs(data)
+        say(str(pairs.report))
         return from_pairs(pairs, pixels.side, False, pixels.resize)
-    if data.images.shape[1] != pixels.side: raise ValueError(f"Pictures have side {data.images.shape[1]}, the captioner reads {pixels.side}; give files, or pictures of that side")
+    if data.images.shape[1] != pixels.side:
+        raise ValueError(
+            f"Pictures have side {data.images.shape[1]}, the captioner reads {pixels.side}; give files, or pictures of that side"
+        )
     return data
 
+
 def finetune_captioner(
-    captioner:Captioner|CaptionerSpec|str, # or what `load_captioner` takes; is left alone
-    data:PairData|str|Path, # pictures with captions
-    out:str|Path, # the run's folder; the weights become `captioner.safetensors` in it
-    steps:int=200, # updates
-    lr:float=3e-4, # highest learning rate
-    batch:int=32, # pairs a step
-    seed:int=0, # of the order
-    resume:bool=False, # go on where the folder's run stopped
-    progress:bool=True, # draw a progress bar
-    say:Callable[[str],None]=lambda text: None, # told what is learned from, and what was left out
-)->Captioner: # in eval mode
+    captioner: Captioner | CaptionerSpec | str,  # or what `load_captioner` takes; is left alone
+    data: PairData | str | Path,  # pictures with captions
+    out: str | Path,  # the run's folder; the weights become `captioner.safetensors` in it
+    steps: int = 200,  # updates
+    lr: float = 3e-4,  # highest learning rate
+    batch: int = 32,  # pairs a step
+    seed: int = 0,  # of the order
+    resume: bool = False,  # go on where the folder's run stopped
+    progress: bool = True,  # draw a progress bar
+    say: Callable[[str], None] = lambda text: (
+        None
+    ),  # told what is learned from, and what was left out
+) -> Captioner:  # in eval mode
     "Teach a captioner the pictures, the words and the way of speaking of a folder (MobileCLIP2 §3.2)"
-    if steps < 1: raise ValueError(f"steps={steps} is no run; give at least 1")
+    if steps < 1:
+        raise ValueError(f"steps={steps} is no run; give at least 1")
     c = captioner if isinstance(captioner, Captioner) else load_captioner(captioner)
     data = _pairs(data, c.pixels, say)
     texts = [t for cs in data.captions for t in cs]
     c, new = grown(c, texts)
-    long = sum(len(encode(t))+2 > c.context for t in texts)
-    say(f'{len(data.images)} pictures, {len(texts)} captions, {new} new rows of vocabulary' + (f'; {long} captions are cut to {c.context} tokens' if long else ''))
-    stream = BatchSpec(min(batch, len(data.images)), c.context, seed, CaptionRecipe().jitter, mean=c.pixels.mean, std=c.pixels.std)
-    spec = TrainSpec(steps=steps, warmup=min(20, steps//4), lr=lr, decay=.05, ema=.98, same=True, channels_last=False, seed=seed)
-    run = train(c.model.requires_grad_(True), Batches(data, stream, partial(rows_of, c.vocab)), spec, out, save_every=100, resume=resume, objective=coca_loss, progress=progress, say=say)
-    done = Captioner(run.model, c.vocab, c.pixels, c.spec.but(weights=str(Path(out)/'captioner.safetensors')), c.cfg, c.attribution)
-    save_captioner(done, Path(out)/'captioner.safetensors')
+    long = sum(len(encode(t)) + 2 > c.context for t in texts)
+    say(
+        f'{len(data.images)} pictures, {len(texts)} captions, {new} new rows of vocabulary'
+        + (f'; {long} captions are cut to {c.context} tokens' if long else '')
+    )
+    stream = BatchSpec(
+        min(batch, len(data.images)),
+        c.context,
+        seed,
+        CaptionRecipe().jitter,
+        mean=c.pixels.mean,
+        std=c.pixels.std,
+    )
+    spec = TrainSpec(
+        steps=steps,
+        warmup=min(20, steps // 4),
+        lr=lr,
+        decay=0.05,
+        ema=0.98,
+        same=True,
+        channels_last=False,
+        seed=seed,
+    )
+    run = train(
+        c.model.requires_grad_(True),
+        Batches(data, stream, partial(rows_of, c.vocab)),
+        spec,
+        out,
+        save_every=100,
+        resume=resume,
+        objective=coca_loss,
+        progress=progress,
+        say=say,
+    )
+    done = Captioner(
+        run.model,
+        c.vocab,
+        c.pixels,
+        c.spec.but(weights=str(Path(out) / 'captioner.safetensors')),
+        c.cfg,
+        c.attribution,
+    )
+    save_captioner(done, Path(out) / 'captioner.safetensors')
     return done

@@ -23,37 +23,56 @@ from ..pixels import Pixels
 from ..text.tokens import encode
 
 # %% ../../nbs/55_train.data.ipynb #8a1b881b
-EMOJI = {'emoji': ('train', HANDS[:1]), 'emoji-openmoji': ('train', HANDS[1:]), 'emoji-all': ('all', HANDS)} # split and hands
+EMOJI = {
+    'emoji': ('train', HANDS[:1]),
+    'emoji-openmoji': ('train', HANDS[1:]),
+    'emoji-all': ('all', HANDS),
+}  # split and hands
+
 
 def has_shards(
-    place:str|Path,
-)->bool:
+    place: str | Path,
+) -> bool:
     "Tell shards from pictures with captions: a .tar, a pattern, or a folder with a .tar somewhere in it"
     text = str(place)
-    return text.endswith('.tar') or any(c in text for c in '{*') or '://' in text or Path(text).is_dir() and next(Path(text).rglob('*.tar'), None) is not None
+    return (
+        text.endswith('.tar')
+        or any(c in text for c in '{*')
+        or '://' in text
+        or Path(text).is_dir()
+        and next(Path(text).rglob('*.tar'), None) is not None
+    )
+
 
 def is_own(
-    data:str|Path, # a place, or several as `A:3,B:1`
-)->bool:
+    data: str | Path,  # a place, or several as `A:3,B:1`
+) -> bool:
     "Tell pictures of one's own, alone or in a mixture, from emoji and shards"
     return any(p.place not in EMOJI and not has_shards(p.place) for p in parts(str(data)))
 
 # %% ../../nbs/55_train.data.ipynb #998d4b5c
 def load_data(
-    data:str|Path, # a word of `EMOJI`, or what `read_pairs` understands: a folder or captions file
-    side:int, # pixels
-    skin_tones:bool=False, # emoji: variants with skin tones too
-    say:Callable[[str],None]=lambda text: None, # told what was left out, and who drew the art
-    progress:bool=True, # draw a progress bar while decoding
-    resize:str='bilinear', # of files, as the model's record says: or `bicubic`
-)->PairData:
+    data: str
+    | Path,  # a word of `EMOJI`, or what `read_pairs` understands: a folder or captions file
+    side: int,  # pixels
+    skin_tones: bool = False,  # emoji: variants with skin tones too
+    say: Callable[[str], None] = lambda text: None,  # told what was left out, and who drew the art
+    progress: bool = True,  # draw a progress bar while decoding
+    resize: str = 'bilinear',  # of files, as the model's record says: or `bicubic`
+) -> PairData:
     "Pictures and captions to learn from"
     if str(data) in EMOJI:
         split, hands = EMOJI[str(data)]
         drawn = [load_emoji(split, h, side, skin_tones) for h in hands]
-        for p in drawn: say(attribution(p.hand))
-        return pair_data(np.concatenate([p.images for p in drawn]), [c for p in drawn for c in p.captions])
-    if has_shards(data): raise ValueError(f"{Path(data).name!r} holds shards, which are read as a stream and not into memory: use source(recipe, {str(data)!r})")
+        for p in drawn:
+            say(attribution(p.hand))
+        return pair_data(
+            np.concatenate([p.images for p in drawn]), [c for p in drawn for c in p.captions]
+        )
+    if has_shards(data):
+        raise ValueError(
+            f"{Path(data).name!r} holds shards, which are read as a stream and not into memory: use source(recipe, {str(data)!r})"
+        )
     pairs = read_pairs(data)
     say(str(pairs.report))
     return from_pairs(pairs, side, progress, resize)
@@ -61,23 +80,27 @@ def load_data(
 # %% ../../nbs/55_train.data.ipynb #d9eab778
 class Loaded(NamedTuple):
     "One place that a run learns from, with its pictures where they are held in memory"
-    place:str # as it was asked for
-    weight:float=1. # in a mixture
-    data:PairData|None=None # to train on; None for shards, which are read as a stream
-    held:PairData|None=None # kept out of training
-    share:float=0. # of the pictures that is kept out
+
+    place: str  # as it was asked for
+    weight: float = 1.0  # in a mixture
+    data: PairData | None = None  # to train on; None for shards, which are read as a stream
+    held: PairData | None = None  # kept out of training
+    share: float = 0.0  # of the pictures that is kept out
+
 
 def load_parts(
-    data:str|Path, # a place, or several as `A:3,B:1`
-    pixels:Pixels, # of the model: side and way of resizing
-    held_out:float|Sequence[float]|None=0., # share kept out, of all places or of each; None chooses
-    skin_tones:bool=False, # emoji: variants with skin tones too
-    say:Callable[[str],None]=lambda text: None, # told what was found and left out
-    progress:bool=True, # draw progress bars while decoding
-)->list[Loaded]: # one a place
+    data: str | Path,  # a place, or several as `A:3,B:1`
+    pixels: Pixels,  # of the model: side and way of resizing
+    held_out: float
+    | Sequence[float]
+    | None = 0.0,  # share kept out, of all places or of each; None chooses
+    skin_tones: bool = False,  # emoji: variants with skin tones too
+    say: Callable[[str], None] = lambda text: None,  # told what was found and left out
+    progress: bool = True,  # draw progress bars while decoding
+) -> list[Loaded]:  # one a place
     "Read the pictures of every place, a share of them apart; shards stay where they are"
     places = parts(str(data))
-    asked = list(held_out) if isinstance(held_out, Sequence) else [held_out]*len(places)
+    asked = list(held_out) if isinstance(held_out, Sequence) else [held_out] * len(places)
     found = []
     for (place, weight), share in zip(places, asked, strict=True):
         if has_shards(place):
@@ -97,120 +120,142 @@ def load_parts(
 
 # %% ../../nbs/55_train.data.ipynb #0c0ec8b9
 def held_of(
-    loaded:Sequence[Loaded],
-)->PairData|None: # None if nothing is kept out
+    loaded: Sequence[Loaded],
+) -> PairData | None:  # None if nothing is kept out
     "The held-out pictures of all places together"
     held = [l.held for l in loaded if l.held]
-    if not held: return None
+    if not held:
+        return None
     return PairData(torch.cat([h.images for h in held]), tuple(c for h in held for c in h.captions))
 
 # %% ../../nbs/55_train.data.ipynb #34caf133
 def describe_split(
-    loaded:Loaded, # one place
-    asked:float|None, # as the user asked; None goes by the number of pictures
-)->str: # one line; empty for emoji
+    loaded: Loaded,  # one place
+    asked: float | None,  # as the user asked; None goes by the number of pictures
+) -> str:  # one line; empty for emoji
     "Say what is kept out of training"
     place, data, held = loaded.place, loaded.data, loaded.held
-    if place in EMOJI: return ''
+    if place in EMOJI:
+        return ''
     if data is None:
-        return (f'no held-out part of {place}: shards are read as a stream, and all of them train; '
-                '`mobileclip eval MODEL --on FOLDER` measures recall on other pictures')
+        return (
+            f'no held-out part of {place}: shards are read as a stream, and all of them train; '
+            '`mobileclip eval MODEL --on FOLDER` measures recall on other pictures'
+        )
     if held is None:
-        more = f'; {4*LEAST} or more have one by default, and --held-out 0.2 keeps out a fifth'
+        more = f'; {4 * LEAST} or more have one by default, and --held-out 0.2 keeps out a fifth'
         line = f'no held-out part of {place}: all pictures train, {len(data.images)} in number'
         return line + (more if asked is None else '')
     known = {c for captions in data.captions for c in captions}
     both = sum(any(c in known for c in captions) for captions in held.captions)
     also = f'; {both} of them have a caption that also occurs in training' if both else ''
     n, total = len(held.images), len(held.images) + len(data.images)
-    return (f'held out: {n:,} of {total:,} pictures of {place}, by the hash of their names{also} '
-            '(--held-out 0 trains on all)')
+    return (
+        f'held out: {n:,} of {total:,} pictures of {place}, by the hash of their names{also} '
+        '(--held-out 0 trains on all)'
+    )
 
 # %% ../../nbs/55_train.data.ipynb #58070e62
 class Cut(NamedTuple):
     "What a context does to captions"
-    captions:int # in all
-    longest:int # tokens of the longest, with start and end
-    cut:int # captions that are longer than the context, in the longest template
+
+    captions: int  # in all
+    longest: int  # tokens of the longest, with start and end
+    cut: int  # captions that are longer than the context, in the longest template
+
 
 def count_cut(
-    captions:Iterable[str],
-    templates:Sequence[str], # each with one pair of braces for the caption
-    context:int, # tokens that are read, start and end included
-)->Cut:
+    captions: Iterable[str],
+    templates: Sequence[str],  # each with one pair of braces for the caption
+    context: int,  # tokens that are read, start and end included
+) -> Cut:
     "Count the captions that a context cuts"
     around = max(len(encode(t.replace('{}', ' '))) for t in templates) + 2
     lengths = [len(encode(c)) + around for c in captions]
     return Cut(len(lengths), max(lengths, default=0), sum(n > context for n in lengths))
 
+
 def describe_texts(
-    found:Cut,
-    templates:Sequence[str], # that captions stand in
-    context:int, # tokens that are read
-    usual:int, # tokens that the model's record has
-)->str: # one line, two where captions are cut
+    found: Cut,
+    templates: Sequence[str],  # that captions stand in
+    context: int,  # tokens that are read
+    usual: int,  # tokens that the model's record has
+) -> str:  # one line, two where captions are cut
     "Say in which form captions are read, and what of them is lost"
     form = 'each as it is'
     if tuple(templates) != ('{}',):
         form = f'each in one of {len(templates)} templates, such as {max(templates, key=len)!r}'
     longer = f' instead of {usual}, to hold them' if context > usual else ''
     line = f'{found.captions:,} captions, {form}; the model reads {context} tokens{longer}'
-    if not found.cut: return line
-    return (f'{line}\n{found.cut:,} of them are longer and are cut; '
-            f'the longest loses {found.longest-context} of {found.longest} tokens. '
-            'Shorten them, or give a picture several captions: each is read for itself')
+    if not found.cut:
+        return line
+    return (
+        f'{line}\n{found.cut:,} of them are longer and are cut; '
+        f'the longest loses {found.longest - context} of {found.longest} tokens. '
+        'Shorten them, or give a picture several captions: each is read for itself'
+    )
 
 # %% ../../nbs/55_train.data.ipynb #a028c5a6
 def divide_batch(
-    batch:int, # pairs a step, over all ranks
-    weights:Sequence[float], # of the places
-    sizes:Sequence[int|None], # pictures of each; None for a stream
-    world:int=1, # ranks
-)->list[int]: # pairs a step of each place, over all ranks; multiples of `world`
+    batch: int,  # pairs a step, over all ranks
+    weights: Sequence[float],  # of the places
+    sizes: Sequence[int | None],  # pictures of each; None for a stream
+    world: int = 1,  # ranks
+) -> list[int]:  # pairs a step of each place, over all ranks; multiples of `world`
     "Divide a batch by weight; a place gives at most the pictures it has, and the others the rest"
-    room = [None if s is None else s//world for s in sizes]
+    room = [None if s is None else s // world for s in sizes]
     if 0 in room:
         raise ValueError(f"Too few pictures for {world} ranks: {sizes}. Use fewer, or more data")
-    pairs = batch//world if None in room else min(batch//world, sum(room))
-    full:dict[int,int] = {}
+    pairs = batch // world if None in room else min(batch // world, sum(room))
+    full: dict[int, int] = {}
     while True:
         rest = [i for i in range(len(room)) if i not in full]
         due = dict(zip(rest, shares(pairs - sum(full.values()), [weights[i] for i in rest])))
         over = {i: room[i] for i, n in due.items() if room[i] is not None and n > room[i]}
-        if not over: return [world*(full | due)[i] for i in range(len(room))]
+        if not over:
+            return [world * (full | due)[i] for i in range(len(room))]
         full |= over
 
+
 def old_batch(
-    batch:int, # pairs a step, over all ranks
-    weights:Sequence[float], # of the places
-    sizes:Sequence[int|None], # pictures of each; None for a stream
-    world:int=1, # ranks
-)->int: # pairs a step, over all ranks
+    batch: int,  # pairs a step, over all ranks
+    weights: Sequence[float],  # of the places
+    sizes: Sequence[int | None],  # pictures of each; None for a stream
+    world: int = 1,  # ranks
+) -> int:  # pairs a step, over all ranks
     "The batch of runs of an earlier version: the largest in which every place has its whole share"
-    for n in range(batch//world, len(weights)-1, -1):
-        if all(s is None or k*world <= s for k, s in zip(shares(n, weights), sizes)): return n*world
+    for n in range(batch // world, len(weights) - 1, -1):
+        if all(s is None or k * world <= s for k, s in zip(shares(n, weights), sizes)):
+            return n * world
     return batch
 
+
 def need_two(
-    pairs:int, # a step, over all ranks
-    why:str='', # where they come from, for the error
-)->None:
+    pairs: int,  # a step, over all ranks
+    why: str = '',  # where they come from, for the error
+) -> None:
     "Raise an error for a run whose batches have nothing to compare"
-    if pairs >= 2: return
-    raise ValueError(f"{pairs} pair a step{why}: a contrastive loss compares the pairs of a batch, "
-                     "and that of a single pair is always 0, so nothing would be learned. "
-                     "Give two pictures or more, or a larger batch: --set stream.batch=64")
+    if pairs >= 2:
+        return
+    raise ValueError(
+        f"{pairs} pair a step{why}: a contrastive loss compares the pairs of a batch, "
+        "and that of a single pair is always 0, so nothing would be learned. "
+        "Give two pictures or more, or a larger batch: --set stream.batch=64"
+    )
 
 # %% ../../nbs/55_train.data.ipynb #e208f3b8
 def reader_count(
-    workers:int|None, # as the user asks; None chooses
-    steps:int, # of the run
-    streams:int=1, # places that are read as streams
-)->int: # processes for each stream
+    workers: int | None,  # as the user asks; None chooses
+    steps: int,  # of the run
+    streams: int = 1,  # places that are read as streams
+) -> int:  # processes for each stream
     "Processes that read shards ahead of one rank: what the cores leave beside the ranks"
-    if workers is not None: return workers
-    if steps < 20 or not streams: return 0
+    if workers is not None:
+        return workers
+    if steps < 20 or not streams:
+        return 0
     cores = os.cpu_count() or 1
-    if hasattr(os, 'sched_getaffinity'): cores = len(os.sched_getaffinity(0))
+    if hasattr(os, 'sched_getaffinity'):
+        cores = len(os.sched_getaffinity(0))
     ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(8, max(cores//ranks - 1, 0))//streams
+    return min(8, max(cores // ranks - 1, 0)) // streams

@@ -9,33 +9,41 @@ __all__ = ['BEST_BY', 'judge_interval', 'describe_recall', 'report_to']
 from collections.abc import Callable
 
 # %% ../../nbs/55_train.heldout.ipynb #7adc6b21
-BEST_BY = 'heldout_i2t_r1' # the metric that marks the best checkpoint
+BEST_BY = 'heldout_i2t_r1'  # the metric that marks the best checkpoint
+
 
 def judge_interval(
-    steps:int, # of the whole run
-)->int: # steps between two measurements; 0 measures at the end alone
+    steps: int,  # of the whole run
+) -> int:  # steps between two measurements; 0 measures at the end alone
     "How often recall on the held-out part is measured"
-    return 0 if steps < 20 else min(max(steps//10, 10), 1000)
+    return 0 if steps < 20 else min(max(steps // 10, 10), 1000)
+
 
 def describe_recall(
-    row:dict[str,float], # of the log: `step` and `loss`
-    found:dict[str,float], # a judgement of the held-out part
-)->str: # one line; empty if the held-out part was not judged
+    row: dict[str, float],  # of the log: `step` and `loss`
+    found: dict[str, float],  # a judgement of the held-out part
+) -> str:  # one line; empty if the held-out part was not judged
     "Say recall on the held-out part, with chance, beside the loss"
-    if 'heldout_n_images' not in found: return ''
-    def at(way:str, k:int)->str:
+    if 'heldout_n_images' not in found:
+        return ''
+
+    def at(way: str, k: int) -> str:
         recall, chance = found[f'heldout_{way}_r{k}'], found[f'heldout_chance_{way}_r{k}']
         return f'R@{k} {recall:.1%} (chance {chance:.1%})'
+
     ways = {'image to text': 'i2t', 'text to image': 't2i'}
     told = '; '.join(f'{name} {at(way, 1)}, {at(way, 5)}' for name, way in ways.items())
     n = found['heldout_n_images']
-    return f"step {row['step']+1}, loss {row['loss']:.3f}; {n:,.0f} held-out pictures: {told}"
+    return f"step {row['step'] + 1}, loss {row['loss']:.3f}; {n:,.0f} held-out pictures: {told}"
 
 
 def report_to(
-    say:Callable[[str],None], # told one line a measurement
-)->Callable[[dict[str,float],dict[str,float]],None]: # for `train`
+    say: Callable[[str], None],  # told one line a measurement
+) -> Callable[[dict[str, float], dict[str, float]], None]:  # for `train`
     "Make the report of a run's recall on its held-out part"
-    def report(row:dict[str,float], found:dict[str,float])->None:
-        if line := describe_recall(row, found): say(line)
+
+    def report(row: dict[str, float], found: dict[str, float]) -> None:
+        if line := describe_recall(row, found):
+            say(line)
+
     return report

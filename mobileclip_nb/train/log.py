@@ -17,126 +17,191 @@ from ..core import near, need, whole
 # %% ../../nbs/55_train.log.ipynb #b98ed271
 class Sink(Protocol):
     "A place for rows"
-    def add(self, step:int, row:dict[str,float])->None: "Take one row"
-    def close(self)->None: "End"
+
+    def add(self, step: int, row: dict[str, float]) -> None:
+        "Take one row"
+
+    def close(self) -> None:
+        "End"
+
 
 class Lines:
     "Rows as lines of JSON in a file"
-    def __init__(self,
-        path:str|Path, # a `.jsonl` file; what is in it is replaced
-        rows:Sequence[dict[str,float]]=(), # that stand there already, each with `step`
+
+    def __init__(
+        self,
+        path: str | Path,  # a `.jsonl` file; what is in it is replaced
+        rows: Sequence[dict[str, float]] = (),  # that stand there already, each with `step`
     ):
-        with whole(path) as tmp: tmp.write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='utf-8')
+        with whole(path) as tmp:
+            tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
         self.file = open(path, 'a', encoding='utf-8', buffering=1)
 
-    def add(self,
-        step:int, # of the row
-        row:dict[str,float], # numbers by name
-    )->None:
+    def add(
+        self,
+        step: int,  # of the row
+        row: dict[str, float],  # numbers by name
+    ) -> None:
         "Append one line"
-        self.file.write(json.dumps(dict(step=step) | row)+'\n')
+        self.file.write(json.dumps(dict(step=step) | row) + '\n')
 
-    def close(self)->None:
+    def close(self) -> None:
         "Close the file"
         self.file.close()
 
 # %% ../../nbs/55_train.log.ipynb #544b133b
 class Board:
     "Rows as curves in TensorBoard"
-    def __init__(self,
-        folder:str|Path, # for the event files
-        start:int=0, # first step that is new
+
+    def __init__(
+        self,
+        folder: str | Path,  # for the event files
+        start: int = 0,  # first step that is new
     ):
         need('tensorboard', 'train')
-        self.writer = need('torch.utils.tensorboard', 'train').SummaryWriter(str(folder), purge_step=start or None)
+        self.writer = need('torch.utils.tensorboard', 'train').SummaryWriter(
+            str(folder), purge_step=start or None
+        )
 
-    def add(self,
-        step:int, # of the row
-        row:dict[str,float], # numbers by name
-    )->None:
+    def add(
+        self,
+        step: int,  # of the row
+        row: dict[str, float],  # numbers by name
+    ) -> None:
         "Add a point to every curve"
-        for k, v in row.items(): self.writer.add_scalar(k, v, step)
+        for k, v in row.items():
+            self.writer.add_scalar(k, v, step)
 
-    def close(self)->None:
+    def close(self) -> None:
         "Write what is still in memory"
         self.writer.close()
 
+
 class Wandb:
     "Rows as curves at Weights & Biases"
-    def __init__(self,
-        folder:str|Path, # of the run; its name is the run's
-        settings:dict[str,Any]|None=None, # shown beside the curves
-    ):
-        self.run = need('wandb', 'wandb').init(project='mobileclip_nb', name=Path(folder).name, id=Path(folder).name, dir=str(folder), config=settings, resume='allow')
 
-    def add(self,
-        step:int, # of the row
-        row:dict[str,float], # numbers by name
-    )->None:
+    def __init__(
+        self,
+        folder: str | Path,  # of the run; its name is the run's
+        settings: dict[str, Any] | None = None,  # shown beside the curves
+    ):
+        self.run = need('wandb', 'wandb').init(
+            project='mobileclip_nb',
+            name=Path(folder).name,
+            id=Path(folder).name,
+            dir=str(folder),
+            config=settings,
+            resume='allow',
+        )
+
+    def add(
+        self,
+        step: int,  # of the row
+        row: dict[str, float],  # numbers by name
+    ) -> None:
         "Add a point to every curve"
         self.run.log(row, step=step)
 
-    def close(self)->None:
+    def close(self) -> None:
         "Send what is still here"
         self.run.finish()
 
 # %% ../../nbs/55_train.log.ipynb #6ae9ef8a
 class Pace:
     "Pairs a second, and seconds left"
-    def __init__(self,
-        batch:int, # pairs a step, over all ranks
-        steps:int, # of the whole run
-        last:int=50, # steps that count
+
+    def __init__(
+        self,
+        batch: int,  # pairs a step, over all ranks
+        steps: int,  # of the whole run
+        last: int = 50,  # steps that count
     ):
         self.batch, self.steps, self.seconds = batch, steps, deque(maxlen=last)
 
-    def add(self,
-        step:int, # that is done, counted from 0
-        seconds:float, # it took, waiting included
-    )->dict[str,float]: # `samples_per_s`, `left_s`
+    def add(
+        self,
+        step: int,  # that is done, counted from 0
+        seconds: float,  # it took, waiting included
+    ) -> dict[str, float]:  # `samples_per_s`, `left_s`
         "Count one step"
         self.seconds.append(seconds)
-        mean = sum(self.seconds)/len(self.seconds)
-        return dict(samples_per_s=self.batch/max(mean, 1e-9), left_s=mean*(self.steps-step-1))
+        mean = sum(self.seconds) / len(self.seconds)
+        return dict(
+            samples_per_s=self.batch / max(mean, 1e-9), left_s=mean * (self.steps - step - 1)
+        )
 
 # %% ../../nbs/55_train.log.ipynb #faa8a667
-SINKS = ('tensorboard', 'wandb') # beside the file of lines, which is always written
+SINKS = ('tensorboard', 'wandb')  # beside the file of lines, which is always written
+
 
 class Log:
     "The sinks of a run; use it as a context"
-    def __init__(self,
-        out:Path|None, # the run's folder; None: no sink
-        pace:Pace,
-        rows:Sequence[dict[str,float]]=(), # of the steps before, when a run is resumed
-        judged:Sequence[dict[str,float]]=(), # of the judgements before
-        settings:dict[str,Any]|None=None, # of the run, for those who show them
-        watch:Sequence[str]|None=None, # of `SINKS`; None: TensorBoard where it is installed
+
+    def __init__(
+        self,
+        out: Path | None,  # the run's folder; None: no sink
+        pace: Pace,
+        rows: Sequence[dict[str, float]] = (),  # of the steps before, when a run is resumed
+        judged: Sequence[dict[str, float]] = (),  # of the judgements before
+        settings: dict[str, Any] | None = None,  # of the run, for those who show them
+        watch: Sequence[str] | None = None,  # of `SINKS`; None: TensorBoard where it is installed
     ):
         for w in watch or ():
-            if w not in SINKS: raise ValueError(f"No sink {w!r}.{near(w, SINKS)} There are {', '.join(SINKS)}, and log.jsonl in any case")
-        wanted = (('tensorboard',) if importlib.util.find_spec('tensorboard') else ()) if watch is None else watch
+            if w not in SINKS:
+                raise ValueError(
+                    f"No sink {w!r}.{near(w, SINKS)} There are {', '.join(SINKS)}, and log.jsonl in any case"
+                )
+        wanted = (
+            (('tensorboard',) if importlib.util.find_spec('tensorboard') else ())
+            if watch is None
+            else watch
+        )
         self.pace, self.sinks = pace, []
-        if out is None: return
-        before = sorted([*rows, *(dict(step=j['step'], judged={k: v for k, v in j.items() if k != 'step'}) for j in judged)], key=lambda r: r['step']-('judged' in r)/2)
-        self.sinks = [Lines(out/'log.jsonl', before)]
-        if 'tensorboard' in wanted: self.sinks.append(Board(out/'tensorboard', len(rows)))
-        if 'wandb' in wanted: self.sinks.append(Wandb(out, settings))
+        if out is None:
+            return
+        before = sorted(
+            [
+                *rows,
+                *(
+                    dict(step=j['step'], judged={k: v for k, v in j.items() if k != 'step'})
+                    for j in judged
+                ),
+            ],
+            key=lambda r: r['step'] - ('judged' in r) / 2,
+        )
+        self.sinks = [Lines(out / 'log.jsonl', before)]
+        if 'tensorboard' in wanted:
+            self.sinks.append(Board(out / 'tensorboard', len(rows)))
+        if 'wandb' in wanted:
+            self.sinks.append(Wandb(out, settings))
 
-    def step(self,
-        row:dict[str,float], # with `step`, `seconds`, and `wait` where known
-    )->dict[str,float]: # with the pace
+    def step(
+        self,
+        row: dict[str, float],  # with `step`, `seconds`, and `wait` where known
+    ) -> dict[str, float]:  # with the pace
         "Write down one step"
-        row = row | self.pace.add(row['step'], row['seconds']+row.get('wait', 0.))
-        for s in self.sinks: s.add(row['step'], {k: v for k, v in row.items() if k != 'step'})
+        row = row | self.pace.add(row['step'], row['seconds'] + row.get('wait', 0.0))
+        for s in self.sinks:
+            s.add(row['step'], {k: v for k, v in row.items() if k != 'step'})
         return row
 
-    def judged(self,
-        row:dict[str,float], # with `step`
-    )->None:
+    def judged(
+        self,
+        row: dict[str, float],  # with `step`
+    ) -> None:
         "Write down one judgement"
         found = {k: v for k, v in row.items() if k != 'step'}
-        for s in self.sinks: s.add(row['step'], dict(judged=found) if isinstance(s, Lines) else {f'judged/{k}': v for k, v in found.items()})
+        for s in self.sinks:
+            s.add(
+                row['step'],
+                dict(judged=found)
+                if isinstance(s, Lines)
+                else {f'judged/{k}': v for k, v in found.items()},
+            )
 
-    def __enter__(self)->Self: return self
-    def __exit__(self, *error:Any)->None:
-        for s in self.sinks: s.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for s in self.sinks:
+            s.close()

@@ -28,29 +28,46 @@ from .accumulate import accumulated, warn_of_parts
 from .log import Log, Pace
 from .objective import objective as plain, online
 from .parallel import anybody, average_rest, clip_whole, from_first, mean_over
-from .state import (
-    BEST, State, TrainSpec, begin, find_best, linked, load_run, restore_best, save_state, spoiled, usable)
+from mobileclip_nb.train.state import (
+    BEST,
+    State,
+    TrainSpec,
+    begin,
+    find_best,
+    linked,
+    load_run,
+    restore_best,
+    save_state,
+    spoiled,
+    usable,
+)
 from .statistics import BATCHES, Recomputed, is_lagging, recompute_statistics
 from .towers import compiled, recomputed
 
 # %% ../../nbs/56_train.loop.ipynb #7c416edf
 class Step(NamedTuple):
     "What one step answers"
-    loss:NamedTuple # the objective's parts, scalars in nats, means over ranks
-    norm:Tensor # of the whole gradient before clipping
+
+    loss: NamedTuple  # the objective's parts, scalars in nats, means over ranks
+    norm: Tensor  # of the whole gradient before clipping
+
 
 def step(
-    model:nn.Module, # in train mode; is changed
-    batch:Batch, # on the model's device
-    opt:torch.optim.Optimizer, # its learning rate is set already
-    spec:TrainSpec,
-    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple]=plain, # answers losses with a `total`
-    net:nn.Module|None=None, # what is called in the model's place: the model wrapped for several ranks
-)->Step:
+    model: nn.Module,  # in train mode; is changed
+    batch: Batch,  # on the model's device
+    opt: torch.optim.Optimizer,  # its learning rate is set already
+    spec: TrainSpec,
+    objective: Callable[
+        [nn.Module, Batch, TrainSpec], NamedTuple
+    ] = plain,  # answers losses with a `total`
+    net: nn.Module
+    | None = None,  # what is called in the model's place: the model wrapped for several ranks
+) -> Step:
     "Change the model by one update (MobileCLIP Table 12)"
     net, ranks = model if net is None else net, here()
     opt.zero_grad(set_to_none=True)
-    if spec.accumulate > 1: loss = accumulated(net, batch, spec, spec.accumulate)
+    if spec.accumulate > 1:
+        loss = accumulated(net, batch, spec, spec.accumulate)
     else:
         loss = objective(net, batch, spec)
         loss.total.backward()
@@ -58,160 +75,240 @@ def step(
     norm = clip_whole(model, spec.clip)
     loss = type(loss)(*mean_over(torch.stack([v.detach() for v in loss]), ranks))
     if not torch.isfinite(loss.total + norm):
-        raise FloatingPointError(f"the loss is {loss.total.item():.4g} and the norm of its gradient {norm.item():.4g}")
+        raise FloatingPointError(
+            f"the loss is {loss.total.item():.4g} and the norm of its gradient {norm.item():.4g}"
+        )
     opt.step()
     clamp_scale(model, spec.scale_max)
     return Step(loss, norm)
 
 # %% ../../nbs/56_train.loop.ipynb #30124fd8
 @contextmanager
-def patient()->Iterator[list[int]]:
+def patient() -> Iterator[list[int]]:
     "Collect interrupts (Ctrl-C, SIGTERM) instead of being interrupted; a Ctrl-C that is not the first one interrupts"
     wishes = []
-    def hear(number:int, frame:Any)->None:
+
+    def hear(number: int, frame: Any) -> None:
         "Note it, but obey somebody who says it again by hand"
-        if wishes and number == signal.SIGINT: raise KeyboardInterrupt('interrupted at once: nothing was saved, and resume=True goes on from the last checkpoint')
+        if wishes and number == signal.SIGINT:
+            raise KeyboardInterrupt(
+                'interrupted at once: nothing was saved, and resume=True goes on from the last checkpoint'
+            )
         wishes.append(number)
+
     if threading.current_thread() is not threading.main_thread():
         yield wishes
         return
     before = {s: signal.signal(s, hear) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield wishes
+    try:
+        yield wishes
     finally:
-        for s, old in before.items(): signal.signal(s, old if old is not None else signal.SIG_DFL)
+        for s, old in before.items():
+            signal.signal(s, old if old is not None else signal.SIG_DFL)
 
 # %% ../../nbs/56_train.loop.ipynb #c4924640
 def placed(
-    batch:Batch, # or another tuple of tensors with an `image`
-    like:nn.Module, # stands on the device
-    channels_last:bool=True,
-)->Batch:
+    batch: Batch,  # or another tuple of tensors with an `image`
+    like: nn.Module,  # stands on the device
+    channels_last: bool = True,
+) -> Batch:
     "Move a batch to a model's device and memory layout"
     device = next(like.parameters()).device
     batch = type(batch)(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
-    return batch._replace(image=batch.image.contiguous(memory_format=torch.channels_last)) if channels_last else batch
+    return (
+        batch._replace(image=batch.image.contiguous(memory_format=torch.channels_last))
+        if channels_last
+        else batch
+    )
+
 
 def advance(
-    state:State, # is changed
-    batch:Batch,
-    spec:TrainSpec,
-    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple]=plain,
-)->dict[str,float]: # the new row of the log
+    state: State,  # is changed
+    batch: Batch,
+    spec: TrainSpec,
+    objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple] = plain,
+) -> dict[str, float]:  # the new row of the log
     "Change a state by one step and write it into the log"
     start, lr, rank = time.perf_counter(), lr_at(state.step, spec), here().rank
-    torch.manual_seed(seeded(spec.seed, 'step', state.step, *([rank] if rank else [])).initial_seed())
+    torch.manual_seed(
+        seeded(spec.seed, 'step', state.step, *([rank] if rank else [])).initial_seed()
+    )
     set_lr(state.opt, lr)
-    done = step(state.model, placed(batch, state.model, spec.channels_last), state.opt, spec, objective, state.net)
-    if state.ema: state.ema.update(state.model, state.step)
-    losses = {'loss' if k == 'total' else f'loss_{k}': v.item() for k, v in done.loss._asdict().items()}
-    row = dict(step=state.step, **losses, lr=lr, scale=state.model.logit_scale.exp().item(), norm=done.norm.item(), seconds=time.perf_counter()-start)
-    state.history.append(row); state.step += 1
+    done = step(
+        state.model,
+        placed(batch, state.model, spec.channels_last),
+        state.opt,
+        spec,
+        objective,
+        state.net,
+    )
+    if state.ema:
+        state.ema.update(state.model, state.step)
+    losses = {
+        'loss' if k == 'total' else f'loss_{k}': v.item() for k, v in done.loss._asdict().items()
+    }
+    row = dict(
+        step=state.step,
+        **losses,
+        lr=lr,
+        scale=state.model.logit_scale.exp().item(),
+        norm=done.norm.item(),
+        seconds=time.perf_counter() - start,
+    )
+    state.history.append(row)
+    state.step += 1
     return row
 
 # %% ../../nbs/56_train.loop.ipynb #e8bca844
 def survive(
-    state:State, # is changed
-    batch:Batch,
-    spec:TrainSpec,
-    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple],
-    out:Path|None, # where the autopsy's file goes
-    data:str, # the batches' id
-    asked:TrainSpec|None=None, # the spec of the file, where it is not what the objective reads
-)->dict[str,float]: # the new row of the log
+    state: State,  # is changed
+    batch: Batch,
+    spec: TrainSpec,
+    objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple],
+    out: Path | None,  # where the autopsy's file goes
+    data: str,  # the batches' id
+    asked: TrainSpec
+    | None = None,  # the spec of the file, where it is not what the objective reads
+) -> dict[str, float]:  # the new row of the log
     "Take one step; if it is not finite, write down where, save the state, and stop"
-    try: return advance(state, batch, spec, objective)
+    try:
+        return advance(state, batch, spec, objective)
     except FloatingPointError as e:
-        if out: saved, _ = state.saved, save_state(state, out/'nonfinite.pt', asked or spec, data, whatever=True); state.saved = saved
+        if out:
+            saved, _ = (
+                state.saved,
+                save_state(state, out / 'nonfinite.pt', asked or spec, data, whatever=True),
+            )
+            state.saved = saved
         rows = ', '.join(str(i) for i in batch.index[:8].tolist())
-        raise FloatingPointError(f"Step {state.step}: {e}, at lr={lr_at(state.step, spec):.3g} and scale={state.model.logit_scale.exp().item():.3g}. "
-                                 f"The batch is batch_at({state.step})" + (f" of rank {here().rank}" if here().world > 1 else "") + f", pictures {rows}, ... "
-                                 + (f"The weights before the update (statistics have moved already) are in {out.name}/nonfinite.pt. " if out else "")
-                                 + "Try a lower lr, a longer warmup, or look at these pictures") from e
+        raise FloatingPointError(
+            f"Step {state.step}: {e}, at lr={lr_at(state.step, spec):.3g} and scale={state.model.logit_scale.exp().item():.3g}. "
+            f"The batch is batch_at({state.step})"
+            + (f" of rank {here().rank}" if here().world > 1 else "")
+            + f", pictures {rows}, ... "
+            + (
+                f"The weights before the update (statistics have moved already) are in {out.name}/nonfinite.pt. "
+                if out
+                else ""
+            )
+            + "Try a lower lr, a longer warmup, or look at these pictures"
+        ) from e
 
 # %% ../../nbs/56_train.loop.ipynb #7cc08b64
 def refresh_model(
-    model:nn.Module, # of a run; is left alone
-    batches:Batches, # what the run learns from; of this rank
-    spec:TrainSpec,
-    step:int, # of the run; with several ranks the same on each
-    n:int=BATCHES, # of each rank; no more than the run has seen
-)->Recomputed:
+    model: nn.Module,  # of a run; is left alone
+    batches: Batches,  # what the run learns from; of this rank
+    spec: TrainSpec,
+    step: int,  # of the run; with several ranks the same on each
+    n: int = BATCHES,  # of each rank; no more than the run has seen
+) -> Recomputed:
     "Copy a run's model, with normalization statistics over the batches that it learned from last"
     n = min(n, step)
-    last = (placed(batch, model, spec.channels_last) for batch in batches.since(step-n))
+    last = (placed(batch, model, spec.channels_last) for batch in batches.since(step - n))
     return recompute_statistics(model, last, spec, n)
 
+
 def judged(
-    state:State,
-    judge:Callable[[nn.Module],dict[str,float]], # metrics by name
-    save:Callable[[],None]=lambda: None, # called before an error is raised
-    fresh:Recomputed|None=None, # judged in place of the run's model; given on every rank or on none
-)->dict[str,float]: # with `step`; stands in the state, too
+    state: State,
+    judge: Callable[[nn.Module], dict[str, float]],  # metrics by name
+    save: Callable[[], None] = lambda: None,  # called before an error is raised
+    fresh: Recomputed
+    | None = None,  # judged in place of the run's model; given on every rank or on none
+) -> dict[str, float]:  # with `step`; stands in the state, too
     "Ask `judge` in eval mode, without gradient"
     model, ranks, found, failed = fresh.model if fresh else usable(state), here(), {}, None
     training, device = model.training, next(state.model.parameters()).device
     try:
-        with torch.no_grad(): found = {k: float(v) for k, v in judge(model.eval()).items()} if not ranks.rank else {}
-    except Exception as e: failed = e
-    finally: model.train(training)
+        with torch.no_grad():
+            found = {k: float(v) for k, v in judge(model.eval()).items()} if not ranks.rank else {}
+    except Exception as e:
+        failed = e
+    finally:
+        model.train(training)
     if anybody(failed is not None, ranks, device):
         save()
-        raise failed or ConnectionError(f"Rank {ranks.rank} stops because the judge failed on the first rank, whose own message says why")
+        raise failed or ConnectionError(
+            f"Rank {ranks.rank} stops because the judge failed on the first rank, whose own message says why"
+        )
     how = dict(statistics_batches=float(fresh.batches)) if fresh and fresh.batches else {}
-    state.judged.append(dict(step=state.step, **json.loads(from_first(json.dumps(found).encode(), ranks, device)), **how))
+    state.judged.append(
+        dict(
+            step=state.step,
+            **json.loads(from_first(json.dumps(found).encode(), ranks, device)),
+            **how,
+        )
+    )
     return state.judged[-1]
 
 # %% ../../nbs/56_train.loop.ipynb #6b5cb31e
 def mark_best(
-    state:State, # just judged
-    metric:str, # its name; higher is better, and of equal values the earliest counts
-    out:Path|None, # the run's folder
-    save:Callable[[],None], # writes `state.pt`; on every rank
-    say:Callable[[str],None], # told of a new best
-)->None:
+    state: State,  # just judged
+    metric: str,  # its name; higher is better, and of equal values the earliest counts
+    out: Path | None,  # the run's folder
+    save: Callable[[], None],  # writes `state.pt`; on every rank
+    say: Callable[[str], None],  # told of a new best
+) -> None:
     "Keep the checkpoint of this step as `best.pt` if no judgement before was as high"
     row = state.judged[-1]
     if metric not in row:
         save()
         there = ', '.join(k for k in row if k != 'step') or 'none at all'
-        raise KeyError(f"No metric {metric!r} to tell the best checkpoint by.{near(metric, row)} There are: {there}")
-    if find_best(state.judged, metric) is not row: return
+        raise KeyError(
+            f"No metric {metric!r} to tell the best checkpoint by.{near(metric, row)} There are: {there}"
+        )
+    if find_best(state.judged, metric) is not row:
+        return
     save()
-    if out is None or here().rank: return
-    linked(out/'state.pt', out/BEST)
+    if out is None or here().rank:
+        return
+    linked(out / 'state.pt', out / BEST)
     say(f'best so far: {metric} {row[metric]:.4g} after step {row["step"]}, kept as {BEST}')
 
 # %% ../../nbs/56_train.loop.ipynb #38d9d4b5
 class Trained(NamedTuple):
     "A run that has ended"
-    model:nn.Module # to use: the average if there is one; in eval mode
-    raw:nn.Module # as trained
-    history:list[dict[str,float]] # one row a step
-    judged:list[dict[str,float]] # one row a judgement
-    spec:TrainSpec
-    data:str # the batches' id
-    batch:int # pairs a step
-    new:int # steps made by this call; the others were made before it was resumed
-    world:int=1 # ranks, each with a batch of its own
-    skips:dict[str,int]={} # what the source refused, by reason
+
+    model: nn.Module  # to use: the average if there is one; in eval mode
+    raw: nn.Module  # as trained
+    history: list[dict[str, float]]  # one row a step
+    judged: list[dict[str, float]]  # one row a judgement
+    spec: TrainSpec
+    data: str  # the batches' id
+    batch: int  # pairs a step
+    new: int  # steps made by this call; the others were made before it was resumed
+    world: int = 1  # ranks, each with a batch of its own
+    skips: dict[str, int] = {}  # what the source refused, by reason
 
     @property
-    def metrics(self)->dict[str,float]:
+    def metrics(self) -> dict[str, float]:
         "Loss at the end (mean of the last tenth, nats), seconds of steps, images a second without and with waiting for data, and the last judgement"
-        tail, images = self.history[-max(len(self.history)//10, 1):], len(self.history)*self.batch*self.world
+        tail, images = (
+            self.history[-max(len(self.history) // 10, 1) :],
+            len(self.history) * self.batch * self.world,
+        )
         seconds = sum(r['seconds'] for r in self.history)
-        out = dict(loss_nats=sum(r['loss'] for r in tail)/len(tail) if tail else math.nan, seconds=seconds, images_per_s=images/max(seconds, 1e-9))
-        if self.history and all('wait' in r for r in self.history): # rows of older runs do not have it
-            out['images_per_s_wall'] = images/max(seconds+sum(r['wait'] for r in self.history), 1e-9)
-        out |= (dict(ranks=self.world) if self.world > 1 else {}) | (dict(n_skipped=sum(self.skips.values())) if self.skips else {})
+        out = dict(
+            loss_nats=sum(r['loss'] for r in tail) / len(tail) if tail else math.nan,
+            seconds=seconds,
+            images_per_s=images / max(seconds, 1e-9),
+        )
+        if self.history and all(
+            'wait' in r for r in self.history
+        ):  # rows of older runs do not have it
+            out['images_per_s_wall'] = images / max(
+                seconds + sum(r['wait'] for r in self.history), 1e-9
+            )
+        out |= (dict(ranks=self.world) if self.world > 1 else {}) | (
+            dict(n_skipped=sum(self.skips.values())) if self.skips else {}
+        )
         return out | {k: v for k, v in (self.judged or [{}])[-1].items() if k != 'step'}
 
 # %% ../../nbs/56_train.loop.ipynb #b6a06ca0
 def written(
-    run:Trained,
-    ledger:str|Path, # a `.jsonl` file; made if need be
-    name:str, # of the recipe; the same for all its seeds
-)->None:
+    run: Trained,
+    ledger: str | Path,  # a `.jsonl` file; made if need be
+    name: str,  # of the recipe; the same for all its seeds
+) -> None:
     "Append a run's line to a ledger"
     spec = run.spec.to_dict() | dict(batch=run.batch, data=run.data, ranks=run.world)
     device = next(run.raw.parameters()).device.type
@@ -219,140 +316,214 @@ def written(
 
 # %% ../../nbs/56_train.loop.ipynb #0bc284de
 def refused(
-    batches:Any, # a source; has `skips` if it counts them
-    before:dict[str,int], # counted before the run was resumed
-)->dict[str,int]: # by reason
+    batches: Any,  # a source; has `skips` if it counts them
+    before: dict[str, int],  # counted before the run was resumed
+) -> dict[str, int]:  # by reason
     "What a source left out so far"
     now = dict(getattr(getattr(batches, 'skips', None), 'counts', None) or {})
-    return {k: before.get(k, 0)+now.get(k, 0) for k in sorted(before | now)}
+    return {k: before.get(k, 0) + now.get(k, 0) for k in sorted(before | now)}
+
 
 def possible(
-    spec:TrainSpec,
-    pairs:int, # a step of this rank
-    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple], # what is minimized
-)->TrainSpec: # the same
+    spec: TrainSpec,
+    pairs: int,  # a step of this rank
+    objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple],  # what is minimized
+) -> TrainSpec:  # the same
     "Refuse what could only fail in the first step"
-    if spec.accumulate > 1 and objective is not plain: raise ValueError("accumulate cuts the loss that spec.loss asks for; with an objective of your own use accumulate=1")
-    if spec.accumulate > pairs: raise ValueError(f"accumulate={spec.accumulate} parts of {pairs} pairs; use {pairs} or fewer")
+    if spec.accumulate > 1 and objective is not plain:
+        raise ValueError(
+            "accumulate cuts the loss that spec.loss asks for; with an objective of your own use accumulate=1"
+        )
+    if spec.accumulate > pairs:
+        raise ValueError(
+            f"accumulate={spec.accumulate} parts of {pairs} pairs; use {pairs} or fewer"
+        )
     return spec
 
+
 def prepared(
-    model:nn.Module, # its record knows how its pictures were normalized
-    batches:Any, # a source
-    spec:TrainSpec,
-    start:int, # first step
-)->tuple[Iterator[Batch],TrainSpec]: # batches with teachers' rows, and the spec that says how wide these are
+    model: nn.Module,  # its record knows how its pictures were normalized
+    batches: Any,  # a source
+    spec: TrainSpec,
+    start: int,  # first step
+) -> tuple[
+    Iterator[Batch], TrainSpec
+]:  # batches with teachers' rows, and the spec that says how wide these are
     "Batches from a step on; teachers are asked if the spec names any"
     found = batches.since(start)
-    if not spec.loss.online: return found, spec
+    if not spec.loss.online:
+        return found, spec
     pixels = getattr(getattr(model, 'record', None), 'pixels', None)
-    asking = online(spec.loss, *((pixels.mean, pixels.std) if pixels else ()), device=str(next(model.parameters()).device))
+    asking = online(
+        spec.loss,
+        *((pixels.mean, pixels.std) if pixels else ()),
+        device=str(next(model.parameters()).device),
+    )
     return map(asking.fill, found), asking.asked(spec)
 
 # %% ../../nbs/56_train.loop.ipynb #56967359
 def windows(
-    state:State, # at its beginning
-    spec:TrainSpec,
-    pairs:int, # a step, over all ranks
-    out:Path|None, # the run's folder
-    progress:bool, # draw a bar
-    watch:Sequence[str]|None, # as `train` has it
-    say:Callable[[str],None]=lambda text: None, # told from which step a run goes on
-)->tuple[tqdm,Log]: # both are contexts; with several ranks the first one's are open
+    state: State,  # at its beginning
+    spec: TrainSpec,
+    pairs: int,  # a step, over all ranks
+    out: Path | None,  # the run's folder
+    progress: bool,  # draw a bar
+    watch: Sequence[str] | None,  # as `train` has it
+    say: Callable[[str], None] = lambda text: None,  # told from which step a run goes on
+) -> tuple[tqdm, Log]:  # both are contexts; with several ranks the first one's are open
     "Open the bar and the log of a run"
     first = here().rank == 0
-    if state.step and first: say(f'goes on from step {state.step} of {spec.steps}' if state.step < spec.steps else f'all {spec.steps} steps are made already')
-    warning = warn_of_parts(state.model, spec.accumulate, pairs//here().world)
-    if first and warning: say(warning)
-    bar = tqdm(total=spec.steps*pairs, initial=state.step*pairs, unit=' images', mininterval=.5 if sys.stderr.isatty() else 10, disable=not (progress and first))
-    return bar, Log(out if first and state.step < spec.steps else None, Pace(pairs, spec.steps), state.history, state.judged, spec.to_dict(), watch)
+    if state.step and first:
+        say(
+            f'goes on from step {state.step} of {spec.steps}'
+            if state.step < spec.steps
+            else f'all {spec.steps} steps are made already'
+        )
+    warning = warn_of_parts(state.model, spec.accumulate, pairs // here().world)
+    if first and warning:
+        say(warning)
+    bar = tqdm(
+        total=spec.steps * pairs,
+        initial=state.step * pairs,
+        unit=' images',
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        disable=not (progress and first),
+    )
+    return bar, Log(
+        out if first and state.step < spec.steps else None,
+        Pace(pairs, spec.steps),
+        state.history,
+        state.judged,
+        spec.to_dict(),
+        watch,
+    )
 
 # %% ../../nbs/56_train.loop.ipynb #98d7db2a
 def fetched(
-    stream:Iterator[Batch],
-    wishes:list[int], # of `patient`; with one nothing is fetched any more
-)->tuple[Batch|None,Exception|None]: # one of them is there, unless there are wishes
+    stream: Iterator[Batch],
+    wishes: list[int],  # of `patient`; with one nothing is fetched any more
+) -> tuple[Batch | None, Exception | None]:  # one of them is there, unless there are wishes
     "The next batch, or why there is none"
-    try: return (None, None) if wishes else (next(stream), None)
-    except StopIteration: return None, EOFError("The source has no more batches, and the run has steps left. A source gives batches without end; give it more data, or ask for fewer steps")
-    except Exception as e: return None, e
+    try:
+        return (None, None) if wishes else (next(stream), None)
+    except StopIteration:
+        return None, EOFError(
+            "The source has no more batches, and the run has steps left. A source gives batches without end; give it more data, or ask for fewer steps"
+        )
+    except Exception as e:
+        return None, e
+
 
 def stopped(
-    state:State, # between two steps
-    steps:int, # of the whole run
-    failed:Exception|None, # why this rank has no batch
-    wished:bool, # whether this rank heard an interrupt
-    out:Path|None, # the run's folder
-    device:torch.device, # where the group communicates
-)->BaseException: # to be raised
+    state: State,  # between two steps
+    steps: int,  # of the whole run
+    failed: Exception | None,  # why this rank has no batch
+    wished: bool,  # whether this rank heard an interrupt
+    out: Path | None,  # the run's folder
+    device: torch.device,  # where the group communicates
+) -> BaseException:  # to be raised
     "Say why a run stops before its end, and where"
-    where = f"stopped after step {state.step} of {steps}" + ("; resume=True goes on" if out and state.step else "")
-    if failed: failed.add_note(f"The run is {where}")
-    if not anybody(failed is not None, here(), device): return KeyboardInterrupt(where)
-    return failed or (KeyboardInterrupt(where) if wished else ConnectionError(f"Rank {here().rank} lost another one's data, whose own message says why; {where}"))
+    where = f"stopped after step {state.step} of {steps}" + (
+        "; resume=True goes on" if out and state.step else ""
+    )
+    if failed:
+        failed.add_note(f"The run is {where}")
+    if not anybody(failed is not None, here(), device):
+        return KeyboardInterrupt(where)
+    return failed or (
+        KeyboardInterrupt(where)
+        if wished
+        else ConnectionError(
+            f"Rank {here().rank} lost another one's data, whose own message says why; {where}"
+        )
+    )
 
 # %% ../../nbs/56_train.loop.ipynb #56609934
 def first_save_due(
-    state:State, # at its beginning
-    seconds:float, # without a checkpoint
-    clock:Callable[[],float]=time.monotonic, # seconds
-)->Callable[[],bool]: # asks whether it is time; always False but on the first rank
+    state: State,  # at its beginning
+    seconds: float,  # without a checkpoint
+    clock: Callable[[], float] = time.monotonic,  # seconds
+) -> Callable[[], bool]:  # asks whether it is time; always False but on the first rank
     "Start the clock of a run's first checkpoint"
     start, saved = clock(), state.saved
-    def is_due()->bool: return here().rank == 0 and state.saved == saved and clock()-start >= seconds
+
+    def is_due() -> bool:
+        return here().rank == 0 and state.saved == saved and clock() - start >= seconds
+
     return is_due
 
+
 def agree(
-    stop:bool, # whether this rank cannot go on
-    save:bool, # whether this rank asks for a checkpoint
-    ranks:Ranks,
-    device:torch.device|str='cpu', # where the group communicates
-)->tuple[bool,bool]: # the same on every rank
+    stop: bool,  # whether this rank cannot go on
+    save: bool,  # whether this rank asks for a checkpoint
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the group communicates
+) -> tuple[bool, bool]:  # the same on every rank
     "Whether any rank says yes to either, by one collective"
-    if ranks.world == 1: return stop, save
+    if ranks.world == 1:
+        return stop, save
     flags = mean_over(torch.tensor([float(stop), float(save)], device=device), ranks).tolist()
     return flags[0] > 0, flags[1] > 0
 
 # %% ../../nbs/56_train.loop.ipynb #7edf794a
 def is_due(
-    step:int, # that a run has come to
-    steps:int, # of the whole run
-    every:int, # steps; 0: only at the end
-)->bool:
+    step: int,  # that a run has come to
+    steps: int,  # of the whole run
+    every: int,  # steps; 0: only at the end
+) -> bool:
     "Whether something done every so many steps, and at the end, is to be done now"
     return step == steps or bool(every) and step % every == 0
+
 
 @dataclass
 class Saver:
     "Writes the checkpoints of a run; every rank takes part"
-    state:State # at the beginning of a run, or where it goes on
-    spec:TrainSpec
-    data:str # the batches' id
-    out:Path|None # the run's folder; None: nothing is saved
-    every:int=0 # steps
-    keep:int=1 # checkpoints that stay
-    milestones:int=0 # steps; a checkpoint at a multiple of it is never removed
 
-    def __post_init__(self)->None: self.begun = self.state.step
+    state: State  # at the beginning of a run, or where it goes on
+    spec: TrainSpec
+    data: str  # the batches' id
+    out: Path | None  # the run's folder; None: nothing is saved
+    every: int = 0  # steps
+    keep: int = 1  # checkpoints that stay
+    milestones: int = 0  # steps; a checkpoint at a multiple of it is never removed
 
-    def save(self)->None:
+    def __post_init__(self) -> None:
+        self.begun = self.state.step
+
+    def save(self) -> None:
         "Write the state of this step, unless it stands in the folder already"
-        if self.out is None or self.state.step in (self.begun, self.state.saved): return
-        save_state(self.state, self.out/'state.pt', self.spec, self.data, self.keep, self.milestones)
+        if self.out is None or self.state.step in (self.begun, self.state.saved):
+            return
+        save_state(
+            self.state, self.out / 'state.pt', self.spec, self.data, self.keep, self.milestones
+        )
+
 
 class Refresher:
     "The model of a run with statistics computed again, once a step"
-    def __init__(self,
-        state:State,
-        batches:Batches, # what the run learns from; of this rank
-        spec:TrainSpec,
-        wanted:bool, # with False running statistics are used
-    ):
-        self.state, self.batches, self.spec, self.wanted, self.step, self.held = state, batches, spec, wanted, None, None
 
-    def __call__(self)->Recomputed|None: # None: running statistics are used; the same on every rank
+    def __init__(
+        self,
+        state: State,
+        batches: Batches,  # what the run learns from; of this rank
+        spec: TrainSpec,
+        wanted: bool,  # with False running statistics are used
+    ):
+        self.state, self.batches, self.spec, self.wanted, self.step, self.held = (
+            state,
+            batches,
+            spec,
+            wanted,
+            None,
+            None,
+        )
+
+    def __call__(
+        self,
+    ) -> Recomputed | None:  # None: running statistics are used; the same on every rank
         "Compute the statistics of this step"
-        if not self.wanted: return None
+        if not self.wanted:
+            return None
         if self.step != self.state.step:
             self.held = refresh_model(usable(self.state), self.batches, self.spec, self.state.step)
             self.step = self.state.step
@@ -362,39 +533,53 @@ class Refresher:
 @dataclass
 class Evaluator:
     "Judges a run; every rank takes part"
-    state:State
-    judge:Callable[[nn.Module],dict[str,float]]|None # metrics by name; None: nothing is judged
-    every:int # steps
-    best:str|None # a metric whose best checkpoint is kept
-    fresh:Callable[[],Recomputed|None] # of `Refresher`
-    say:Callable[[str],None] # told of a new best
-    report:Callable[[dict[str,float],dict[str,float]],None]|None=None # told the step's row and its judgement
 
-    def evaluate(self, saver:Saver, log:Log|None=None)->None:
+    state: State
+    judge: (
+        Callable[[nn.Module], dict[str, float]] | None
+    )  # metrics by name; None: nothing is judged
+    every: int  # steps
+    best: str | None  # a metric whose best checkpoint is kept
+    fresh: Callable[[], Recomputed | None]  # of `Refresher`
+    say: Callable[[str], None]  # told of a new best
+    report: Callable[[dict[str, float], dict[str, float]], None] | None = (
+        None  # told the step's row and its judgement
+    )
+
+    def evaluate(self, saver: Saver, log: Log | None = None) -> None:
         "Judge the run at this step"
-        try: fresh = self.fresh()
-        except Exception: # of the source, and on every rank
+        try:
+            fresh = self.fresh()
+        except Exception:  # of the source, and on every rank
             saver.save()
             raise
         row = judged(self.state, self.judge, saver.save, fresh)
-        if log: log.judged(row)
-        if self.report and self.state.history and not here().rank: self.report(self.state.history[-1], row)
-        if self.best: mark_best(self.state, self.best, saver.out, saver.save, self.say)
+        if log:
+            log.judged(row)
+        if self.report and self.state.history and not here().rank:
+            self.report(self.state.history[-1], row)
+        if self.best:
+            mark_best(self.state, self.best, saver.out, saver.save, self.say)
 
 # %% ../../nbs/56_train.loop.ipynb #eff6cf2e
 def make_steps(
-    state:State, # is changed
-    batches:Batches, # of this rank
-    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple], # what is minimized
-    saver:Saver,
-    evaluator:Evaluator,
-    is_late:Callable[[],bool], # of `first_save_due`
-    progress:bool, # draw a bar
-    watch:Sequence[str]|None, # as `train` has it
-)->None:
+    state: State,  # is changed
+    batches: Batches,  # of this rank
+    objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple],  # what is minimized
+    saver: Saver,
+    evaluator: Evaluator,
+    is_late: Callable[[], bool],  # of `first_save_due`
+    progress: bool,  # draw a bar
+    watch: Sequence[str] | None,  # as `train` has it
+) -> None:
     "Make the steps that are left"
-    spec, ranks, before, device = saver.spec, here(), dict(state.skips), next(state.model.parameters()).device
-    pairs = batches.batch*ranks.world
+    spec, ranks, before, device = (
+        saver.spec,
+        here(),
+        dict(state.skips),
+        next(state.model.parameters()).device,
+    )
+    pairs = batches.batch * ranks.world
     stream, asked = prepared(state.model, batches, spec, state.step)
     bar, log = windows(state, spec, pairs, saver.out, progress, watch, evaluator.say)
     inside = recomputed(state.model, spec.checkpointing), compiled(state.model, spec.compile)
@@ -406,64 +591,105 @@ def make_steps(
                 saver.save()
                 raise stopped(state, spec.steps, failed, bool(wishes), saver.out, device)
             row = survive(state, batch, asked, objective, saver.out, batches.id, spec)
-            row['wait'] = time.perf_counter()-start-row['seconds'] # for the batch, and for other ranks
+            row['wait'] = (
+                time.perf_counter() - start - row['seconds']
+            )  # for the batch, and for other ranks
             log.step(row)
             bar.update(pairs)
             bar.set_postfix(loss=f"{row['loss']:.3f}", step=state.step, refresh=False)
             state.skips = refused(batches, before)
-            if evaluator.judge and is_due(state.step, spec.steps, evaluator.every): evaluator.evaluate(saver, log)
-            if early or is_due(state.step, spec.steps, saver.every): saver.save()
+            if evaluator.judge and is_due(state.step, spec.steps, evaluator.every):
+                evaluator.evaluate(saver, log)
+            if early or is_due(state.step, spec.steps, saver.every):
+                saver.save()
 
 # %% ../../nbs/56_train.loop.ipynb #93a1a961
 def end_run(
-    state:State, # after the last step
-    saver:Saver, # of the run
-    pairs:int, # a step, of this rank
-    fresh:Recomputed|None, # the model to use, where it is not the run's own
-)->Trained:
+    state: State,  # after the last step
+    saver: Saver,  # of the run
+    pairs: int,  # a step, of this rank
+    fresh: Recomputed | None,  # the model to use, where it is not the run's own
+) -> Trained:
     "What a run has come to; every rank must ask"
-    if lost := spoiled(state): raise FloatingPointError(f"The run has ended with numbers that are not finite in {lost}. Try a lower lr")
+    if lost := spoiled(state):
+        raise FloatingPointError(
+            f"The run has ended with numbers that are not finite in {lost}. Try a lower lr"
+        )
     ready = usable(state).eval() if fresh is None else fresh.model
     raw = usable(state, False).eval()
-    new, world = state.step-saver.begun, here().world
-    return Trained(ready, raw, state.history, state.judged, saver.spec, saver.data, pairs, new, world, state.skips)
+    new, world = state.step - saver.begun, here().world
+    return Trained(
+        ready,
+        raw,
+        state.history,
+        state.judged,
+        saver.spec,
+        saver.data,
+        pairs,
+        new,
+        world,
+        state.skips,
+    )
 
 # %% ../../nbs/56_train.loop.ipynb #bd6442bf
 def train(
-    model:nn.Module, # is changed
-    batches:Batches, # anything with `since(step)`, `batch` and `id`; of this rank
-    spec:TrainSpec=TrainSpec(),
-    out:str|Path|None=None, # the run's folder; without one nothing is saved
-    judge:Callable[[nn.Module],dict[str,float]]|None=None, # asked in eval mode; metrics by name
-    judge_every:int=0, # steps; at the end in any case
-    save_every:int=0, # steps; at the end and at an interrupt in any case
-    resume:bool=False, # go on where the folder's run stopped, if there is one
-    objective:Callable[[nn.Module,Batch,TrainSpec],NamedTuple]=plain, # what is minimized
-    progress:bool=True, # draw a progress bar
-    ledger:str|Path|None=None, # where the run is written when it has ended
-    name:str='train', # of the recipe, in the ledger
-    keep:int=3, # checkpoints that stay
-    milestones:int=0, # steps; a checkpoint at a multiple of it is never removed
-    watch:Sequence[str]|None=None, # `tensorboard`, `wandb`; None: TensorBoard where it is installed
-    say:Callable[[str],None]=lambda text: None, # told from which step a run goes on, and of a new best
+    model: nn.Module,  # is changed
+    batches: Batches,  # anything with `since(step)`, `batch` and `id`; of this rank
+    spec: TrainSpec = TrainSpec(),
+    out: str | Path | None = None,  # the run's folder; without one nothing is saved
+    judge: Callable[[nn.Module], dict[str, float]]
+    | None = None,  # asked in eval mode; metrics by name
+    judge_every: int = 0,  # steps; at the end in any case
+    save_every: int = 0,  # steps; at the end and at an interrupt in any case
+    resume: bool = False,  # go on where the folder's run stopped, if there is one
+    objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple] = plain,  # what is minimized
+    progress: bool = True,  # draw a progress bar
+    ledger: str | Path | None = None,  # where the run is written when it has ended
+    name: str = 'train',  # of the recipe, in the ledger
+    keep: int = 3,  # checkpoints that stay
+    milestones: int = 0,  # steps; a checkpoint at a multiple of it is never removed
+    watch: Sequence[str]
+    | None = None,  # `tensorboard`, `wandb`; None: TensorBoard where it is installed
+    say: Callable[[str], None] = lambda text: (
+        None
+    ),  # told from which step a run goes on, and of a new best
     *,
-    best:str|None=None, # a metric of `judge`, higher is better; its best checkpoint stays as `best.pt`
-    statistics:bool|None=None, # compute those of normalization again to judge; None: in a short run of the default objective
-    report:Callable[[dict[str,float],dict[str,float]],None]|None=None, # told of each judgement
-    first_save:float=60., # seconds until a first checkpoint is written, whatever `save_every`
-    clock:Callable[[],float]=time.monotonic, # for `first_save` alone
-)->Trained:
+    best: str
+    | None = None,  # a metric of `judge`, higher is better; its best checkpoint stays as `best.pt`
+    statistics: bool
+    | None = None,  # compute those of normalization again to judge; None: in a short run of the default objective
+    report: Callable[[dict[str, float], dict[str, float]], None]
+    | None = None,  # told of each judgement
+    first_save: float = 60.0,  # seconds until a first checkpoint is written, whatever `save_every`
+    clock: Callable[[], float] = time.monotonic,  # for `first_save` alone
+) -> Trained:
     "Train in place, with checkpoints, judgement and a log; resumes to the same numbers (MobileCLIP Table 12)"
     out, first = Path(out) if out else None, here().rank == 0
-    if best and not judge: raise ValueError(f"best={best!r} names a metric, and there is no judge to measure it. Give one, or leave best out")
+    if best and not judge:
+        raise ValueError(
+            f"best={best!r} names a metric, and there is no judge to measure it. Give one, or leave best out"
+        )
     state = begin(model, possible(spec, batches.batch, objective), batches.id, out, resume)
     saver = Saver(state, spec, batches.id, out, save_every, keep, milestones)
-    if statistics is None: statistics = objective is plain and is_lagging(state.model, spec, spec.steps)
+    if statistics is None:
+        statistics = objective is plain and is_lagging(state.model, spec, spec.steps)
     fresh = Refresher(state, batches, spec, statistics)
     evaluator = Evaluator(state, judge, judge_every, best, fresh, say, report)
-    if best and out and first and (told := restore_best(out, state.judged, best)): say(told)
-    make_steps(state, batches, objective, saver, evaluator, first_save_due(state, first_save, clock), progress, watch)
-    if judge and state.step == saver.begun: evaluator.evaluate(saver) # nothing was left to do but to judge
+    if best and out and first and (told := restore_best(out, state.judged, best)):
+        say(told)
+    make_steps(
+        state,
+        batches,
+        objective,
+        saver,
+        evaluator,
+        first_save_due(state, first_save, clock),
+        progress,
+        watch,
+    )
+    if judge and state.step == saver.begun:
+        evaluator.evaluate(saver)  # nothing was left to do but to judge
     run = end_run(state, saver, batches.batch, fresh())
-    if ledger and run.new and first: written(run, ledger, name)
+    if ledger and run.new and first:
+        written(run, ledger, name)
     return run

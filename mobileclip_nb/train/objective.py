@@ -29,184 +29,316 @@ from ..text.tokens import decode
 @dataclass(frozen=True, repr=False)
 class LossSpec(Spec, id_name='LossSpec'):
     "What is minimized (MobileCLIP §3 and Table 12; MobileCLIP2 Table 3)"
-    clip:float=1. # weight of the contrastive term, the paper's 1-λ
-    distill:float=0. # weight of distillation, the paper's λ
-    widths:tuple[int,...]=() # of each teacher's rows, in the order they are stored
-    scales:tuple[float,...]=() # logit scale of each teacher; one serves all
-    after_softmax:bool=True # average teachers' probabilities; otherwise add their logits
-    kind:str='softmax' # or `sigmoid`, for a model with a bias
-    biases:tuple[float,...]=(0.,) # logit bias of each teacher, for `sigmoid`; one serves all
-    same:bool=False # pairs with equal captions count as each other's positives
-    chunk:int=0 # rows of logits at a time; 0 for all at once
-    online:tuple[tuple[str,str],...]=() # (model, weights) of teachers asked at training time, in place of stored rows
 
-    def __post_init__(self)->None:
-        if self.kind not in ('softmax', 'sigmoid'): raise ValueError(f"kind={self.kind!r} is not known.{near(self.kind, ('softmax', 'sigmoid'))} Use softmax or sigmoid")
-        if min(self.clip, self.distill) < 0 or self.clip+self.distill <= 0: raise ValueError(f"clip={self.clip} and distill={self.distill}: weights are not negative and not both 0; the paper's are (1-λ, λ)")
-        if self.chunk < 0: raise ValueError(f"chunk={self.chunk} rows; use 0 for all at once")
-        if not self.distill: return
+    clip: float = 1.0  # weight of the contrastive term, the paper's 1-λ
+    distill: float = 0.0  # weight of distillation, the paper's λ
+    widths: tuple[int, ...] = ()  # of each teacher's rows, in the order they are stored
+    scales: tuple[float, ...] = ()  # logit scale of each teacher; one serves all
+    after_softmax: bool = True  # average teachers' probabilities; otherwise add their logits
+    kind: str = 'softmax'  # or `sigmoid`, for a model with a bias
+    biases: tuple[float, ...] = (0.0,)  # logit bias of each teacher, for `sigmoid`; one serves all
+    same: bool = False  # pairs with equal captions count as each other's positives
+    chunk: int = 0  # rows of logits at a time; 0 for all at once
+    online: tuple[
+        tuple[str, str], ...
+    ] = ()  # (model, weights) of teachers asked at training time, in place of stored rows
+
+    def __post_init__(self) -> None:
+        if self.kind not in ('softmax', 'sigmoid'):
+            raise ValueError(
+                f"kind={self.kind!r} is not known.{near(self.kind, ('softmax', 'sigmoid'))} Use softmax or sigmoid"
+            )
+        if min(self.clip, self.distill) < 0 or self.clip + self.distill <= 0:
+            raise ValueError(
+                f"clip={self.clip} and distill={self.distill}: weights are not negative and not both 0; the paper's are (1-λ, λ)"
+            )
+        if self.chunk < 0:
+            raise ValueError(f"chunk={self.chunk} rows; use 0 for all at once")
+        if not self.distill:
+            return
         n = len(self.online or self.widths)
-        if not n: raise ValueError("Distillation needs the width of each teacher's rows, such as widths=(768, 768); a shard's manifest has them. Or name teachers to be asked online")
-        if not self.scales: raise ValueError("Distillation needs a logit scale for each teacher or one for all, such as scales=(100.,)")
+        if not n:
+            raise ValueError(
+                "Distillation needs the width of each teacher's rows, such as widths=(768, 768); a shard's manifest has them. Or name teachers to be asked online"
+            )
+        if not self.scales:
+            raise ValueError(
+                "Distillation needs a logit scale for each teacher or one for all, such as scales=(100.,)"
+            )
         scales_for(self.scales, n)
 
 # %% ../../nbs/53_train.objective.ipynb #8dd54e5f
 class Asked(Protocol):
     "The part of a run's spec that an objective reads"
-    precision:str # of the towers: `float32` or `bfloat16`
-    loss:LossSpec
+
+    precision: str  # of the towers: `float32` or `bfloat16`
+    loss: LossSpec
+
 
 class Features(NamedTuple):
     "What a model makes of a batch"
-    image:Tensor # `(B, D)` unit rows
-    text:Tensor # `(B, D)` of true captions
-    syn:Tensor|None # `(B, D)` of synthetic captions
-    scale:Tensor # exponentiated
-    bias:Tensor|None=None # of the logits, for the sigmoid loss
+
+    image: Tensor  # `(B, D)` unit rows
+    text: Tensor  # `(B, D)` of true captions
+    syn: Tensor | None  # `(B, D)` of synthetic captions
+    scale: Tensor  # exponentiated
+    bias: Tensor | None = None  # of the logits, for the sigmoid loss
+
 
 def encode(
-    model:nn.Module, # answers `Embeds` to images and texts
-    batch:Batch, # on the model's device
-    spec:Asked,
-)->Features:
+    model: nn.Module,  # answers `Embeds` to images and texts
+    batch: Batch,  # on the model's device
+    spec: Asked,
+) -> Features:
     "One pass of both towers: B images, and 2B texts where there are synthetic captions"
-    texts, n = batch.text if batch.syn is None else torch.cat([batch.text, batch.syn]), len(batch.image)
-    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=spec.precision == 'bfloat16'): e = model(batch.image, texts)
+    texts, n = (
+        batch.text if batch.syn is None else torch.cat([batch.text, batch.syn]),
+        len(batch.image),
+    )
+    with torch.autocast(
+        batch.image.device.type, torch.bfloat16, enabled=spec.precision == 'bfloat16'
+    ):
+        e = model(batch.image, texts)
     bias = getattr(getattr(model, 'module', model), 'logit_bias', None)
-    return Features(exact(e.image), exact(e.text[:n]), None if batch.syn is None else exact(e.text[n:]), e.scale, bias)
+    return Features(
+        exact(e.image),
+        exact(e.text[:n]),
+        None if batch.syn is None else exact(e.text[n:]),
+        e.scale,
+        bias,
+    )
 
 # %% ../../nbs/53_train.objective.ipynb #f60a51fa
 def gathered(
-    features:Features,
-    batch:Batch,
-    spec:LossSpec,
-    ranks:Ranks,
-)->tuple[Rows,dict[str,Said],Rows|None]: # images, captions by kind, the teachers' rows of images
+    features: Features,
+    batch: Batch,
+    spec: LossSpec,
+    ranks: Ranks,
+) -> tuple[
+    Rows, dict[str, Said], Rows | None
+]:  # images, captions by kind, the teachers' rows of images
     "Collect each tower once, teachers once and without gradient"
-    def side_by_side(xs:list[Tensor|None], grad:bool)->list[Rows|None]:
+
+    def side_by_side(xs: list[Tensor | None], grad: bool) -> list[Rows | None]:
         "Collect several tensors of one width in one call"
         held = [x for x in xs if x is not None]
-        if not held: return xs
+        if not held:
+            return xs
         ways = [x.shape[1] for x in held]
         both = gather(torch.cat(held, 1), ranks, grad).split(ways, 1) if ranks.world > 1 else held
-        found = iter(Rows(x, a, ranks.rank*len(x)) for x, a in zip(held, both))
+        found = iter(Rows(x, a, ranks.rank * len(x)) for x, a in zip(held, both))
         return [None if x is None else next(found) for x in xs]
+
     same_size(len(features.image), ranks, features.image.device)
-    image, (text, syn) = rows_of(features.image, ranks), side_by_side([features.text, features.syn], True)
-    ie, te, se = side_by_side([batch.image_emb, batch.text_emb, batch.syn_emb], False) if spec.distill else (None, None, None)
-    label, syn_label = side_by_side([None if x is None else x[:, None] for x in (batch.label, batch.syn_label)], False) if spec.same else (None, None)
+    image, (text, syn) = (
+        rows_of(features.image, ranks),
+        side_by_side([features.text, features.syn], True),
+    )
+    ie, te, se = (
+        side_by_side([batch.image_emb, batch.text_emb, batch.syn_emb], False)
+        if spec.distill
+        else (None, None, None)
+    )
+    label, syn_label = (
+        side_by_side(
+            [None if x is None else x[:, None] for x in (batch.label, batch.syn_label)], False
+        )
+        if spec.same
+        else (None, None)
+    )
     flat = [r if r is None else Rows(r.own[:, 0], r.all[:, 0], r.start) for r in (label, syn_label)]
-    captions = dict(true=Said(text, te, flat[0])) | ({} if syn is None else dict(syn=Said(syn, se, flat[1])))
+    captions = dict(true=Said(text, te, flat[0])) | (
+        {} if syn is None else dict(syn=Said(syn, se, flat[1]))
+    )
     return image, captions, ie
 
 # %% ../../nbs/53_train.objective.ipynb #cbd9a7b6
-def _sigmoid(image:Rows, captions:dict[str,Said], features:Features, ie:Rows|None, spec:LossSpec)->NamedTuple:
+def _sigmoid(
+    image: Rows, captions: dict[str, Said], features: Features, ie: Rows | None, spec: LossSpec
+) -> NamedTuple:
     "The same sum with the sigmoid loss"
-    if features.bias is None: raise ValueError("The sigmoid loss needs a model with a `logit_bias`; `with_bias(model)` adds one")
+    if features.bias is None:
+        raise ValueError(
+            "The sigmoid loss needs a model with a `logit_bias`; `with_bias(model)` adds one"
+        )
     parts, shares = {}, {}
     for kind, said in captions.items():
         head = '' if kind == 'true' else f'{kind}_'
-        if spec.clip: parts[f'{head}clip'], shares[f'{head}clip'] = sigmoid_loss(image, said.text, features.scale, features.bias, said.label, spec.chunk), spec.clip
-        if not spec.distill: continue
-        parts[f'{head}distill'] = sigmoid_distill(image, said.text, features.scale, features.bias, ie, said.emb, spec.widths, spec.scales, spec.biases, spec.chunk)
+        if spec.clip:
+            parts[f'{head}clip'], shares[f'{head}clip'] = (
+                sigmoid_loss(
+                    image, said.text, features.scale, features.bias, said.label, spec.chunk
+                ),
+                spec.clip,
+            )
+        if not spec.distill:
+            continue
+        parts[f'{head}distill'] = sigmoid_distill(
+            image,
+            said.text,
+            features.scale,
+            features.bias,
+            ie,
+            said.emb,
+            spec.widths,
+            spec.scales,
+            spec.biases,
+            spec.chunk,
+        )
         shares[f'{head}distill'] = spec.distill
     return parts_of(parts, shares)
 
 # %% ../../nbs/53_train.objective.ipynb #ccab8b9c
 def loss_of(
-    features:Features,
-    batch:Batch, # labels and teachers' rows are read
-    spec:Asked,
-    ranks:Ranks=Ranks(), # of `here`
-)->NamedTuple: # `total` and what it is made of, scalars in nats
+    features: Features,
+    batch: Batch,  # labels and teachers' rows are read
+    spec: Asked,
+    ranks: Ranks = Ranks(),  # of `here`
+) -> NamedTuple:  # `total` and what it is made of, scalars in nats
     "The loss of a batch whose features are known (MobileCLIP §3)"
     ask = spec.loss.but(same=spec.loss.same or getattr(spec, 'same', False))
-    missing = [k for k in ('image_emb', 'text_emb') + (('syn_emb',) if batch.syn is not None else ()) if getattr(batch, k) is None]
-    if ask.distill and missing: raise ValueError(f"Distillation needs the teachers' rows, and this batch has no {', '.join(missing)}. Use a reinforced set, ask teachers online (`Online`), or set distill=0")
+    missing = [
+        k
+        for k in ('image_emb', 'text_emb') + (('syn_emb',) if batch.syn is not None else ())
+        if getattr(batch, k) is None
+    ]
+    if ask.distill and missing:
+        raise ValueError(
+            f"Distillation needs the teachers' rows, and this batch has no {', '.join(missing)}. Use a reinforced set, ask teachers online (`Online`), or set distill=0"
+        )
     image, captions, ie = gathered(features, batch, ask, ranks)
-    if ask.kind == 'sigmoid': return _sigmoid(image, captions, features, ie, ask)
+    if ask.kind == 'sigmoid':
+        return _sigmoid(image, captions, features, ie, ask)
     if not ask.distill and batch.syn is None:
-        halves = clip_loss(image, captions['true'].text, features.scale, captions['true'].label, ask.chunk)
-        return halves._replace(total=ask.clip*halves.total)
-    return reinforced_loss(image, captions, features.scale, (ask.clip, ask.distill), ie, ask.widths, ask.scales, ask.after_softmax, ask.chunk)
+        halves = clip_loss(
+            image, captions['true'].text, features.scale, captions['true'].label, ask.chunk
+        )
+        return halves._replace(total=ask.clip * halves.total)
+    return reinforced_loss(
+        image,
+        captions,
+        features.scale,
+        (ask.clip, ask.distill),
+        ie,
+        ask.widths,
+        ask.scales,
+        ask.after_softmax,
+        ask.chunk,
+    )
+
 
 def objective(
-    model:nn.Module, # answers `Embeds` to images and texts
-    batch:Batch, # on the model's device
-    spec:Asked,
-)->NamedTuple: # `total` and what it is made of, scalars in nats
+    model: nn.Module,  # answers `Embeds` to images and texts
+    batch: Batch,  # on the model's device
+    spec: Asked,
+) -> NamedTuple:  # `total` and what it is made of, scalars in nats
     "Encode a batch and compare: plain CLIP, distillation, or their reinforced sum, on one rank or many"
     return loss_of(encode(model, batch, spec), batch, spec, here())
 
 # %% ../../nbs/53_train.objective.ipynb #9263f246
 def taught(
-    spec:Asked, # of a run; is left alone
-    widths:tuple[int,...], # of each teacher's rows
-    scales:tuple[float,...], # logit scale of each teacher
-    **changes:Any, # other fields of its `LossSpec`
-)->Asked: # of the same kind
+    spec: Asked,  # of a run; is left alone
+    widths: tuple[int, ...],  # of each teacher's rows
+    scales: tuple[float, ...],  # logit scale of each teacher
+    **changes: Any,  # other fields of its `LossSpec`
+) -> Asked:  # of the same kind
     "A run's spec whose loss knows its teachers"
     return spec.but(loss=spec.loss.but(widths=tuple(widths), scales=tuple(scales), **changes))
 
 # %% ../../nbs/53_train.objective.ipynb #d4de1198
 def with_bias(
-    model:nn.Module, # is changed
-    scale:float=10., # logit scale to start from, exponentiated
-    bias:float=-10., # to start from
-)->nn.Module: # the same model, with a parameter `logit_bias`
+    model: nn.Module,  # is changed
+    scale: float = 10.0,  # logit scale to start from, exponentiated
+    bias: float = -10.0,  # to start from
+) -> nn.Module:  # the same model, with a parameter `logit_bias`
     "Prepare a model for the sigmoid loss (SigLIP §3.2)"
-    with torch.no_grad(): model.logit_scale.fill_(math.log(scale))
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(scale))
     model.logit_bias = nn.Parameter(torch.full_like(model.logit_scale, bias))
     return model
 
 # %% ../../nbs/53_train.objective.ipynb #6c9871d8
 def resized(
-    x:Tensor, # float `(B, 3, S, S)`, 0–1
-    pixels:Pixels, # a teacher's preprocessing
-)->Tensor: # `(B, 3, side, side)`, normalized for the teacher
+    x: Tensor,  # float `(B, 3, S, S)`, 0–1
+    pixels: Pixels,  # a teacher's preprocessing
+) -> Tensor:  # `(B, 3, side, side)`, normalized for the teacher
     "A batch of pictures as a teacher wants them"
-    if x.shape[-1] != pixels.side: x = F.interpolate(x, (pixels.side, pixels.side), mode=pixels.resize, antialias=True, align_corners=False).clamp(0, 1)
+    if x.shape[-1] != pixels.side:
+        x = F.interpolate(
+            x, (pixels.side, pixels.side), mode=pixels.resize, antialias=True, align_corners=False
+        ).clamp(0, 1)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (pixels.mean, pixels.std))
-    return (x-mean)/std
+    return (x - mean) / std
 
 # %% ../../nbs/53_train.objective.ipynb #50fdc9fb
 class Online:
     "Teachers who are asked while the student learns; call it as an objective"
-    def __init__(self,
-        teachers:Ensemble, # in the order of the spec's scales
-        mean:tuple[float,...]=(0., 0., 0.), # what was subtracted from the student's pictures
-        std:tuple[float,...]=(1., 1., 1.), # what they were divided by
-    ):
-        self.teachers, self.mean, self.std = teachers, torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
-    def fill(self,
-        batch:Batch,
-    )->Batch: # with `image_emb`, `text_emb` and, where there are synthetic captions, `syn_emb`
+    def __init__(
+        self,
+        teachers: Ensemble,  # in the order of the spec's scales
+        mean: tuple[float, ...] = (
+            0.0,
+            0.0,
+            0.0,
+        ),  # what was subtracted from the student's pictures
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),  # what they were divided by
+    ):
+        self.teachers, self.mean, self.std = (
+            teachers,
+            torch.tensor(mean)[:, None, None],
+            torch.tensor(std)[:, None, None],
+        )
+
+    def fill(
+        self,
+        batch: Batch,
+    ) -> Batch:  # with `image_emb`, `text_emb` and, where there are synthetic captions, `syn_emb`
         "Ask each teacher about the views and captions the student sees, in its own pixels and its own tokens"
-        device, seen = batch.image.device, (batch.image.float()*self.std.to(batch.image.device) + self.mean.to(batch.image.device))
-        rows = join({t.name: t.embed(resized(seen, t.pixels).cpu()) for t in self.teachers.teachers})
-        said = [None if ids is None else join(self.teachers.text([decode(r) for r in ids])).to(device) for ids in (batch.text, batch.syn)]
+        device, seen = (
+            batch.image.device,
+            (
+                batch.image.float() * self.std.to(batch.image.device)
+                + self.mean.to(batch.image.device)
+            ),
+        )
+        rows = join(
+            {t.name: t.embed(resized(seen, t.pixels).cpu()) for t in self.teachers.teachers}
+        )
+        said = [
+            None if ids is None else join(self.teachers.text([decode(r) for r in ids])).to(device)
+            for ids in (batch.text, batch.syn)
+        ]
         return batch._replace(image_emb=rows.to(device), text_emb=said[0], syn_emb=said[1])
 
-    def asked(self, spec:Asked)->Asked:
+    def asked(self, spec: Asked) -> Asked:
         "The spec with these teachers' widths, and their scales where it names none"
         return taught(spec, self.teachers.widths, spec.loss.scales or self.teachers.scales)
 
-    def __call__(self,
-        model:nn.Module, # answers `Embeds` to images and texts
-        batch:Batch, # on the model's device
-        spec:Asked,
-    )->NamedTuple: # `total` and what it is made of, scalars in nats
+    def __call__(
+        self,
+        model: nn.Module,  # answers `Embeds` to images and texts
+        batch: Batch,  # on the model's device
+        spec: Asked,
+    ) -> NamedTuple:  # `total` and what it is made of, scalars in nats
         "The objective of a batch that carries no teachers' rows yet"
         return objective(model, self.fill(batch), self.asked(spec))
 
+
 def online(
-    spec:LossSpec, # names the teachers and their scales
-    mean:tuple[float,...]=(0., 0., 0.), # what was subtracted from the student's pictures
-    std:tuple[float,...]=(1., 1., 1.), # what they were divided by
-    device:str='cpu', # where the teachers compute
-)->Online:
+    spec: LossSpec,  # names the teachers and their scales
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0),  # what was subtracted from the student's pictures
+    std: tuple[float, ...] = (1.0, 1.0, 1.0),  # what they were divided by
+    device: str = 'cpu',  # where the teachers compute
+) -> Online:
     "Load the teachers that a spec wants to be asked"
-    if not spec.online: raise ValueError("The spec names no teachers; use online=(('teacher_nano_a', 'emoji'), ...)")
-    scales = scales_for(spec.scales or 100., len(spec.online))
-    return Online(load_ensemble([TeacherSpec(m, w, s) for (m, w), s in zip(spec.online, scales)], device), mean, std)
+    if not spec.online:
+        raise ValueError(
+            "The spec names no teachers; use online=(('teacher_nano_a', 'emoji'), ...)"
+        )
+    scales = scales_for(spec.scales or 100.0, len(spec.online))
+    return Online(
+        load_ensemble([TeacherSpec(m, w, s) for (m, w), s in zip(spec.online, scales)], device),
+        mean,
+        std,
+    )

@@ -17,184 +17,308 @@ from ..spec import Spec
 
 # %% ../../nbs/57_train.options.ipynb #c7608ff3
 def with_fields(
-    spec:Spec, # is left alone
-    changes:Iterable[str], # `field=value`, dots lead into specs within
-)->Spec:
+    spec: Spec,  # is left alone
+    changes: Iterable[str],  # `field=value`, dots lead into specs within
+) -> Spec:
     "Change fields that are named in words"
     for change in changes:
         name, eq, text = change.partition('=')
-        if not eq: raise ValueError(f"{change!r} sets nothing; write FIELD=VALUE, such as train.lr=3e-4")
+        if not eq:
+            raise ValueError(f"{change!r} sets nothing; write FIELD=VALUE, such as train.lr=3e-4")
         spec = _with(spec, name.strip().split('.'), _value(text.strip()))
     return spec
 
-def _value(text:str)->Any:
+
+def _value(text: str) -> Any:
     "Read JSON, or take the text as it is; a list becomes a tuple"
-    try: v = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, re.sub(r'^(-?)\.', r'\g<1>0.', text)))
-    except ValueError: return text
+    try:
+        v = json.loads(
+            {'True': 'true', 'False': 'false', 'None': 'null'}.get(
+                text, re.sub(r'^(-?)\.', r'\g<1>0.', text)
+            )
+        )
+    except ValueError:
+        return text
     return tuple(v) if isinstance(v, list) else v
 
-def _with(spec:Spec, path:list[str], value:Any)->Spec:
+
+def _with(spec: Spec, path: list[str], value: Any) -> Spec:
     "Change one field, below the first name of a path"
     old = getattr(spec, path[0], None) if path[0] in spec.to_dict() else None
     if len(path) > 1:
-        if path[0] in spec.to_dict() and not isinstance(old, Spec): raise TypeError(f"{path[0]!r} of {type(spec).__name__} has no fields within; it is {old!r}")
-        return spec.but(**{path[0]: _with(old, path[1:], value) if isinstance(old, Spec) else value})
-    if isinstance(old, Spec): raise TypeError(f"{path[0]!r} is a {type(old).__name__}; name one of its fields: {', '.join(f'{path[0]}.{k}' for k in old.to_dict())}")
+        if path[0] in spec.to_dict() and not isinstance(old, Spec):
+            raise TypeError(
+                f"{path[0]!r} of {type(spec).__name__} has no fields within; it is {old!r}"
+            )
+        return spec.but(
+            **{path[0]: _with(old, path[1:], value) if isinstance(old, Spec) else value}
+        )
+    if isinstance(old, Spec):
+        raise TypeError(
+            f"{path[0]!r} is a {type(old).__name__}; name one of its fields: {', '.join(f'{path[0]}.{k}' for k in old.to_dict())}"
+        )
     kinds = (int, float) if isinstance(old, float) else (type(old),)
-    if isinstance(old, tuple) and isinstance(value, tuple) and old and (any(isinstance(v, str) != isinstance(old[0], str) for v in value) or not isinstance(old[0], str) and len(value) != len(old)): raise TypeError(f"{path[0]}={value!r} should be like {old!r}")
-    if isinstance(value, float) and not math.isfinite(value): raise TypeError(f"{path[0]}={value!r} is no finite number")
-    if old is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(old, bool)): raise TypeError(f"{path[0]}={value!r} should be like {old!r}")
+    if (
+        isinstance(old, tuple)
+        and isinstance(value, tuple)
+        and old
+        and (
+            any(isinstance(v, str) != isinstance(old[0], str) for v in value)
+            or not isinstance(old[0], str)
+            and len(value) != len(old)
+        )
+    ):
+        raise TypeError(f"{path[0]}={value!r} should be like {old!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{path[0]}={value!r} is no finite number")
+    if old is not None and (
+        not isinstance(value, kinds) or isinstance(value, bool) != isinstance(old, bool)
+    ):
+        raise TypeError(f"{path[0]}={value!r} should be like {old!r}")
     return spec.but(**{path[0]: value})
 
 # %% ../../nbs/57_train.options.ipynb #fed32862
-OPTIONS:tuple[tuple[str,dict[str,Any]],...] = (
-    ('--scale', dict(default='nano', choices=SCALES, help='length of the run (nano); full is what the recipe means, and the published run where it is a paper\'s')),
-    ('--steps', dict(type=int, help='instead of the recipe\'s')), ('--seed', dict(type=int, help='of weights and data order, instead of the recipe\'s')),
+OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        '--scale',
+        dict(
+            default='nano',
+            choices=SCALES,
+            help='length of the run (nano); full is what the recipe means, and the published run where it is a paper\'s',
+        ),
+    ),
+    ('--steps', dict(type=int, help='instead of the recipe\'s')),
+    ('--seed', dict(type=int, help='of weights and data order, instead of the recipe\'s')),
     ('--freeze', dict(help='image, text, or probe: what does not learn')),
-    ('--set', dict(action='append', metavar='FIELD=VALUE', help='any field of the recipe, such as train.lr=3e-4 or train.parallel=fsdp; may be repeated')),
-    ('--resume', dict(action='store_true', help='go on where the folder\'s run stopped, if there is one')),
-    ('--held-out', dict(type=float, metavar='SHARE', help=(
-        'of the pictures of a folder or table, kept out of training to measure recall on '
-        '(a tenth, at most 1,000; none of fewer than 64); 0 trains on all'))),
-    ('--threads', dict(type=int, help='that an operation computes on, a process (torch\'s choice); '
-                                      'on as many a run repeats to the bit')),
-    ('--workers', dict(type=int, help=(
-        'processes that read shards ahead, a rank; batches do not depend on it '
-        '(by default what the cores leave, at most 8; none in short runs)'))),
+    (
+        '--set',
+        dict(
+            action='append',
+            metavar='FIELD=VALUE',
+            help='any field of the recipe, such as train.lr=3e-4 or train.parallel=fsdp; may be repeated',
+        ),
+    ),
+    (
+        '--resume',
+        dict(action='store_true', help='go on where the folder\'s run stopped, if there is one'),
+    ),
+    (
+        '--held-out',
+        dict(
+            type=float,
+            metavar='SHARE',
+            help=(
+                'of the pictures of a folder or table, kept out of training to measure recall on '
+                '(a tenth, at most 1,000; none of fewer than 64); 0 trains on all'
+            ),
+        ),
+    ),
+    (
+        '--threads',
+        dict(
+            type=int,
+            help='that an operation computes on, a process (torch\'s choice); '
+            'on as many a run repeats to the bit',
+        ),
+    ),
+    (
+        '--workers',
+        dict(
+            type=int,
+            help=(
+                'processes that read shards ahead, a rank; batches do not depend on it '
+                '(by default what the cores leave, at most 8; none in short runs)'
+            ),
+        ),
+    ),
 )
 
+
 def recipe_of(
-    args:argparse.Namespace, # `recipe`, and `scale`, `steps`, `seed`, `freeze`, `set` of `OPTIONS`
-)->Any: # a `Recipe` at its size
+    args: argparse.Namespace,  # `recipe`, and `scale`, `steps`, `seed`, `freeze`, `set` of `OPTIONS`
+) -> Any:  # a `Recipe` at its size
     "Read a recipe and change what the options say; a dotted name comes last and overrides the size"
     from mobileclip_nb.train.recipe import recipe
+
     changes = args.set or []
-    if args.steps is not None and args.steps < 1: raise ValueError(f'--steps {args.steps} is no run; give at least 1')
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f'--steps {args.steps} is no run; give at least 1')
     if min(args.seed or 0, args.workers or 0) < 0:
         raise ValueError(f'--seed {args.seed}, --workers {args.workers}: give whole numbers from 0')
-    if args.steps and any(c.partition('=')[0].strip() == args.scale for c in changes): raise ValueError(f'--steps and --set {args.scale}=... both say how long the run is; give one')
+    if args.steps and any(c.partition('=')[0].strip() == args.scale for c in changes):
+        raise ValueError(
+            f'--steps and --set {args.scale}=... both say how long the run is; give one'
+        )
     r = with_fields(recipe(args.recipe), [c for c in changes if '.' not in c.partition('=')[0]])
-    if args.steps: r = r.but(**{args.scale: args.steps})
+    if args.steps:
+        r = r.but(**{args.scale: args.steps})
     r = r.at(args.scale, args.seed)
-    if args.freeze: r = r.but(train=r.train.but(frozen=args.freeze))
+    if args.freeze:
+        r = r.but(train=r.train.but(frozen=args.freeze))
     return with_fields(r, [c for c in changes if '.' in c.partition('=')[0]])
 
 # %% ../../nbs/57_train.options.ipynb #234714d8
 def opening_of(
-    args:argparse.Namespace, # `held_out`, `workers`, `resume`, `set` of `OPTIONS`
-    out:str|Path|None=None, # the run's folder
-    **more:Any, # further fields of `Opening`
-)->Any: # an `Opening`
+    args: argparse.Namespace,  # `held_out`, `workers`, `resume`, `set` of `OPTIONS`
+    out: str | Path | None = None,  # the run's folder
+    **more: Any,  # further fields of `Opening`
+) -> Any:  # an `Opening`
     "Read how the data of a run shall be opened"
     from mobileclip_nb.train.recipe import Opening, note_to_resume
+
     templates = any(c.partition('=')[0].strip() == 'stream.templates' for c in args.set or ())
     note = note_to_resume(out) if out and args.resume else None
     asked = dict(held_out=args.held_out, workers=args.workers)
     return Opening(own=True, templates=templates, note=note, **asked, **more)
 
+
 def save_interval(
-    steps:int, # of the whole run
-)->int: # steps between two checkpoints
+    steps: int,  # of the whole run
+) -> int:  # steps between two checkpoints
     "How often a run is saved by default: one of minutes every 200 steps, one of days every 2,000"
     return 200 if steps < 10_000 else 2_000
 
 # %% ../../nbs/57_train.options.ipynb #9a8103d2
 def announced(
-    r:Any, # a `Recipe` at its size
-    scale:str, # that size
-)->str: # one line; two where a published run is not meant
+    r: Any,  # a `Recipe` at its size
+    scale: str,  # that size
+) -> str:  # one line; two where a published run is not meant
     "Say what will be run, and plainly that it is not the published run where it is not"
     from mobileclip_nb.published import ROWS
     from mobileclip_nb.train.recipe import recipe
-    line, row = f'{r.name} at scale {scale}: {r.train.steps:,} steps of {r.stream.batch:,} pairs, {r.model}', ROWS.get(r.name)
-    if row is None: return line
+
+    line, row = (
+        f'{r.name} at scale {scale}: {r.train.steps:,} steps of {r.stream.batch:,} pairs, {r.model}',
+        ROWS.get(r.name),
+    )
+    if row is None:
+        return line
     if (r.train.steps, r.stream.batch) == (row.steps, row.batch):
         changed = [k for k in recipe(r.name).at('full', r.stream.seed).diff(r) if k != 'data']
-        return line + (f"\nThis is not the published run: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} changed" if changed else '')
+        return line + (
+            f"\nThis is not the published run: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} changed"
+            if changed
+            else ''
+        )
     return f'{line}\nThis is not the published run, which takes {row.steps:,} steps of {row.batch:,} pairs: --scale full alone asks for it'
 
 # %% ../../nbs/57_train.options.ipynb #20034e6c
 def run_of(
-    path:str|Path, # a `.safetensors` file
-)->dict[str,Any]|None: # as `from_run` describes it; None if the file says nothing of a run
+    path: str | Path,  # a `.safetensors` file
+) -> dict[str, Any] | None:  # as `from_run` describes it; None if the file says nothing of a run
     "What a weight file says of the run that wrote it; its tensors are not read"
     from safetensors import SafetensorError, safe_open
     from mobileclip_nb.checkpoint import ABOUT
+
     try:
-        with safe_open(str(path), 'pt') as f: about = f.metadata() or {}
+        with safe_open(str(path), 'pt') as f:
+            about = f.metadata() or {}
         found = json.loads(about.get(ABOUT, '{}'))
-    except (OSError, SafetensorError, ValueError): return None
+    except (OSError, SafetensorError, ValueError):
+        return None
     return found.get('run') if isinstance(found, dict) else None
 
-def _named(run:dict[str,Any]|None)->str:
+
+def _named(run: dict[str, Any] | None) -> str:
     "A run in an error"
-    if run is None: return 'no weights of a run'
+    if run is None:
+        return 'no weights of a run'
     alpha = run.get('alpha')
     share = '' if alpha is None else f', {alpha:.0%} of the way to it'
     return f"{run.get('recipe')} ({run.get('recipe_id')}) on {run.get('data')}{share}"
 
+
 def keep_file(
-    path:str|Path, # a `.safetensors` file that is to be written
-    run:dict[str,Any], # what it will say of its run: `recipe_id`, `data`, `start`, ...
-)->None:
+    path: str | Path,  # a `.safetensors` file that is to be written
+    run: dict[str, Any],  # what it will say of its run: `recipe_id`, `data`, `start`, ...
+) -> None:
     "Raise an error where weights of another run, or of none, would be overwritten"
-    if not Path(path).exists(): return
+    if not Path(path).exists():
+        return
     there, same = run_of(path), ('recipe_id', 'data', 'data_id', 'start', 'alpha')
-    if there is not None and all(there.get(k) == run[k] for k in same if k in run): return
-    raise FileExistsError(f"{str(path)!r} holds {_named(there)}, and {_named(run)} would overwrite "
-                          "it. Choose another file, or move that one away")
+    if there is not None and all(there.get(k) == run[k] for k in same if k in run):
+        return
+    raise FileExistsError(
+        f"{str(path)!r} holds {_named(there)}, and {_named(run)} would overwrite "
+        "it. Choose another file, or move that one away"
+    )
 
 # %% ../../nbs/57_train.options.ipynb #b1f22c7d
-WEIGHTS = 'model.safetensors' # in a run's folder
+WEIGHTS = 'model.safetensors'  # in a run's folder
+
 
 def ready(
-    out:str|Path|None, # the run's folder; without one there is nothing to ask
-    resume:bool, # go on where the folder's run stopped, if there is one
-    r:Any=None, # a `Recipe` at its size, compared with that of the run; None compares nothing
-    data:str|Path|None=None, # the place or places asked for
-    how:Any=None, # the `Opening` asked for; None takes the recipe as it is
-    start:str='', # the weights the run begins with; empty for random ones
-)->None:
+    out: str | Path | None,  # the run's folder; without one there is nothing to ask
+    resume: bool,  # go on where the folder's run stopped, if there is one
+    r: Any = None,  # a `Recipe` at its size, compared with that of the run; None compares nothing
+    data: str | Path | None = None,  # the place or places asked for
+    how: Any = None,  # the `Opening` asked for; None takes the recipe as it is
+    start: str = '',  # the weights the run begins with; empty for random ones
+) -> None:
     "Raise an error before data are read where a folder holds another run, or files not ours"
     from mobileclip_nb.train.recipe import NOTE
     from mobileclip_nb.train.state import checkpoints, vacant
-    if not out: return
+
+    if not out:
+        return
     out, was, saved = Path(out), _note_in(Path(out)), checkpoints(out)
-    there = [n for n in (NOTE, 'log.jsonl', WEIGHTS) if (out/n).exists()]
+    there = [n for n in (NOTE, 'log.jsonl', WEIGHTS) if (out / n).exists()]
     if was is None and not saved and there:
-        raise FileExistsError(f"{str(out)!r} holds {', '.join(there)}, and no run of ours that "
-                              "wrote it. Choose another folder, or move that away")
-    if was is not None and r is not None: _same(out, was, r, str(data or r.data), how, start)
+        raise FileExistsError(
+            f"{str(out)!r} holds {', '.join(there)}, and no run of ours that "
+            "wrote it. Choose another folder, or move that away"
+        )
+    if was is not None and r is not None:
+        _same(out, was, r, str(data or r.data), how, start)
     vacant(out, resume)
-    if was is None or WEIGHTS not in there: return
+    if was is None or WEIGHTS not in there:
+        return
     if not saved:
-        raise FileExistsError(f"{str(out)!r} holds weights of {was.recipe.name} on {was.data}, and "
-                              "no checkpoint to go on from. Choose another folder, or move it away")
+        raise FileExistsError(
+            f"{str(out)!r} holds weights of {was.recipe.name} on {was.data}, and "
+            "no checkpoint to go on from. Choose another folder, or move it away"
+        )
     run = dict(recipe=was.recipe.name, recipe_id=was.recipe.id, start=was.start)
-    keep_file(out/WEIGHTS, run | dict(data=Path(was.data).name))
+    keep_file(out / WEIGHTS, run | dict(data=Path(was.data).name))
 
 # %% ../../nbs/57_train.options.ipynb #e28ed2c2
-def _note_in(out:Path)->Any: # a `Note`; None if there is none that can be read
+def _note_in(out: Path) -> Any:  # a `Note`; None if there is none that can be read
     "Read the note of a folder's run"
     from mobileclip_nb.train.recipe import read_note
-    try: return read_note(out)
-    except (OSError, ValueError, TypeError, KeyError): return None
 
-def _same(out:Path, was:Any, r:Any, data:str, how:Any, start:str)->None:
+    try:
+        return read_note(out)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _same(out: Path, was: Any, r: Any, data: str, how: Any, start: str) -> None:
     "Raise an error that names both where another run is asked for than the one that is there"
     from mobileclip_nb.train.recipe import as_run, differences
-    if how is not None: r = as_run(r, data, how._replace(note=was))
-    if start: r = r.but(model=was.recipe.model) # of a fine-tuned model, known when it is loaded
+
+    if how is not None:
+        r = as_run(r, data, how._replace(note=was))
+    if start:
+        r = r.but(model=was.recipe.model)  # of a fine-tuned model, known when it is loaded
     begun = was.recipe.stream
-    r = r.but(stream=r.stream.but(batch=begun.batch, context=begun.context)) # these follow the data
+    r = r.but(
+        stream=r.stream.but(batch=begun.batch, context=begun.context)
+    )  # these follow the data
     other = differences(was.recipe, r)
-    if data != was.data: other.append(f'data {data!r} (was {was.data!r})')
-    if start != was.start: other.append(f'start {start!r} (was {was.start!r})')
-    asked, shares = how and how.held_out, was.held_out or (0.,)
+    if data != was.data:
+        other.append(f'data {data!r} (was {was.data!r})')
+    if start != was.start:
+        other.append(f'start {start!r} (was {was.start!r})')
+    asked, shares = how and how.held_out, was.held_out or (0.0,)
     if how is not None and asked is not None and asked not in shares:
         other.append(f'held-out share {asked:g} (was {max(shares):g})')
-    if not other: return
-    old, new = (f'{n} on {d}' + (f' from {s}' if s else '')
-                for n, d, s in ((was.recipe.name, was.data, was.start), (r.name, data, start)))
-    raise ValueError(f"{str(out)!r} holds the run {old}, and {new} is asked for: "
-                     f"{'; '.join(other)}. Ask for the same to go on, or choose another folder")
+    if not other:
+        return
+    old, new = (
+        f'{n} on {d}' + (f' from {s}' if s else '')
+        for n, d, s in ((was.recipe.name, was.data, was.start), (r.name, data, start))
+    )
+    raise ValueError(
+        f"{str(out)!r} holds the run {old}, and {new} is asked for: "
+        f"{'; '.join(other)}. Ask for the same to go on, or choose another folder"
+    )

@@ -21,143 +21,190 @@ from .towers import towers, units
 
 # %% ../../nbs/54_train.parallel.ipynb #0e2ac61d
 def is_share(
-    x:Any,
-)->bool: # False for all that is whole, and for what is no tensor
+    x: Any,
+) -> bool:  # False for all that is whole, and for what is no tensor
     "Whether this rank holds only a piece of a tensor"
     return hasattr(x, 'full_tensor')
 
+
 def whole_state(
-    x:Any, # tensors in dictionaries, lists and tuples
-)->Any: # the same with whole tensors, on the CPU where they were shares
+    x: Any,  # tensors in dictionaries, lists and tuples
+) -> Any:  # the same with whole tensors, on the CPU where they were shares
     "Put the shares of all ranks together; every rank must ask"
-    if isinstance(x, dict): return {k: whole_state(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return type(x)(whole_state(v) for v in x)
+    if isinstance(x, dict):
+        return {k: whole_state(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(whole_state(v) for v in x)
     return x.full_tensor().cpu() if is_share(x) else x
 
+
 def own_part(
-    x:Tensor, # a share, or a whole tensor
-)->Tensor: # shares its memory
+    x: Tensor,  # a share, or a whole tensor
+) -> Tensor:  # shares its memory
     "The elements that this rank holds"
     return x.to_local() if is_share(x) else x
 
+
 @torch.no_grad()
 def as_share(
-    x:Tensor, # whole, the same on every rank
-    like:Tensor, # a share, or a whole tensor
-)->Tensor: # a share like `like`
+    x: Tensor,  # whole, the same on every rank
+    like: Tensor,  # a share, or a whole tensor
+) -> Tensor:  # a share like `like`
     "Take this rank's piece of a tensor, without asking anybody"
-    if not is_share(like): return x
+    if not is_share(like):
+        return x
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    return distribute_tensor(
+        x.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 # %% ../../nbs/54_train.parallel.ipynb #9855b928
 @torch.no_grad()
 def fill(
-    model:nn.Module, # is changed
-    held:dict[str,Tensor], # whole tensors by name
-)->None:
+    model: nn.Module,  # is changed
+    held: dict[str, Tensor],  # whole tensors by name
+) -> None:
     "Load weights into a model of whole tensors or of shares"
     now = model.state_dict()
-    if any(map(is_share, now.values())): held = {k: as_share(v, now[k]) if k in now else v for k, v in held.items()}
+    if any(map(is_share, now.values())):
+        held = {k: as_share(v, now[k]) if k in now else v for k, v in held.items()}
     model.load_state_dict(held)
 
+
 def fill_optimizer(
-    opt:torch.optim.Optimizer, # is changed
-    held:dict[str,Any], # of `whole_state(opt.state_dict())`
-)->None:
+    opt: torch.optim.Optimizer,  # is changed
+    held: dict[str, Any],  # of `whole_state(opt.state_dict())`
+) -> None:
     "Load Adam's memory into an optimizer of whole tensors or of shares"
     params = [p for g in opt.param_groups for p in g['params']]
-    def shared(i:int, row:dict[str,Any])->dict[str,Any]: return {k: as_share(v, params[i]) if isinstance(v, Tensor) and v.ndim else v for k, v in row.items()}
+
+    def shared(i: int, row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            k: as_share(v, params[i]) if isinstance(v, Tensor) and v.ndim else v
+            for k, v in row.items()
+        }
+
     opt.load_state_dict(dict(held, state={i: shared(i, row) for i, row in held['state'].items()}))
 
 # %% ../../nbs/54_train.parallel.ipynb #c1cc61e2
 def shared(
-    model:nn.Module, # is changed
-    ranks:Ranks,
-)->nn.Module: # the same model; its towers hold shares
+    model: nn.Module,  # is changed
+    ranks: Ranks,
+) -> nn.Module:  # the same model; its towers hold shares
     "Cut the towers' tensors over all ranks (FSDP2)"
-    if ranks.world == 1: return model
+    if ranks.world == 1:
+        return model
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,))
     for tower in towers(model):
-        for unit in units(tower).values(): fully_shard(unit, mesh=mesh)
+        for unit in units(tower).values():
+            fully_shard(unit, mesh=mesh)
         fully_shard(tower, mesh=mesh)
     return model
 
+
 def joined(
-    model:nn.Module, # whole on every rank
-    ranks:Ranks,
-    static:bool=True, # every step uses the same parameters
-)->nn.Module: # to be called in the model's place
+    model: nn.Module,  # whole on every rank
+    ranks: Ranks,
+    static: bool = True,  # every step uses the same parameters
+) -> nn.Module:  # to be called in the model's place
     "Average gradients over all ranks, and begin with the weights of the first (DDP)"
-    if ranks.world == 1: return model
+    if ranks.world == 1:
+        return model
     from torch.nn.parallel import DistributedDataParallel
+
     device = next(model.parameters()).device
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None, static_graph=static)
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == 'cuda' else None, static_graph=static
+    )
 
 # %% ../../nbs/54_train.parallel.ipynb #54141f82
 def by_kind(
-    groups:Iterable[dict[str,Any]], # of an optimizer, with `params`
-)->list[dict[str,Any]]:
+    groups: Iterable[dict[str, Any]],  # of an optimizer, with `params`
+) -> list[dict[str, Any]]:
     "Divide groups into shares and whole tensors"
-    parts = [dict(g, params=[p for p in g['params'] if is_share(p) == kind]) for g in groups for kind in (True, False)]
+    parts = [
+        dict(g, params=[p for p in g['params'] if is_share(p) == kind])
+        for g in groups
+        for kind in (True, False)
+    ]
     return [g for g in parts if g['params']]
 
+
 def average_rest(
-    model:nn.Module, # after a backward pass
-    ranks:Ranks,
-)->None:
+    model: nn.Module,  # after a backward pass
+    ranks: Ranks,
+) -> None:
     "Average the gradients that neither DDP nor FSDP2 looks after: whole tensors beside shares"
     params = [p for p in model.parameters() if p.grad is not None]
-    if ranks.world == 1 or not any(map(is_share, params)): return
+    if ranks.world == 1 or not any(map(is_share, params)):
+        return
     for p in params:
-        if not is_share(p): dist.all_reduce(p.grad); p.grad /= ranks.world
+        if not is_share(p):
+            dist.all_reduce(p.grad)
+            p.grad /= ranks.world
 
 # %% ../../nbs/54_train.parallel.ipynb #289ff4dc
 @torch.no_grad()
 def clip_whole(
-    model:nn.Module, # gradients are changed
-    largest:float, # norm; 0 leaves them alone
-)->Tensor: # scalar, the norm before
+    model: nn.Module,  # gradients are changed
+    largest: float,  # norm; 0 leaves them alone
+) -> Tensor:  # scalar, the norm before
     "Scale a gradient down to a norm, over all tensors and ranks"
     params = [p for p in model.parameters() if p.grad is not None]
     cut, rest = [p.grad for p in params if is_share(p)], [p.grad for p in params if not is_share(p)]
-    if not cut: return clip_grad_norm_(params, largest or math.inf)
+    if not cut:
+        return clip_grad_norm_(params, largest or math.inf)
     square = torch.stack([own_part(g).float().square().sum() for g in cut]).sum()
     dist.all_reduce(square)
     norm = torch.stack([square, *(g.float().square().sum() for g in rest)]).sum().sqrt()
-    for g in cut+rest: own_part(g).mul_((largest/(norm+1e-6)).clamp(max=1) if largest else 1)
+    for g in cut + rest:
+        own_part(g).mul_((largest / (norm + 1e-6)).clamp(max=1) if largest else 1)
     return norm
 
 # %% ../../nbs/54_train.parallel.ipynb #fcbe7fdc
 def mean_over(
-    xs:Tensor, # the same shape on every rank
-    ranks:Ranks,
-)->Tensor:
+    xs: Tensor,  # the same shape on every rank
+    ranks: Ranks,
+) -> Tensor:
     "The mean over ranks, without gradient"
-    if ranks.world == 1: return xs
+    if ranks.world == 1:
+        return xs
     xs = xs.detach().clone()
     dist.all_reduce(xs)
-    return xs/ranks.world
+    return xs / ranks.world
+
 
 def anybody(
-    says:bool, # of this rank
-    ranks:Ranks,
-    device:torch.device|str='cpu', # where the group communicates
-)->bool: # the same on every rank
+    says: bool,  # of this rank
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the group communicates
+) -> bool:  # the same on every rank
     "Whether any rank says yes"
-    return bool(says) if ranks.world == 1 else bool(mean_over(torch.tensor([float(says)], device=device), ranks).item() > 0)
+    return (
+        bool(says)
+        if ranks.world == 1
+        else bool(mean_over(torch.tensor([float(says)], device=device), ranks).item() > 0)
+    )
+
 
 def from_first(
-    said:bytes, # of the first rank; others' is not looked at
-    ranks:Ranks,
-    device:torch.device|str='cpu', # where the group communicates
-)->bytes: # the same on every rank
+    said: bytes,  # of the first rank; others' is not looked at
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the group communicates
+) -> bytes:  # the same on every rank
     "What the first rank says"
-    if ranks.world == 1: return said
+    if ranks.world == 1:
+        return said
     size = torch.tensor([len(said)], device=device)
     dist.broadcast(size, 0)
-    data = torch.frombuffer(bytearray(said or b' '), dtype=torch.uint8).to(device) if ranks.rank == 0 else torch.empty(max(size.item(), 1), dtype=torch.uint8, device=device)
+    data = (
+        torch.frombuffer(bytearray(said or b' '), dtype=torch.uint8).to(device)
+        if ranks.rank == 0
+        else torch.empty(max(size.item(), 1), dtype=torch.uint8, device=device)
+    )
     dist.broadcast(data, 0)
-    return bytes(data.cpu().numpy())[:size.item()]
+    return bytes(data.cpu().numpy())[: size.item()]

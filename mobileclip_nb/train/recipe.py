@@ -34,9 +34,22 @@ from ..sources import source_of
 from ..spec import Spec, plain
 from ..stream import Stream, StreamSpec
 from ..text.tokens import ids_in_use
-from .data import (
-    EMOJI, Loaded, count_cut, describe_split, describe_texts, divide_batch, has_shards, held_of,
-    is_own, load_data, load_parts, need_two, old_batch, reader_count)
+from mobileclip_nb.train.data import (
+    EMOJI,
+    Loaded,
+    count_cut,
+    describe_split,
+    describe_texts,
+    divide_batch,
+    has_shards,
+    held_of,
+    is_own,
+    load_data,
+    load_parts,
+    need_two,
+    old_batch,
+    reader_count,
+)
 from .objective import LossSpec, with_bias
 from .state import TrainSpec, checkpoints
 from ..zoo import Record, build, image_spec, kept_ids, record
@@ -45,125 +58,275 @@ from ..zoo import Record, build, image_spec, kept_ids, record
 @dataclass(frozen=True, repr=False)
 class Recipe(Spec, id_name='Recipe'):
     "All that decides a run"
-    name:str='' # lower case
-    model:str='mobileclip_nano' # of `list_models()`
-    stream:BatchSpec=BatchSpec() # how pictures and captions become batches
-    train:TrainSpec=TrainSpec() # how batches become weights
-    data:str='emoji' # what it learns from if nothing else is given; see `load_data`
-    skin_tones:bool=False # emoji: learn from variants with skin tones too
-    smoke:int=4 # steps at scale `smoke`
-    nano:int=300 # steps at scale `nano`
-    full:int=600 # steps at scale `full`
-    small:tuple[int,...]=() # pairs a step at `smoke` and at `nano`; empty keeps the stream's
-    reader:StreamSpec=StreamSpec(views='fresh', rows=False, synthetic='') # how samples of shards become batches
-    pixels:Pixels|None=None # preprocessing, where the run's is not the released model's
-    psnr:tuple[float,...]=() # `Ranged` noise for the student, decibels at the first step and at the last; empty for none
-    drop:float|None=None # stochastic depth at the image tower's last block, 0 to below 1; None keeps the model's
 
-    def at(self,
-        scale:str, # `smoke`, `nano` or `full`
-        seed:int|None=None, # of data order and weights; None keeps the recipe's
-    )->'Recipe':
+    name: str = ''  # lower case
+    model: str = 'mobileclip_nano'  # of `list_models()`
+    stream: BatchSpec = BatchSpec()  # how pictures and captions become batches
+    train: TrainSpec = TrainSpec()  # how batches become weights
+    data: str = 'emoji'  # what it learns from if nothing else is given; see `load_data`
+    skin_tones: bool = False  # emoji: learn from variants with skin tones too
+    smoke: int = 4  # steps at scale `smoke`
+    nano: int = 300  # steps at scale `nano`
+    full: int = 600  # steps at scale `full`
+    small: tuple[int, ...] = ()  # pairs a step at `smoke` and at `nano`; empty keeps the stream's
+    reader: StreamSpec = StreamSpec(
+        views='fresh', rows=False, synthetic=''
+    )  # how samples of shards become batches
+    pixels: Pixels | None = None  # preprocessing, where the run's is not the released model's
+    psnr: tuple[
+        float, ...
+    ] = ()  # `Ranged` noise for the student, decibels at the first step and at the last; empty for none
+    drop: float | None = (
+        None  # stochastic depth at the image tower's last block, 0 to below 1; None keeps the model's
+    )
+
+    def at(
+        self,
+        scale: str,  # `smoke`, `nano` or `full`
+        seed: int | None = None,  # of data order and weights; None keeps the recipe's
+    ) -> 'Recipe':
         "This recipe at a size, with a seed"
-        if scale not in SCALES: raise ValueError(f"No scale {scale!r}.{near(scale, SCALES)} There are {', '.join(SCALES)}.")
+        if scale not in SCALES:
+            raise ValueError(
+                f"No scale {scale!r}.{near(scale, SCALES)} There are {', '.join(SCALES)}."
+            )
         steps, seed = getattr(self, scale), self.train.seed if seed is None else seed
-        batch = self.small[SCALES.index(scale)] if self.small and scale != 'full' else self.stream.batch
-        return self.but(train=self.train.but(steps=steps, warmup=min(self.train.warmup, steps//4), hold=min(self.train.hold, steps//2), seed=seed),
-                        stream=self.stream.but(seed=seed, batch=batch))
+        batch = (
+            self.small[SCALES.index(scale)] if self.small and scale != 'full' else self.stream.batch
+        )
+        return self.but(
+            train=self.train.but(
+                steps=steps,
+                warmup=min(self.train.warmup, steps // 4),
+                hold=min(self.train.hold, steps // 2),
+                seed=seed,
+            ),
+            stream=self.stream.but(seed=seed, batch=batch),
+        )
 
 # %% ../../nbs/56_train.recipe.ipynb #43f844a1
 def record_of(
-    r:Recipe,
-)->Record: # with the recipe's preprocessing
+    r: Recipe,
+) -> Record:  # with the recipe's preprocessing
     "The record of the model that a recipe trains"
     rec = OTHERS[r.model] if r.model in OTHERS else record(r.model)
     return rec if r.pixels is None else rec.but(pixels=r.pixels)
 
 # %% ../../nbs/56_train.recipe.ipynb #8906c3c4
 def of_row(
-    row:Row, # of `published.ROWS`
-)->Recipe: # `full` is the published run; `nano` and `smoke` have fewer steps and smaller batches, and nothing else is changed
+    row: Row,  # of `published.ROWS`
+) -> Recipe:  # `full` is the published run; `nano` and `smoke` have fewer steps and smaller batches, and nothing else is changed
     "Make a recipe of a published training run (MobileCLIP Table 12; MobileCLIP2 Appendix A; scripts)"
-    (clip, distill), rec = row.weights, OTHERS[row.model] if row.model in OTHERS else record(row.model)
-    fresh = DATACOMPDR.but(rand_augment=None, random_resized_crop=RandomResizedCrop(rec.pixels.side, scale=row.crop, interpolation='bicubic'))
-    reader = StreamSpec(synthetic=row.synthetic) if distill else StreamSpec(views='fresh', rows=False, synthetic='', augment=fresh)
-    train = {k: getattr(row, k) for k in ('steps', 'warmup', 'hold', 'lr', 'lr_end', 'beta1', 'beta2', 'eps', 'decay', 'clip', 'ema', 'precision', 'checkpointing')}
-    return Recipe(row.name, row.model, BatchSpec(batch=row.batch), TrainSpec(**train, loss=LossSpec(clip=clip, distill=distill, widths=row.widths, scales=row.scales)), row.data,
-                  smoke=2, nano=20, full=row.steps, small=(4, 32), reader=reader, psnr=row.psnr, pixels=None if row.mean is None else rec.pixels.but(mean=row.mean, std=row.std))
+    (clip, distill), rec = (
+        row.weights,
+        OTHERS[row.model] if row.model in OTHERS else record(row.model),
+    )
+    fresh = DATACOMPDR.but(
+        rand_augment=None,
+        random_resized_crop=RandomResizedCrop(
+            rec.pixels.side, scale=row.crop, interpolation='bicubic'
+        ),
+    )
+    reader = (
+        StreamSpec(synthetic=row.synthetic)
+        if distill
+        else StreamSpec(views='fresh', rows=False, synthetic='', augment=fresh)
+    )
+    train = {
+        k: getattr(row, k)
+        for k in (
+            'steps',
+            'warmup',
+            'hold',
+            'lr',
+            'lr_end',
+            'beta1',
+            'beta2',
+            'eps',
+            'decay',
+            'clip',
+            'ema',
+            'precision',
+            'checkpointing',
+        )
+    }
+    return Recipe(
+        row.name,
+        row.model,
+        BatchSpec(batch=row.batch),
+        TrainSpec(
+            **train, loss=LossSpec(clip=clip, distill=distill, widths=row.widths, scales=row.scales)
+        ),
+        row.data,
+        smoke=2,
+        nano=20,
+        full=row.steps,
+        small=(4, 32),
+        reader=reader,
+        psnr=row.psnr,
+        pixels=None if row.mean is None else rec.pixels.but(mean=row.mean, std=row.std),
+    )
 
-_NANO, _OURS = BatchSpec(batch=128, context=20, templates=TEMPLATES), TrainSpec(warmup=50, lr=1e-3, decay=.2, ema=.995)
-RECIPES = {r.name: r for r in (
-    Recipe('nano-emoji', 'mobileclip_nano', _NANO, _OURS),
-    Recipe('nano-emoji-dr', 'mobileclip_nano', _NANO.but(templates=('{}',)), _OURS.but(loss=LossSpec(clip=0., distill=1., widths=(128, 192), scales=(100., 100.))), reader=StreamSpec()),
-    *(Recipe(f'nano-teacher-{x}', f'teacher_nano_{x}', _NANO.but(context=c), _OURS, data='emoji-all', skin_tones=True, full=steps) for x, c, steps in (('a', 20, 1200), ('b', 24, 900))),
-    Recipe('finetune', 'mobileclip_nano', BatchSpec(batch=64), TrainSpec(warmup=20, lr=3e-4, decay=.05, frozen_norm=True), smoke=2, nano=60, full=400),
-    *map(of_row, ROWS.values()),
-)}
+
+_NANO, _OURS = (
+    BatchSpec(batch=128, context=20, templates=TEMPLATES),
+    TrainSpec(warmup=50, lr=1e-3, decay=0.2, ema=0.995),
+)
+RECIPES = {
+    r.name: r
+    for r in (
+        Recipe('nano-emoji', 'mobileclip_nano', _NANO, _OURS),
+        Recipe(
+            'nano-emoji-dr',
+            'mobileclip_nano',
+            _NANO.but(templates=('{}',)),
+            _OURS.but(
+                loss=LossSpec(clip=0.0, distill=1.0, widths=(128, 192), scales=(100.0, 100.0))
+            ),
+            reader=StreamSpec(),
+        ),
+        *(
+            Recipe(
+                f'nano-teacher-{x}',
+                f'teacher_nano_{x}',
+                _NANO.but(context=c),
+                _OURS,
+                data='emoji-all',
+                skin_tones=True,
+                full=steps,
+            )
+            for x, c, steps in (('a', 20, 1200), ('b', 24, 900))
+        ),
+        Recipe(
+            'finetune',
+            'mobileclip_nano',
+            BatchSpec(batch=64),
+            TrainSpec(warmup=20, lr=3e-4, decay=0.05, frozen_norm=True),
+            smoke=2,
+            nano=60,
+            full=400,
+        ),
+        *map(of_row, ROWS.values()),
+    )
+}
+
 
 def recipe(
-    name:str, # of `RECIPES`
-)->Recipe: # as it stands in the table
+    name: str,  # of `RECIPES`
+) -> Recipe:  # as it stands in the table
     "Look up a recipe; an unknown name is refused with the nearest known one"
-    if name not in RECIPES: raise KeyError(f"No recipe {name!r}.{near(name, RECIPES)} There are {', '.join(RECIPES)}.")
+    if name not in RECIPES:
+        raise KeyError(f"No recipe {name!r}.{near(name, RECIPES)} There are {', '.join(RECIPES)}.")
     return RECIPES[name]
 
 # %% ../../nbs/56_train.recipe.ipynb #4fb075e3
-PROMPTS = ('a photo of a', 'a picture of the', 'an image of') # every small vocabulary knows their words
+PROMPTS = (
+    'a photo of a',
+    'a picture of the',
+    'an image of',
+)  # every small vocabulary knows their words
+
 
 def learner(
-    r:Recipe, # gives model and seed
-    captions:Iterable[Sequence[str]]=(), # what it shall learn from; empty takes the packaged list
-    rec:Record|None=None, # of the model; None looks the recipe's up
-)->CLIP: # in train mode, random weights drawn from the recipe's seed
+    r: Recipe,  # gives model and seed
+    captions: Iterable[
+        Sequence[str]
+    ] = (),  # what it shall learn from; empty takes the packaged list
+    rec: Record | None = None,  # of the model; None looks the recipe's up
+) -> CLIP:  # in train mode, random weights drawn from the recipe's seed
     "Make the model a recipe trains, with rows for the words of its captions"
     rec = rec or record_of(r)
     flat = [c for cs in captions for c in cs] if rec.text.rows else []
     ids = ids_in_use([*flat, *r.stream.templates, *PROMPTS]) if flat else []
-    if set(ids) <= set(kept_ids()): ids = []
-    if ids and len(ids) != rec.text.rows: rec = rec.but(text=rec.text.but(rows=len(ids)), sources=())
+    if set(ids) <= set(kept_ids()):
+        ids = []
+    if ids and len(ids) != rec.text.rows:
+        rec = rec.but(text=rec.text.but(rows=len(ids)), sources=())
     with torch.random.fork_rng():
         seed_all(r.train.seed)
         model = build(rec if r.drop is None else rec.but(image=image_spec(rec).but(drop=r.drop)))
     model.record = rec
-    if ids: model.text.token.keep(ids)
+    if ids:
+        model.text.token.keep(ids)
     return with_bias(model) if r.train.loss.kind == 'sigmoid' else model
 
 # %% ../../nbs/56_train.recipe.ipynb #89992508
 def as_batches(
-    r:Recipe, # its stream and model
-    data:PairData,
-    pairs:int|None=None, # a step; None takes the stream's, or all pictures where these are fewer
-    rec:Record|None=None, # of the model; None looks its name up
-)->Batches:
+    r: Recipe,  # its stream and model
+    data: PairData,
+    pairs: int
+    | None = None,  # a step; None takes the stream's, or all pictures where these are fewer
+    rec: Record | None = None,  # of the model; None looks its name up
+) -> Batches:
     "Batches of pictures in memory, as the recipe's model wants them"
     rec = rec or record_of(r)
-    return Batches(data, r.stream.but(batch=pairs or min(r.stream.batch, len(data.images)), context=rec.context_length, mean=rec.pixels.mean, std=rec.pixels.std))
+    return Batches(
+        data,
+        r.stream.but(
+            batch=pairs or min(r.stream.batch, len(data.images)),
+            context=rec.context_length,
+            mean=rec.pixels.mean,
+            std=rec.pixels.std,
+        ),
+    )
 
 # %% ../../nbs/56_train.recipe.ipynb #9b5e81d5
-def _taught(r:Recipe, place:str)->None:
+def _taught(r: Recipe, place: str) -> None:
     "Refuse pictures with captions alone where the recipe learns from teachers' rows"
-    if not r.train.loss.distill or r.train.loss.online or not (place in EMOJI or Path(place).exists()) or has_shards(place): return
-    raise ValueError(f"{place!r} holds pictures with captions, and {r.name} learns from teachers' rows, which only reinforced shards have. Make some: `mobileclip shards build {place} PLAIN`, "
-                     f"then `mobileclip reinforce PLAIN RICH`, and train on RICH; or take a recipe without teachers, such as nano-emoji")
+    if (
+        not r.train.loss.distill
+        or r.train.loss.online
+        or not (place in EMOJI or Path(place).exists())
+        or has_shards(place)
+    ):
+        return
+    raise ValueError(
+        f"{place!r} holds pictures with captions, and {r.name} learns from teachers' rows, which only reinforced shards have. Make some: `mobileclip shards build {place} PLAIN`, "
+        f"then `mobileclip reinforce PLAIN RICH`, and train on RICH; or take a recipe without teachers, such as nano-emoji"
+    )
 
-def _shards(r:Recipe, place:str, pairs:int, rec:Record, ranks:tuple[int,int], workers:int, say:Callable[[str],None])->Stream:
+
+def _shards(
+    r: Recipe,
+    place: str,
+    pairs: int,
+    rec: Record,
+    ranks: tuple[int, int],
+    workers: int,
+    say: Callable[[str], None],
+) -> Stream:
     "Open shards; published ones, which say nothing of themselves, are taken as DataCompDR's"
     known, asked = source_of(place), r.train.loss
     if known.augment is None and r.reader.views == 'stored' and r.name in ROWS:
-        known = source_of(place, augment=DATACOMPDR); say(f"Nothing beside {place} tells what its augmentations mean; taken as DataCompDR's")
+        known = source_of(place, augment=DATACOMPDR)
+        say(f"Nothing beside {place} tells what its augmentations mean; taken as DataCompDR's")
     if asked.distill and not asked.online and known.augment is None and not known.widths:
-        raise ValueError(f"Nothing beside {Path(place).name!r} tells of stored augmentations and teachers, and {r.name} learns from both. Plain shards: `mobileclip reinforce` them first, or take nano-emoji; published shards: take a published recipe")
+        raise ValueError(
+            f"Nothing beside {Path(place).name!r} tells of stored augmentations and teachers, and {r.name} learns from both. Plain shards: `mobileclip reinforce` them first, or take nano-emoji; published shards: take a published recipe"
+        )
     if asked.distill and not asked.online and known.widths and known.widths != asked.widths:
-        raise ValueError(f"{place}: its teachers' rows are {known.widths} wide and the recipe expects {asked.widths}. Use --set 'train.loss.widths={list(known.widths)}' and train.loss.scales to match, or another recipe")
-    spec = r.reader.but(batch=pairs, context=rec.context_length, seed=r.stream.seed, side=rec.pixels.side, mean=rec.pixels.mean, std=rec.pixels.std)
+        raise ValueError(
+            f"{place}: its teachers' rows are {known.widths} wide and the recipe expects {asked.widths}. Use --set 'train.loss.widths={list(known.widths)}' and train.loss.scales to match, or another recipe"
+        )
+    spec = r.reader.but(
+        batch=pairs,
+        context=rec.context_length,
+        seed=r.stream.seed,
+        side=rec.pixels.side,
+        mean=rec.pixels.mean,
+        std=rec.pixels.std,
+    )
     return Stream(known, spec, ranks, workers)
 
 # %% ../../nbs/56_train.recipe.ipynb #e36b441e
-def _sizes(loaded:Sequence[Loaded])->list[int|None]:
+def _sizes(loaded: Sequence[Loaded]) -> list[int | None]:
     "Pictures of each place; None for shards"
     return [None if l.data is None else len(l.data.images) for l in loaded]
 
-def _shared_out(r:Recipe, loaded:Sequence[Loaded], world:int, say:Callable[[str],None])->list[int]:
+
+def _shared_out(
+    r: Recipe, loaded: Sequence[Loaded], world: int, say: Callable[[str], None]
+) -> list[int]:
     "Divide the batch among the places, and say where a place has too few pictures"
     weights, sizes = [l.weight for l in loaded], _sizes(loaded)
     counts = divide_batch(r.stream.batch, weights, sizes, world)
@@ -173,280 +336,414 @@ def _shared_out(r:Recipe, loaded:Sequence[Loaded], world:int, say:Callable[[str]
     if total < r.stream.batch:
         say(f'{total} pairs a step instead of {r.stream.batch}: there are {there}')
     for l, n, k, due in zip(loaded, sizes, counts, shares(total, weights)):
-        if k != n or k >= due: continue
-        say(f'{l.place} has {n} pictures and gives {k} pairs to each step instead of {due}; '
-            'the other places give the rest')
+        if k != n or k >= due:
+            continue
+        say(
+            f'{l.place} has {n} pictures and gives {k} pairs to each step instead of {due}; '
+            'the other places give the rest'
+        )
     return counts
 
 # %% ../../nbs/56_train.recipe.ipynb #c5bf8880
 def source(
-    r:Recipe, # at its size
-    data:str|Path|None=None, # a place, or several as `A:3,B:1`; None takes the recipe's
-    ranks:tuple[int,int]=(0, 1), # this rank, and how many there are
-    workers:int|None=0, # processes that read shards ahead; None chooses, see `reader_count`
-    say:Callable[[str],None]=lambda text: None, # told what was found and left out
-    progress:bool=True, # draw progress bars while decoding
-    rec:Record|None=None, # of the model; None looks the recipe's up
-    loaded:Sequence[Loaded]|None=None, # of `load_parts`; None reads the places
-)->Any: # with `batch` (of this rank), `id` and `since`
+    r: Recipe,  # at its size
+    data: str | Path | None = None,  # a place, or several as `A:3,B:1`; None takes the recipe's
+    ranks: tuple[int, int] = (0, 1),  # this rank, and how many there are
+    workers: int | None = 0,  # processes that read shards ahead; None chooses, see `reader_count`
+    say: Callable[[str], None] = lambda text: None,  # told what was found and left out
+    progress: bool = True,  # draw progress bars while decoding
+    rec: Record | None = None,  # of the model; None looks the recipe's up
+    loaded: Sequence[Loaded] | None = None,  # of `load_parts`; None reads the places
+) -> Any:  # with `batch` (of this rank), `id` and `since`
     "Open what a recipe shall learn from"
     rec, place, (rank, world) = rec or record_of(r), str(data or r.data), ranks
     if r.stream.batch % world:
-        fits = max(r.stream.batch//world, 1)*world
-        raise ValueError(f"batch={r.stream.batch} does not divide among {world} ranks; "
-                         f"use --set stream.batch={fits}")
-    for p in parts(place): _taught(r, p.place)
-    if loaded is None: loaded = load_parts(place, rec.pixels, 0., r.skin_tones, say, progress)
+        fits = max(r.stream.batch // world, 1) * world
+        raise ValueError(
+            f"batch={r.stream.batch} does not divide among {world} ranks; "
+            f"use --set stream.batch={fits}"
+        )
+    for p in parts(place):
+        _taught(r, p.place)
+    if loaded is None:
+        loaded = load_parts(place, rec.pixels, 0.0, r.skin_tones, say, progress)
     counts, each = _shared_out(r, loaded, world, say), []
     workers = reader_count(workers, r.train.steps, sum(l.data is None for l in loaded))
     for l, n in zip(loaded, counts):
         if l.data is None:
-            each.append(_shards(r, l.place, n//world, rec, ranks, workers, say))
+            each.append(_shards(r, l.place, n // world, rec, ranks, workers, say))
         else:
             batches = as_batches(r, l.data, n, rec)
             each.append(Slice(batches, rank, world) if world > 1 else batches)
     found = each[0] if len(each) == 1 else Mixture(each, [l.place for l in loaded])
-    if not r.psnr: return found
+    if not r.psnr:
+        return found
     pixels = rec.pixels
     return Ranged(found, r.psnr, r.train.steps, r.stream.seed, pixels.mean, pixels.std, ranks)
 
 # %% ../../nbs/56_train.recipe.ipynb #48130868
 def captions_of(
-    found:Any, # a source of `source`
-)->Iterable[Sequence[str]]: # of each picture; read only if somebody asks
+    found: Any,  # a source of `source`
+) -> Iterable[Sequence[str]]:  # of each picture; read only if somebody asks
     "Go through the captions of a source, for a vocabulary made to measure"
     for s in opened(found):
         yield from getattr(getattr(s, 'data', None), 'captions', ())
-        if isinstance(s, Stream): yield from ((*x.captions, *(t for ts in x.synthetic.values() for t in ts)) for o in s.sources for u in o.shards for x in read_shard(u, embeddings=False))
+        if isinstance(s, Stream):
+            yield from (
+                (*x.captions, *(t for ts in x.synthetic.values() for t in ts))
+                for o in s.sources
+                for u in o.shards
+                for x in read_shard(u, embeddings=False)
+            )
+
 
 def opened(
-    found:Any, # a source of `source`
-)->list[Any]: # its parts, `Batches` or `Stream`
+    found: Any,  # a source of `source`
+) -> list[Any]:  # its parts, `Batches` or `Stream`
     "Take mixtures, slices and noise off"
-    while isinstance(found, Ranged): found = found.inner
-    return [getattr(s, 'whole', s) for s in (found.sources if isinstance(found, Mixture) else (found,))]
+    while isinstance(found, Ranged):
+        found = found.inner
+    return [
+        getattr(s, 'whole', s) for s in (found.sources if isinstance(found, Mixture) else (found,))
+    ]
 
 # %% ../../nbs/56_train.recipe.ipynb #8ae97f22
 class Held(NamedTuple):
     "What there is to learn from"
-    samples:int|None=None
-    bytes:int|None=None # on disk, or in memory
+
+    samples: int | None = None
+    bytes: int | None = None  # on disk, or in memory
+
 
 class Price(NamedTuple):
     "What a run costs, known before it starts"
-    steps:int
-    batch:int # pairs a step, over all ranks
-    samples:int # pairs it looks at
-    passes:float|None # over the data
-    stored:int|None # bytes of the data
-    read:int|None # bytes read in the whole run
-    rate:float|None # images a second
-    hours:float|None
-    assumed:str='' # where the rate comes from, if it was not measured here
 
-    def __str__(self)->str:
-        passes = '' if not self.passes else ', under 0.01 passes' if self.passes < .01 else f', {self.passes:{",.0f" if self.passes >= 100 else ".3g"}} passes'
-        first = f'{self.steps:,} steps of {self.batch:,}: {self.samples:,} pairs{passes}' + (' over the data' if passes else '')
-        data = f'{sized(self.stored)} of data, {sized(self.read)} to read' if self.stored is not None else 'data of unknown size'
-        time = f'{lasting(self.hours)} at {self.rate:,.0f} images/s ({self.assumed or "measured here, in a few steps"})' if self.rate else 'no rate known, so no hours'
+    steps: int
+    batch: int  # pairs a step, over all ranks
+    samples: int  # pairs it looks at
+    passes: float | None  # over the data
+    stored: int | None  # bytes of the data
+    read: int | None  # bytes read in the whole run
+    rate: float | None  # images a second
+    hours: float | None
+    assumed: str = ''  # where the rate comes from, if it was not measured here
+
+    def __str__(self) -> str:
+        passes = (
+            ''
+            if not self.passes
+            else ', under 0.01 passes'
+            if self.passes < 0.01
+            else f', {self.passes:{",.0f" if self.passes >= 100 else ".3g"}} passes'
+        )
+        first = f'{self.steps:,} steps of {self.batch:,}: {self.samples:,} pairs{passes}' + (
+            ' over the data' if passes else ''
+        )
+        data = (
+            f'{sized(self.stored)} of data, {sized(self.read)} to read'
+            if self.stored is not None
+            else 'data of unknown size'
+        )
+        time = (
+            f'{lasting(self.hours)} at {self.rate:,.0f} images/s ({self.assumed or "measured here, in a few steps"})'
+            if self.rate
+            else 'no rate known, so no hours'
+        )
         return f'{first}\n{data}\n{time}'
 
-def sized(n:float, unit:str='B')->str:
+
+def sized(n: float, unit: str = 'B') -> str:
     "Bytes, with three digits"
     for prefix in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
-        if n < 999.5 or prefix == 'E': return f'{n:.0f} {prefix}{unit}' if n >= 99.95 else f'{n:.3g} {prefix}{unit}'
+        if n < 999.5 or prefix == 'E':
+            return f'{n:.0f} {prefix}{unit}' if n >= 99.95 else f'{n:.3g} {prefix}{unit}'
         n /= 1000
 
-def lasting(hours:float)->str:
+
+def lasting(hours: float) -> str:
     "A time in the unit a person would use"
-    return f'{hours*3600:.0f} seconds' if hours < .05 else f'{hours*60:.0f} minutes' if hours < 2 else f'{hours:.1f} hours' if hours < 72 else f'{hours/24:.0f} days'
+    return (
+        f'{hours * 3600:.0f} seconds'
+        if hours < 0.05
+        else f'{hours * 60:.0f} minutes'
+        if hours < 2
+        else f'{hours:.1f} hours'
+        if hours < 72
+        else f'{hours / 24:.0f} days'
+    )
+
 
 def price(
-    r:Recipe, # at its size
-    rate:float|None=None, # images a second, all ranks together
-    held:Held=Held(), # the data
-    assumed:str='', # where the rate comes from, if it was not measured
-    memory:bool=False, # the data are read once, and then in memory
-)->Price:
+    r: Recipe,  # at its size
+    rate: float | None = None,  # images a second, all ranks together
+    held: Held = Held(),  # the data
+    assumed: str = '',  # where the rate comes from, if it was not measured
+    memory: bool = False,  # the data are read once, and then in memory
+) -> Price:
     "What a run will look at, read and take"
-    samples = r.train.steps*r.stream.batch; passes = samples/held.samples if held.samples else None
-    read = held.bytes if memory or held.bytes is None or passes is None else int(held.bytes*passes)
-    return Price(r.train.steps, r.stream.batch, samples, passes, held.bytes, read, rate, samples/rate/3600 if rate else None, assumed)
+    samples = r.train.steps * r.stream.batch
+    passes = samples / held.samples if held.samples else None
+    read = (
+        held.bytes if memory or held.bytes is None or passes is None else int(held.bytes * passes)
+    )
+    return Price(
+        r.train.steps,
+        r.stream.batch,
+        samples,
+        passes,
+        held.bytes,
+        read,
+        rate,
+        samples / rate / 3600 if rate else None,
+        assumed,
+    )
 
 # %% ../../nbs/56_train.recipe.ipynb #64d7c578
 def held_by(
-    found:Any, # a source of `source`
-)->Held:
+    found: Any,  # a source of `source`
+) -> Held:
     "How much a source has to offer"
-    def one(s:Any)->Held:
-        if (d := getattr(s, 'data', None)) is not None: return Held(len(d.images), d.images.numel())
+
+    def one(s: Any) -> Held:
+        if (d := getattr(s, 'data', None)) is not None:
+            return Held(len(d.images), d.images.numel())
         return Held(s.total, sum(size_of(u) for o in s.sources for u in o.shards))
+
     all_ = [one(s) for s in opened(found)]
-    def total(xs:list[int|None])->int|None: return None if None in xs else sum(xs)
+
+    def total(xs: list[int | None]) -> int | None:
+        return None if None in xs else sum(xs)
+
     return Held(total([h.samples for h in all_]), total([h.bytes for h in all_]))
 
 # %% ../../nbs/56_train.recipe.ipynb #eb784e8f
-_SETS = dict(datacomp12m=('MobileCLIP', '4c', 'DataComp-12M', 12.8e6), datacompdr12m=('MobileCLIP', '4c', 'DataCompDR-12M', 12.8e6), datacompdr1b=('MobileCLIP', '4c', 'DataCompDR-1B', 1.28e9),
-             dfndr12m=('MobileCLIP2', '15', 'DFNDR 12.8M ablation set (bf16)', 12.8e6), dfndr2b=('MobileCLIP2', '15', 'DFNDR-2B', 1.9e9)) # paper, table, row, samples
+_SETS = dict(
+    datacomp12m=('MobileCLIP', '4c', 'DataComp-12M', 12.8e6),
+    datacompdr12m=('MobileCLIP', '4c', 'DataCompDR-12M', 12.8e6),
+    datacompdr1b=('MobileCLIP', '4c', 'DataCompDR-1B', 1.28e9),
+    dfndr12m=('MobileCLIP2', '15', 'DFNDR 12.8M ablation set (bf16)', 12.8e6),
+    dfndr2b=('MobileCLIP2', '15', 'DFNDR-2B', 1.9e9),
+)  # paper, table, row, samples
+
 
 def published_data(
-    data:str, # a name of published data; anything else is not known
-)->Held:
+    data: str,  # a name of published data; anything else is not known
+) -> Held:
     "Samples and bytes of a published set (MobileCLIP Table 4c; MobileCLIP2 Table 15)"
-    if data not in _SETS: return Held()
+    if data not in _SETS:
+        return Held()
     *where, samples = _SETS[data]
-    return Held(int(samples), int(float(published(*where, 'size TB')[0].value)*1e12))
+    return Held(int(samples), int(float(published(*where, 'size TB')[0].value) * 1e12))
 
 # %% ../../nbs/56_train.recipe.ipynb #e519cb95
 NOTE = 'recipe.json'
 
+
 class Note(NamedTuple):
     "What a run's folder says of itself"
-    recipe:Recipe
-    record:Record # of the model, with the rows its vocabulary needs
-    data:str # the place or places it learned from
-    start:str='' # the weights it began with; empty for random ones
-    held_out:tuple[float,...]|None=None # share of each place's pictures kept out; None: not known
+
+    recipe: Recipe
+    record: Record  # of the model, with the rows its vocabulary needs
+    data: str  # the place or places it learned from
+    start: str = ''  # the weights it began with; empty for random ones
+    held_out: tuple[float, ...] | None = (
+        None  # share of each place's pictures kept out; None: not known
+    )
+
 
 def read_note(
-    out:str|Path, # a run's folder
-)->Note:
+    out: str | Path,  # a run's folder
+) -> Note:
     "Read what a run's folder says of itself"
-    at = Path(out)/NOTE
-    if not at.is_file(): raise FileNotFoundError(f"No {NOTE} in {Path(out).name!r}; a folder that `mobileclip train` or `fit` wrote has one")
+    at = Path(out) / NOTE
+    if not at.is_file():
+        raise FileNotFoundError(
+            f"No {NOTE} in {Path(out).name!r}; a folder that `mobileclip train` or `fit` wrote has one"
+        )
     return as_note(at.read_text(encoding='utf-8'))
 
+
 def as_note(
-    text:str, # JSON
-)->Note:
+    text: str,  # JSON
+) -> Note:
     "The note that a text holds; an earlier version's says nothing of a held-out part"
     d = json.loads(text)
     shares = None if d.get('held_out') is None else tuple(d['held_out'])
     r, rec = Recipe.from_dict(d['recipe']), Record.from_dict(d['record'])
     return Note(r, rec, d['data'], d['start'], shares)
 
+
 def note_to_resume(
-    out:str|Path, # a folder
-)->Note|None: # None where no checkpoint can go on
+    out: str | Path,  # a folder
+) -> Note | None:  # None where no checkpoint can go on
     "The note of a run that can go on"
-    return read_note(out) if checkpoints(out) and (Path(out)/NOTE).is_file() else None
+    return read_note(out) if checkpoints(out) and (Path(out) / NOTE).is_file() else None
 
 # %% ../../nbs/56_train.recipe.ipynb #be43370c
 def differences(
-    was:Recipe, # of a run that has begun
-    now:Recipe, # what is asked for
-)->list[str]: # `train.steps=41 (was 40)`: a field as `--set` names it; the lengths of other sizes do not count
+    was: Recipe,  # of a run that has begun
+    now: Recipe,  # what is asked for
+) -> list[
+    str
+]:  # `train.steps=41 (was 40)`: a field as `--set` names it; the lengths of other sizes do not count
     "Name the settings in which two recipes differ"
-    def flat(v:Any, path:str='')->dict[str,Any]:
-        return {k: x for name, y in v.items() for k, x in flat(y, f'{path}.{name}'.lstrip('.')).items()} if isinstance(v, dict) else {path: v}
+
+    def flat(v: Any, path: str = '') -> dict[str, Any]:
+        return (
+            {
+                k: x
+                for name, y in v.items()
+                for k, x in flat(y, f'{path}.{name}'.lstrip('.')).items()
+            }
+            if isinstance(v, dict)
+            else {path: v}
+        )
+
     a, b = flat(was.to_dict()), flat(now.to_dict())
-    return [f'{k}={b.get(k)!r} (was {a.get(k)!r})' for k in {**a, **b} if k not in SCALES and a.get(k) != b.get(k)]
+    return [
+        f'{k}={b.get(k)!r} (was {a.get(k)!r})'
+        for k in {**a, **b}
+        if k not in SCALES and a.get(k) != b.get(k)
+    ]
+
 
 def same_run(
-    out:str|Path, # a folder with a run
-    note:Note, # what is asked for
-)->None:
+    out: str | Path,  # a folder with a run
+    note: Note,  # what is asked for
+) -> None:
     "Refuse to go on with another run"
     was = read_note(out)
-    other = differences(was.recipe, note.recipe) + [f'{k} {getattr(note, k)!r} (was {getattr(was, k)!r})' for k in ('data', 'start') if getattr(note, k) != getattr(was, k)]
-    if note.held_out is not None and note.held_out != (was.held_out or (0.,)*len(note.held_out)):
+    other = differences(was.recipe, note.recipe) + [
+        f'{k} {getattr(note, k)!r} (was {getattr(was, k)!r})'
+        for k in ('data', 'start')
+        if getattr(note, k) != getattr(was, k)
+    ]
+    if note.held_out is not None and note.held_out != (was.held_out or (0.0,) * len(note.held_out)):
         other.append(f'held-out share {note.held_out} (was {was.held_out or "none"})')
-    if other: raise ValueError(f"The run in {Path(out).name!r} is another: {'; '.join(other)}. Ask for the same to go on, or choose another folder")
+    if other:
+        raise ValueError(
+            f"The run in {Path(out).name!r} is another: {'; '.join(other)}. Ask for the same to go on, or choose another folder"
+        )
+
 
 def write_note(
-    out:str|Path, # a run's folder; made if need be
-    note:Note,
-)->None:
+    out: str | Path,  # a run's folder; made if need be
+    note: Note,
+) -> None:
     "Write what a run is into its folder; another run's folder is refused"
-    at = Path(out)/NOTE
-    if at.is_file() and (Path(out)/'state.pt').exists(): same_run(out, note)
-    with whole(at) as tmp: tmp.write_text(json.dumps(plain(note._asdict()), indent=1, sort_keys=True) + '\n', encoding='utf-8')
+    at = Path(out) / NOTE
+    if at.is_file() and (Path(out) / 'state.pt').exists():
+        same_run(out, note)
+    with whole(at) as tmp:
+        tmp.write_text(
+            json.dumps(plain(note._asdict()), indent=1, sort_keys=True) + '\n', encoding='utf-8'
+        )
 
 # %% ../../nbs/56_train.recipe.ipynb #592044ab
-LONGEST = 77 # tokens, of CLIP's context
+LONGEST = 77  # tokens, of CLIP's context
+
 
 class Opening(NamedTuple):
     "How the data of a run are opened"
-    own:bool=False # captions of one's own are taken as they are, in a context that holds them
-    templates:bool=False # the recipe's templates were asked for and stay
-    held_out:float|None=0. # share of one's own pictures kept out, 0 to below 1; None chooses
-    note:Note|None=None # of the run that goes on
-    record:Record|None=None # of a trained model; None takes the recipe's
-    ranks:tuple[int,int]=(0, 1) # this rank, and how many there are
-    workers:int|None=0 # processes that read shards ahead; None chooses
-    say:Callable[[str],None]=lambda text: None # told what was found, left out, cut and kept out
-    progress:bool=True # draw progress bars while decoding
+
+    own: bool = False  # captions of one's own are taken as they are, in a context that holds them
+    templates: bool = False  # the recipe's templates were asked for and stay
+    held_out: float | None = 0.0  # share of one's own pictures kept out, 0 to below 1; None chooses
+    note: Note | None = None  # of the run that goes on
+    record: Record | None = None  # of a trained model; None takes the recipe's
+    ranks: tuple[int, int] = (0, 1)  # this rank, and how many there are
+    workers: int | None = 0  # processes that read shards ahead; None chooses
+    say: Callable[[str], None] = lambda text: (
+        None
+    )  # told what was found, left out, cut and kept out
+    progress: bool = True  # draw progress bars while decoding
 
     @property
-    def is_old(self)->bool:
+    def is_old(self) -> bool:
         "Whether a run goes on that an earlier version began"
         return self.note is not None and self.note.held_out is None
 
+
 class RunData(NamedTuple):
     "What a run learns from, and what it is evaluated on"
-    recipe:Recipe # as it is run: templates, context and batch
-    record:Record # of the model
-    source:Any # of `source`
-    held:PairData|None # kept out of training
-    shares:tuple[float,...]|None # of each place's pictures kept out; None: none was known
+
+    recipe: Recipe  # as it is run: templates, context and batch
+    record: Record  # of the model
+    source: Any  # of `source`
+    held: PairData | None  # kept out of training
+    shares: tuple[float, ...] | None  # of each place's pictures kept out; None: none was known
+
 
 def as_run(
-    r:Recipe, # at its size
-    data:str|Path, # a place, or several as `A:3,B:1`
-    how:Opening=Opening(),
-)->Recipe:
+    r: Recipe,  # at its size
+    data: str | Path,  # a place, or several as `A:3,B:1`
+    how: Opening = Opening(),
+) -> Recipe:
     "The recipe as it is run on some data: captions of one's own stand in no template"
-    if how.templates or not how.own or how.is_old or not is_own(data): return r
+    if how.templates or not how.own or how.is_old or not is_own(data):
+        return r
     return r.but(stream=r.stream.but(templates=('{}',)))
 
 # %% ../../nbs/56_train.recipe.ipynb #ee275857
-def _fitted(r:Recipe, place:str, base:Record, loaded:Sequence[Loaded], how:Opening)->Record:
+def _fitted(r: Recipe, place: str, base: Record, loaded: Sequence[Loaded], how: Opening) -> Record:
     "The model's record, its context fitted to the captions where the model is drawn anew"
-    if how.record or not base.text.rows: return base
+    if how.record or not base.text.rows:
+        return base
     context = base.context_length
-    if how.note: context = how.note.record.context_length
+    if how.note:
+        context = how.note.record.context_length
     elif how.own and is_own(place):
         longest = count_cut(_texts(loaded), r.stream.templates, context).longest
         context = max(context, min(longest, LONGEST))
-    if context == base.context_length: return base
+    if context == base.context_length:
+        return base
     return base.but(text=base.text.but(context=context), sources=())
 
-def _texts(loaded:Sequence[Loaded])->list[str]:
+
+def _texts(loaded: Sequence[Loaded]) -> list[str]:
     "Captions in memory to train on"
     return [c for l in loaded if l.data for captions in l.data.captions for c in captions]
 
-def _described(r:Recipe, base:Record, rec:Record, loaded:Sequence[Loaded], how:Opening)->list[str]:
+
+def _described(
+    r: Recipe, base: Record, rec: Record, loaded: Sequence[Loaded], how: Opening
+) -> list[str]:
     "Lines that say what is wrapped, cut and kept out"
     texts, templates, context, out = _texts(loaded), r.stream.templates, rec.context_length, []
     if texts:
         found = count_cut(texts, templates, context)
         out.append(describe_texts(found, templates, context, base.context_length))
-    if how.is_old: return [*out, 'a run of an earlier version: all its data train, as it was begun']
+    if how.is_old:
+        return [*out, 'a run of an earlier version: all its data train, as it was begun']
     return [*out, *filter(None, (describe_split(l, how.held_out) for l in loaded))]
 
 # %% ../../nbs/56_train.recipe.ipynb #88c2929a
 def open_run(
-    r:Recipe, # at its size
-    data:str|Path|None=None, # a place, or several as `A:3,B:1`; None takes the recipe's
-    how:Opening=Opening(),
-)->RunData:
+    r: Recipe,  # at its size
+    data: str | Path | None = None,  # a place, or several as `A:3,B:1`; None takes the recipe's
+    how: Opening = Opening(),
+) -> RunData:
     "Open the data of a run; say what is cut, wrapped and kept out of training"
     place, note, world = str(data or r.data), how.note, how.ranks[1]
     if how.held_out and note is None and not is_own(place):
-        raise ValueError(f"A held-out share of {how.held_out:g}: {place} names no folder or table "
-                         "of pictures. Emoji have held-out concepts of their own, shards train whole; "
-                         "leave --held-out out")
-    for p in parts(place): _taught(r, p.place)
+        raise ValueError(
+            f"A held-out share of {how.held_out:g}: {place} names no folder or table "
+            "of pictures. Emoji have held-out concepts of their own, shards train whole; "
+            "leave --held-out out"
+        )
+    for p in parts(place):
+        _taught(r, p.place)
     r, base = as_run(r, place, how), how.record or record_of(r)
-    share = how.held_out if note is None else note.held_out or 0.
+    share = how.held_out if note is None else note.held_out or 0.0
     loaded = load_parts(place, base.pixels, share, r.skin_tones, how.say, how.progress)
     rec = _fitted(r, place, base, loaded, how)
-    for line in _described(r, base, rec, loaded, how) if how.own else (): how.say(line)
+    for line in _described(r, base, rec, loaded, how) if how.own else ():
+        how.say(line)
     if how.is_old:
         batch = old_batch(r.stream.batch, [l.weight for l in loaded], _sizes(loaded), world)
         r = r.but(stream=r.stream.but(batch=batch))
     found = source(r, place, how.ranks, how.workers, how.say, how.progress, rec, loaded)
     context = {} if rec.context_length == base.context_length else dict(context=rec.context_length)
-    r = r.but(stream=r.stream.but(batch=found.batch*world, **context))
+    r = r.but(stream=r.stream.but(batch=found.batch * world, **context))
     kept_out = tuple(l.share for l in loaded) if note is None else note.held_out
     return RunData(r, rec, found, held_of(loaded), kept_out)

@@ -22,258 +22,411 @@ from ..gather import here
 from ..optim import OptimSpec, optimizer
 from ..syncnorm import synced
 from .objective import LossSpec
-from .parallel import by_kind, fill, fill_optimizer, from_first, is_share, joined, own_part, shared, whole_state
+from mobileclip_nb.train.parallel import (
+    by_kind,
+    fill,
+    fill_optimizer,
+    from_first,
+    is_share,
+    joined,
+    own_part,
+    shared,
+    whole_state,
+)
 
 # %% ../../nbs/55_train.state.ipynb #1b9ff12f
 @dataclass(frozen=True, repr=False)
 class TrainSpec(OptimSpec, id_name='TrainSpec'):
     "All that decides the numbers of a run, but for model and data (MobileCLIP Table 12)"
-    seed:int=0 # of what is random inside a step, as stochastic depth
-    precision:str='float32' # of the towers: `float32` or `bfloat16`; the loss is always float32
-    ema:float=0. # memory of the averaged weights, 0–1; Table 12 has 0.9995; 0 keeps none
-    same:bool=False # pairs with equal captions count as each other's positives
-    channels_last:bool=True # memory layout of maps; the faster one for these models on CPUs
-    loss:LossSpec=LossSpec() # what is minimized
-    accumulate:int=1 # parts of a batch that go through the towers one after the other
-    checkpointing:bool=False # keep only what stands between blocks, and compute the rest again for the gradient
-    compile:bool=False # compile the towers with `torch.compile`
-    frozen:str='' # a part of `frozen.PARTS` that does not learn: `image`, `text`, `probe`
-    frozen_norm:bool=False # statistics of batch normalization stay as they are
-    sync_norm:bool=False # statistics of batch normalization over all ranks
-    parallel:str='ddp' # on several ranks: `ddp` keeps whole models, `fsdp` a share each
 
-    def __post_init__(self)->None:
+    seed: int = 0  # of what is random inside a step, as stochastic depth
+    precision: str = 'float32'  # of the towers: `float32` or `bfloat16`; the loss is always float32
+    ema: float = 0.0  # memory of the averaged weights, 0–1; Table 12 has 0.9995; 0 keeps none
+    same: bool = False  # pairs with equal captions count as each other's positives
+    channels_last: bool = True  # memory layout of maps; the faster one for these models on CPUs
+    loss: LossSpec = LossSpec()  # what is minimized
+    accumulate: int = 1  # parts of a batch that go through the towers one after the other
+    checkpointing: bool = (
+        False  # keep only what stands between blocks, and compute the rest again for the gradient
+    )
+    compile: bool = False  # compile the towers with `torch.compile`
+    frozen: str = ''  # a part of `frozen.PARTS` that does not learn: `image`, `text`, `probe`
+    frozen_norm: bool = False  # statistics of batch normalization stay as they are
+    sync_norm: bool = False  # statistics of batch normalization over all ranks
+    parallel: str = 'ddp'  # on several ranks: `ddp` keeps whole models, `fsdp` a share each
+
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision not in ('float32', 'bfloat16'): raise ValueError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
-        if self.frozen not in PARTS: raise ValueError(f"frozen={self.frozen!r} is no part that can be frozen.{near(self.frozen, PARTS)} There are {', '.join(k for k in PARTS if k)}")
-        if self.parallel not in ('ddp', 'fsdp'): raise ValueError(f"parallel={self.parallel!r} is neither 'ddp' (whole models) nor 'fsdp' (a share each)")
-        if self.compile and self.checkpointing: raise ValueError("compile=True decides itself what is kept and what is computed again; use it or checkpointing=True, not both")
-        if self.accumulate < 1: raise ValueError(f"accumulate={self.accumulate} parts; 1 sends a batch through the towers at once")
-        if not 0 <= self.ema < 1: raise ValueError(f"ema={self.ema} is not in 0 to 1 (excluded); 0 keeps no average, 0.99 one of about 100 steps")
+        if self.precision not in ('float32', 'bfloat16'):
+            raise ValueError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
+        if self.frozen not in PARTS:
+            raise ValueError(
+                f"frozen={self.frozen!r} is no part that can be frozen.{near(self.frozen, PARTS)} There are {', '.join(k for k in PARTS if k)}"
+            )
+        if self.parallel not in ('ddp', 'fsdp'):
+            raise ValueError(
+                f"parallel={self.parallel!r} is neither 'ddp' (whole models) nor 'fsdp' (a share each)"
+            )
+        if self.compile and self.checkpointing:
+            raise ValueError(
+                "compile=True decides itself what is kept and what is computed again; use it or checkpointing=True, not both"
+            )
+        if self.accumulate < 1:
+            raise ValueError(
+                f"accumulate={self.accumulate} parts; 1 sends a batch through the towers at once"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(
+                f"ema={self.ema} is not in 0 to 1 (excluded); 0 keeps no average, 0.99 one of about 100 steps"
+            )
 
 # %% ../../nbs/55_train.state.ipynb #0e9850a2
 class EMA:
     "An exponential average of a model's weights and statistics, itself a model in eval mode"
-    def __init__(self,
-        model:nn.Module, # is copied
-        decay:float, # share of the old that stays each step, 0–1
+
+    def __init__(
+        self,
+        model: nn.Module,  # is copied
+        decay: float,  # share of the old that stays each step, 0–1
     ):
         self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
 
     @torch.no_grad()
-    def update(self,
-        model:nn.Module, # after an update
-        step:int, # counted from 0
-    )->None:
+    def update(
+        self,
+        model: nn.Module,  # after an update
+        step: int,  # counted from 0
+    ) -> None:
         "Move the average towards `model`"
-        keep, new = min(self.decay, (1+step)/(10+step)), model.state_dict()
+        keep, new = min(self.decay, (1 + step) / (10 + step)), model.state_dict()
         for name, old in self.model.state_dict().items():
             old, now = own_part(old), own_part(new[name])
-            if old.is_floating_point(): old.lerp_(now, 1-keep)
-            else: old.copy_(now)
+            if old.is_floating_point():
+                old.lerp_(now, 1 - keep)
+            else:
+                old.copy_(now)
 
 # %% ../../nbs/55_train.state.ipynb #b9975748
 @dataclass
 class State:
     "A run between two steps"
-    model:nn.Module
-    opt:torch.optim.Optimizer
-    ema:EMA|None=None
-    step:int=0 # updates done
-    history:list[dict[str,float]]=field(default_factory=list) # one row a step
-    judged:list[dict[str,float]]=field(default_factory=list) # one row a judgement
-    saved:int|None=None # step of the file `state.pt`, if there is one and it can be read
-    net:nn.Module|None=None # what is called in the model's place; None is the model
-    plain:nn.Module|None=None # the caller's model, where it is not the one that learns
-    skips:dict[str,Any]=field(default_factory=dict) # what the source has refused so far, by reason
+
+    model: nn.Module
+    opt: torch.optim.Optimizer
+    ema: EMA | None = None
+    step: int = 0  # updates done
+    history: list[dict[str, float]] = field(default_factory=list)  # one row a step
+    judged: list[dict[str, float]] = field(default_factory=list)  # one row a judgement
+    saved: int | None = None  # step of the file `state.pt`, if there is one and it can be read
+    net: nn.Module | None = None  # what is called in the model's place; None is the model
+    plain: nn.Module | None = None  # the caller's model, where it is not the one that learns
+    skips: dict[str, Any] = field(
+        default_factory=dict
+    )  # what the source has refused so far, by reason
+
 
 def spoiled(
-    state:State,
-)->str: # the name of a tensor; empty if all is well
+    state: State,
+) -> str:  # the name of a tensor; empty if all is well
     "Find a number that is not finite in the weights of this rank, in their average, or in their statistics"
     models = [('', state.model), *([('the average of ', state.ema.model)] if state.ema else [])]
-    return next((who+n for who, m in models for n, t in m.state_dict().items() if t.is_floating_point() and not torch.isfinite(own_part(t)).all()), '')
+    return next(
+        (
+            who + n
+            for who, m in models
+            for n, t in m.state_dict().items()
+            if t.is_floating_point() and not torch.isfinite(own_part(t)).all()
+        ),
+        '',
+    )
 
 # %% ../../nbs/55_train.state.ipynb #ced52ae6
 def save_state(
-    state:State,
-    path:str|Path, # a `.pt` file
-    spec:TrainSpec,
-    data:str, # the batches' id
-    keep:int=1, # checkpoints in the folder, this one included
-    milestones:int=0, # steps; a checkpoint at a multiple of it is never removed; 0 keeps no milestone
-    whatever:bool=False, # save numbers that are not finite, too, for an autopsy
-)->None:
+    state: State,
+    path: str | Path,  # a `.pt` file
+    spec: TrainSpec,
+    data: str,  # the batches' id
+    keep: int = 1,  # checkpoints in the folder, this one included
+    milestones: int = 0,  # steps; a checkpoint at a multiple of it is never removed; 0 keeps no milestone
+    whatever: bool = False,  # save numbers that are not finite, too, for an autopsy
+) -> None:
     "Write a checkpoint, whole or not at all; the one that bore its name gets the name of its step"
-    path, log, ranks = Path(path), json.dumps(dict(history=state.history, judged=state.judged, skips=state.skips)), here()
-    held = dict(format=1, spec=spec.to_dict(), data=data, step=state.step, log=log, world=ranks.world, model=whole_state(state.model.state_dict()),
-                opt=whole_state(state.opt.state_dict()), ema=whole_state(state.ema.model.state_dict()) if state.ema else None)
-    if ranks.rank: state.saved = state.step; return
-    before = f"The checkpoint of step {state.saved} is untouched" if state.saved is not None else "There is none before it"
-    if not whatever and (lost := spoiled(state)): raise FloatingPointError(f"After step {state.step} there are numbers that are not finite in {lost}, so nothing is saved. {before}. Start anew with a lower lr")
+    path, log, ranks = (
+        Path(path),
+        json.dumps(dict(history=state.history, judged=state.judged, skips=state.skips)),
+        here(),
+    )
+    held = dict(
+        format=1,
+        spec=spec.to_dict(),
+        data=data,
+        step=state.step,
+        log=log,
+        world=ranks.world,
+        model=whole_state(state.model.state_dict()),
+        opt=whole_state(state.opt.state_dict()),
+        ema=whole_state(state.ema.model.state_dict()) if state.ema else None,
+    )
+    if ranks.rank:
+        state.saved = state.step
+        return
+    before = (
+        f"The checkpoint of step {state.saved} is untouched"
+        if state.saved is not None
+        else "There is none before it"
+    )
+    if not whatever and (lost := spoiled(state)):
+        raise FloatingPointError(
+            f"After step {state.step} there are numbers that are not finite in {lost}, so nothing is saved. {before}. Start anew with a lower lr"
+        )
     try:
         with whole(path) as tmp:
-            with open(tmp, 'wb') as f: torch.save(held, f); f.flush(); os.fsync(f.fileno())
-            if (keep > 1 or milestones) and state.saved not in (None, state.step) and path.exists(): linked(path, path.with_stem(f'{path.stem}-{state.saved:08d}'))
+            with open(tmp, 'wb') as f:
+                torch.save(held, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if (keep > 1 or milestones) and state.saved not in (None, state.step) and path.exists():
+                linked(path, path.with_stem(f'{path.stem}-{state.saved:08d}'))
     except (OSError, RuntimeError) as e:
-        raise OSError(getattr(e, 'errno', None), f"The checkpoint of step {state.step} could not be written to {path.parent.name!r} ({e}). {before}. Make room or mend the folder, then go on with resume=True") from e
+        raise OSError(
+            getattr(e, 'errno', None),
+            f"The checkpoint of step {state.step} could not be written to {path.parent.name!r} ({e}). {before}. Make room or mend the folder, then go on with resume=True",
+        ) from e
     state.saved = state.step
     swept(path, keep, milestones)
 
 # %% ../../nbs/55_train.state.ipynb #037402e7
 def linked(
-    path:Path, # a file
-    name:Path, # another name for it; replaced if there is one
-)->None:
+    path: Path,  # a file
+    name: Path,  # another name for it; replaced if there is one
+) -> None:
     "Give a file a second name, whole or not at all"
     with whole(name) as tmp:
         tmp.unlink()
-        try: os.link(path, tmp)
-        except OSError: shutil.copyfile(path, tmp)
+        try:
+            os.link(path, tmp)
+        except OSError:
+            shutil.copyfile(path, tmp)
+
 
 def checkpoints(
-    folder:str|Path, # of a run
-    stem:str='state', # of the files' names
-)->list[Path]: # the newest first
+    folder: str | Path,  # of a run
+    stem: str = 'state',  # of the files' names
+) -> list[Path]:  # the newest first
     "Name the checkpoints of a run"
     folder = Path(folder)
-    old = [p for p in folder.glob(f'{stem}-*.pt') if p.stem[len(stem)+1:].isdigit()]
-    return [p for p in (folder/f'{stem}.pt',) if p.exists()] + sorted(old, key=lambda p: int(p.stem[len(stem)+1:]), reverse=True)
+    old = [p for p in folder.glob(f'{stem}-*.pt') if p.stem[len(stem) + 1 :].isdigit()]
+    return [p for p in (folder / f'{stem}.pt',) if p.exists()] + sorted(
+        old, key=lambda p: int(p.stem[len(stem) + 1 :]), reverse=True
+    )
+
 
 def vacant(
-    out:str|Path, # the run's folder
-    resume:bool, # go on where the folder's run stopped, if there is one
-)->None:
+    out: str | Path,  # the run's folder
+    resume: bool,  # go on where the folder's run stopped, if there is one
+) -> None:
     "Refuse a folder that holds a run, unless it is to go on"
-    if not resume and checkpoints(out): raise FileExistsError(f"There is a run in {Path(out).name!r} already. Use resume=True to go on with it, or choose another folder")
+    if not resume and checkpoints(out):
+        raise FileExistsError(
+            f"There is a run in {Path(out).name!r} already. Use resume=True to go on with it, or choose another folder"
+        )
+
 
 def swept(
-    path:Path, # the newest checkpoint
-    keep:int, # checkpoints that stay, the newest included
-    milestones:int=0, # steps; multiples of it stay; 0: none
-)->None:
+    path: Path,  # the newest checkpoint
+    keep: int,  # checkpoints that stay, the newest included
+    milestones: int = 0,  # steps; multiples of it stay; 0: none
+) -> None:
     "Remove checkpoints that are too old"
-    for p in checkpoints(path.parent, path.stem)[max(keep, 1):]:
-        if not (milestones and int(p.stem[len(path.stem)+1:]) % milestones == 0): p.unlink(missing_ok=True)
+    for p in checkpoints(path.parent, path.stem)[max(keep, 1) :]:
+        if not (milestones and int(p.stem[len(path.stem) + 1 :]) % milestones == 0):
+            p.unlink(missing_ok=True)
 
 # %% ../../nbs/55_train.state.ipynb #f8434df7
 def read_state(
-    path:str|Path, # a `.pt` file
-    said:bytes|None=None, # its bytes, where they are here already
-)->dict[str,Any]: # `spec`, `data`, `step`, `history`, `judged`, `model`, `opt`, `ema`
+    path: str | Path,  # a `.pt` file
+    said: bytes | None = None,  # its bytes, where they are here already
+) -> dict[str, Any]:  # `spec`, `data`, `step`, `history`, `judged`, `model`, `opt`, `ema`
     "Read one checkpoint; nothing in it is executed"
     path = Path(path)
-    try: held = torch.load(path if said is None else io.BytesIO(said), map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise FileNotFoundError(f"No run at {path.name!r} in {path.parent.name!r}. A run's folder holds state.pt") from None
-    except Exception as e: raise ValueError(f"{path.name!r} cannot be read as a checkpoint of a run ({type(e).__name__}). Start anew in another folder") from e
-    if not isinstance(held, dict) or held.get('format') != 1: raise ValueError(f"{path.name!r} is not a checkpoint of a run (format 1); are these weights alone?")
-    return held | json.loads(held['log']) | dict(spec=TrainSpec.from_dict(held['spec']), file=path.name)
+    try:
+        held = torch.load(
+            path if said is None else io.BytesIO(said), map_location='cpu', weights_only=True
+        )
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"No run at {path.name!r} in {path.parent.name!r}. A run's folder holds state.pt"
+        ) from None
+    except Exception as e:
+        raise ValueError(
+            f"{path.name!r} cannot be read as a checkpoint of a run ({type(e).__name__}). Start anew in another folder"
+        ) from e
+    if not isinstance(held, dict) or held.get('format') != 1:
+        raise ValueError(
+            f"{path.name!r} is not a checkpoint of a run (format 1); are these weights alone?"
+        )
+    return (
+        held
+        | json.loads(held['log'])
+        | dict(spec=TrainSpec.from_dict(held['spec']), file=path.name)
+    )
+
 
 def load_run(
-    path:str|Path, # a run's folder, or one of its `.pt` files
-)->dict[str,Any]: # `spec`, `data`, `step`, `history`, `judged`, `model`, `opt`, `ema`, and `file`, its name
+    path: str | Path,  # a run's folder, or one of its `.pt` files
+) -> dict[
+    str, Any
+]:  # `spec`, `data`, `step`, `history`, `judged`, `model`, `opt`, `ema`, and `file`, its name
     "Read a run's newest checkpoint that can be read"
     path, bad = Path(path), []
-    if not path.is_dir(): return read_state(path)
-    for p in checkpoints(path) or [path/'state.pt']:
-        try: held = read_state(p)
-        except ValueError as e: bad.append(e); continue
-        if bad: warnings.warn(f"{'; '.join(map(str, bad))}. Instead we take {p.name!r} of step {held['step']}; the steps after it are made again", stacklevel=2)
+    if not path.is_dir():
+        return read_state(path)
+    for p in checkpoints(path) or [path / 'state.pt']:
+        try:
+            held = read_state(p)
+        except ValueError as e:
+            bad.append(e)
+            continue
+        if bad:
+            warnings.warn(
+                f"{'; '.join(map(str, bad))}. Instead we take {p.name!r} of step {held['step']}; the steps after it are made again",
+                stacklevel=2,
+            )
         return held
     raise bad[0]
 
 # %% ../../nbs/55_train.state.ipynb #9548eed2
 BEST = 'best.pt'
 
+
 def find_best(
-    judged:Sequence[dict[str,float]], # judgements, each with `step`
-    metric:str, # its name; higher is better
-)->dict[str,float]|None: # the earliest of the highest; None if no judgement has a number for it
+    judged: Sequence[dict[str, float]],  # judgements, each with `step`
+    metric: str,  # its name; higher is better
+) -> (
+    dict[str, float] | None
+):  # the earliest of the highest; None if no judgement has a number for it
     "Find the best judgement of a run"
     known = [row for row in judged if not math.isnan(row.get(metric, math.nan))]
     return max(known, key=lambda row: row[metric], default=None)
 
+
 def step_of(
-    path:str|Path, # a `.pt` file
-)->int|None: # None if there is no such file, or it cannot be read
+    path: str | Path,  # a `.pt` file
+) -> int | None:  # None if there is no such file, or it cannot be read
     "Read the step of a checkpoint without reading its weights"
-    try: return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step']
-    except Exception: return None
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step']
+    except Exception:
+        return None
+
 
 def restore_best(
-    out:Path, # the run's folder
-    judged:Sequence[dict[str,float]], # judgements of the run so far
-    metric:str, # its name; higher is better
-)->str: # one line to be said; empty if all is well
+    out: Path,  # the run's folder
+    judged: Sequence[dict[str, float]],  # judgements of the run so far
+    metric: str,  # its name; higher is better
+) -> str:  # one line to be said; empty if all is well
     "Let `best.pt` be the checkpoint of the best judgement again, after a kill or a change of the metric"
     row = find_best(judged, metric)
-    if row is None or step_of(out/BEST) == row['step']: return ''
+    if row is None or step_of(out / BEST) == row['step']:
+        return ''
     where = f"best so far: {metric} {row[metric]:.4g} after step {row['step']}"
     for path in checkpoints(out):
-        if step_of(path) != row['step']: continue
-        linked(path, out/BEST)
+        if step_of(path) != row['step']:
+            continue
+        linked(path, out / BEST)
         return f'{where}, kept as {BEST}'
     return f'{where}, whose checkpoint is gone; the next higher one is kept as {BEST}'
 
 # %% ../../nbs/55_train.state.ipynb #fdbacf8e
 def restore(
-    state:State, # fresh; is filled
-    held:dict[str,Any], # of `load_run`
-    spec:TrainSpec, # what is asked now
-    data:str, # the batches' id now
-)->State: # the same object
+    state: State,  # fresh; is filled
+    held: dict[str, Any],  # of `load_run`
+    spec: TrainSpec,  # what is asked now
+    data: str,  # the batches' id now
+) -> State:  # the same object
     "Fill a state from a checkpoint of the same run"
     was = held['spec'].diff(spec)
     if was:
         both = ', '.join(f"{k}={getattr(spec, k)!r} (was {v!r})" for k, v in was.items())
-        raise ValueError(f"The run in this folder was started with another spec: {both}. Use the old values, or another folder")
-    if held['data'] != data: raise ValueError(f"The run in this folder was trained on other batches ({held['data']}, now {data}). Use those, or another folder")
-    if (was := held.get('world', 1)) != here().world: raise ValueError(f"The run in this folder was started with {was} ranks and now there are {here().world}. Use as many, or another folder")
-    fill(state.model, held['model']); fill_optimizer(state.opt, held['opt'])
-    if state.ema: fill(state.ema.model, held['ema'])
-    state.step, state.history, state.judged, state.skips = held['step'], held['history'], held['judged'], held.get('skips', {})
+        raise ValueError(
+            f"The run in this folder was started with another spec: {both}. Use the old values, or another folder"
+        )
+    if held['data'] != data:
+        raise ValueError(
+            f"The run in this folder was trained on other batches ({held['data']}, now {data}). Use those, or another folder"
+        )
+    if (was := held.get('world', 1)) != here().world:
+        raise ValueError(
+            f"The run in this folder was started with {was} ranks and now there are {here().world}. Use as many, or another folder"
+        )
+    fill(state.model, held['model'])
+    fill_optimizer(state.opt, held['opt'])
+    if state.ema:
+        fill(state.ema.model, held['ema'])
+    state.step, state.history, state.judged, state.skips = (
+        held['step'],
+        held['history'],
+        held['judged'],
+        held.get('skips', {}),
+    )
     state.saved = held['step'] if held.get('file') == 'state.pt' else None
     return state
 
+
 def found(
-    out:Path, # the run's folder
-    resume:bool, # go on where the folder's run stopped, if there is one
-    name:str, # written into a new folder
-)->dict[str,Any]|None: # of `load_run`, the same on every rank; None if there is no run
+    out: Path,  # the run's folder
+    resume: bool,  # go on where the folder's run stopped, if there is one
+    name: str,  # written into a new folder
+) -> dict[str, Any] | None:  # of `load_run`, the same on every rank; None if there is no run
     "Look for a run; the first rank looks, for others may not have its disk"
     ranks, held, said = here(), None, b''
     if not ranks.rank and checkpoints(out):
         vacant(out, resume)
         held = load_run(out)
-        said = (out/held['file']).read_bytes() if ranks.world > 1 else b''
+        said = (out / held['file']).read_bytes() if ranks.world > 1 else b''
     elif not ranks.rank:
-        with whole(out/'begun') as tmp: tmp.write_text(name, encoding='utf-8')      # a folder that cannot be written is refused before the first step
-    if ranks.world == 1: return held
+        with whole(out / 'begun') as tmp:
+            tmp.write_text(
+                name, encoding='utf-8'
+            )  # a folder that cannot be written is refused before the first step
+    if ranks.world == 1:
+        return held
     device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
-    file, said = from_first((held or dict(file=''))['file'].encode(), ranks, device).decode(), from_first(said, ranks, device)
-    return read_state(out/file, said) if file else None
+    file, said = (
+        from_first((held or dict(file=''))['file'].encode(), ranks, device).decode(),
+        from_first(said, ranks, device),
+    )
+    return read_state(out / file, said) if file else None
 
 # %% ../../nbs/55_train.state.ipynb #f39b2491
 def begin(
-    model:nn.Module, # is changed: train mode, memory layout, what is frozen, and weights if resumed
-    spec:TrainSpec,
-    data:str, # the batches' id
-    out:Path|None=None, # the run's folder
-    resume:bool=False, # go on where the folder's run stopped, if there is one
-)->State:
+    model: nn.Module,  # is changed: train mode, memory layout, what is frozen, and weights if resumed
+    spec: TrainSpec,
+    data: str,  # the batches' id
+    out: Path | None = None,  # the run's folder
+    resume: bool = False,  # go on where the folder's run stopped, if there is one
+) -> State:
     "Make a run's first state, or find its last; on one rank or as one of many"
     ranks = here()
-    if spec.frozen or spec.frozen_norm: freeze(model, spec.frozen, spec.frozen_norm)
+    if spec.frozen or spec.frozen_norm:
+        freeze(model, spec.frozen, spec.frozen_norm)
     cut = spec.parallel == 'fsdp' and ranks.world > 1
-    if spec.channels_last: model.to(memory_format=torch.contiguous_format if cut else torch.channels_last)       # shares are cut from contiguous tensors
+    if spec.channels_last:
+        model.to(
+            memory_format=torch.contiguous_format if cut else torch.channels_last
+        )  # shares are cut from contiguous tensors
     work = model.train() if ranks.world == 1 else copy.deepcopy(model.train())
     if ranks.world > 1:
-        for t in work.state_dict().values(): torch.distributed.broadcast(t, 0)       # the first rank's weights are everybody's
-    if spec.sync_norm: work = synced(work)
+        for t in work.state_dict().values():
+            torch.distributed.broadcast(t, 0)  # the first rank's weights are everybody's
+    if spec.sync_norm:
+        work = synced(work)
     ema = EMA(work, spec.ema) if spec.ema else None
-    for m in [work, *([ema.model] if ema else [])] if cut else []: shared(m, ranks)
+    for m in [work, *([ema.model] if ema else [])] if cut else []:
+        shared(m, ranks)
     opt = optimizer(work, spec)
-    if any(map(is_share, work.parameters())): opt = type(opt)(by_kind(opt.param_groups))
+    if any(map(is_share, work.parameters())):
+        opt = type(opt)(by_kind(opt.param_groups))
     net = work if cut else joined(work, ranks, static=spec.accumulate == 1)
     state = State(work, opt, ema, net=net, plain=None if work is model else model)
     held = found(out, resume, spec.id) if out else None
@@ -281,12 +434,13 @@ def begin(
 
 # %% ../../nbs/55_train.state.ipynb #5cdd31e3
 def usable(
-    state:State,
-    average:bool=True, # of the averaged weights, if there are any
-)->nn.Module: # on every rank the same; not the one that learns, where there are several ranks
+    state: State,
+    average: bool = True,  # of the averaged weights, if there are any
+) -> nn.Module:  # on every rank the same; not the one that learns, where there are several ranks
     "The model that a run has so far; with several ranks every one must ask"
     learned = state.ema.model if state.ema and average else state.model
-    if state.plain is None: return learned
+    if state.plain is None:
+        return learned
     model = copy.deepcopy(state.plain).eval() if average else state.plain
     fill(model, whole_state(learned.state_dict()))
     return model

@@ -25,95 +25,139 @@ from .parallel import anybody
 # %% ../../nbs/55_train.statistics.ipynb #95502d44
 class Sums:
     "Sums over batches from which a channel's mean and variance follow; a hook before a normalization"
-    def __init__(self,
-        channels:int,
+
+    def __init__(
+        self,
+        channels: int,
     ):
-        self.held = torch.zeros(1+2*channels, dtype=torch.float64) # values a channel, their sum, the sum of their squares
+        self.held = torch.zeros(
+            1 + 2 * channels, dtype=torch.float64
+        )  # values a channel, their sum, the sum of their squares
 
-    def __call__(self,
-        norm:nn.Module, # in train mode, or nothing is counted
-        inputs:tuple[Tensor,...], # `(B, C, ...)`
-    )->None:
+    def __call__(
+        self,
+        norm: nn.Module,  # in train mode, or nothing is counted
+        inputs: tuple[Tensor, ...],  # `(B, C, ...)`
+    ) -> None:
         "Count one batch"
-        if not norm.training: return
+        if not norm.training:
+            return
         x = exact(inputs[0])
-        n = x.numel()//x.shape[1]
-        var, mean = (v.cpu().double() for v in torch.var_mean(x, [0, *range(2, x.ndim)], correction=0))
-        self.held += torch.cat([torch.tensor([n], dtype=torch.float64), n*mean, n*(var+mean.square())])
+        n = x.numel() // x.shape[1]
+        var, mean = (
+            v.cpu().double() for v in torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        )
+        self.held += torch.cat(
+            [torch.tensor([n], dtype=torch.float64), n * mean, n * (var + mean.square())]
+        )
 
-    def moments(self)->tuple[Tensor,Tensor]: # float64 `(C,)` each; the variance divided by n-1, as torch's running one is
+    def moments(
+        self,
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # float64 `(C,)` each; the variance divided by n-1, as torch's running one is
         "Mean and variance of each channel"
         n, (first, second) = self.held[0], self.held[1:].view(2, -1)
-        mean = first/n
-        return mean, (second/n - mean.square()).clamp(min=0)*n/(n-1)
+        mean = first / n
+        return mean, (second / n - mean.square()).clamp(min=0) * n / (n - 1)
 
 # %% ../../nbs/55_train.statistics.ipynb #0f66e414
-BATCHES = 10 # of each rank, by default
+BATCHES = 10  # of each rank, by default
+
 
 class Run(Protocol):
     "The part of a run's spec that is read here"
-    precision:str # of the towers
-    accumulate:int # parts of a batch
-    frozen_norm:bool # statistics stay as they are
-    sync_norm:bool # statistics over all ranks
+
+    precision: str  # of the towers
+    accumulate: int  # parts of a batch
+    frozen_norm: bool  # statistics stay as they are
+    sync_norm: bool  # statistics over all ranks
+
 
 class Recomputed(NamedTuple):
     "A model to be evaluated"
-    model:nn.Module # in eval mode
-    batches:int # that its statistics were computed over, of all ranks; 0 where it has none that move
+
+    model: nn.Module  # in eval mode
+    batches: (
+        int  # that its statistics were computed over, of all ranks; 0 where it has none that move
+    )
+
 
 def norms_of(
-    model:nn.Module,
-)->dict[str,nn.Module]: # by name
+    model: nn.Module,
+) -> dict[str, nn.Module]:  # by name
     "The batch normalizations of a model that hold statistics"
-    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
 
-def _next_batches(batches:Iterable[Batch], n:int, ranks:Ranks, device:torch.device)->Iterator[Batch]:
+
+def _next_batches(
+    batches: Iterable[Batch], n: int, ranks: Ranks, device: torch.device
+) -> Iterator[Batch]:
     "Exactly n batches, or an error on every rank"
     found = iter(batches)
     for k in range(n):
-        try: batch, failed = next(found), None
-        except StopIteration: batch, failed = None, EOFError(f"The source has {k} batches, and statistics were asked for over {n}. Ask for fewer")
-        except Exception as e: batch, failed = None, e
+        try:
+            batch, failed = next(found), None
+        except StopIteration:
+            batch, failed = (
+                None,
+                EOFError(
+                    f"The source has {k} batches, and statistics were asked for over {n}. Ask for fewer"
+                ),
+            )
+        except Exception as e:
+            batch, failed = None, e
         if anybody(failed is not None, ranks, device):
-            raise failed or ConnectionError(f"Rank {ranks.rank} lost another one's data, whose own message says why")
+            raise failed or ConnectionError(
+                f"Rank {ranks.rank} lost another one's data, whose own message says why"
+            )
         yield batch
 
 # %% ../../nbs/55_train.statistics.ipynb #fa6a024f
 @torch.no_grad()
 def recompute_statistics(
-    model:nn.Module, # whole and the same on every rank; is left alone
-    batches:Iterable[Batch], # of this rank, on the model's device
-    spec:Run, # of the run that made the model
-    n:int=BATCHES, # of each rank
-)->Recomputed:
+    model: nn.Module,  # whole and the same on every rank; is left alone
+    batches: Iterable[Batch],  # of this rank, on the model's device
+    spec: Run,  # of the run that made the model
+    n: int = BATCHES,  # of each rank
+) -> Recomputed:
     "Copy a model, with normalization statistics over n batches in place of the running ones (Precise-BN)"
     new, ranks = copy.deepcopy(model).eval(), here()
-    if not norms_of(new) or spec.frozen_norm: return Recomputed(new, 0)
+    if not norms_of(new) or spec.frozen_norm:
+        return Recomputed(new, 0)
     work = copy.deepcopy(new)
-    if spec.sync_norm: work = synced(work)
+    if spec.sync_norm:
+        work = synced(work)
     sums = {name: Sums(m.num_features) for name, m in norms_of(work).items()}
-    for name, m in norms_of(work).items(): m.train().register_forward_pre_hook(sums[name])
+    for name, m in norms_of(work).items():
+        m.train().register_forward_pre_hook(sums[name])
     device = next(work.parameters()).device
     for batch in _next_batches(batches, n, ranks, device):
-        for part in pieces(batch, spec.accumulate): encode(work, part, spec)
+        for part in pieces(batch, spec.accumulate):
+            encode(work, part, spec)
     total = over_ranks(torch.cat([s.held for s in sums.values()]).to(device)).cpu()
-    for s, held in zip(sums.values(), total.split([len(s.held) for s in sums.values()])): s.held = held
+    for s, held in zip(sums.values(), total.split([len(s.held) for s in sums.values()])):
+        s.held = held
     moved = {name: s.moments() for name, s in sums.items() if s.held[0]}
     for name, (mean, var) in moved.items():
         norm = new.get_submodule(name)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
-    return Recomputed(new, n*ranks.world if moved else 0)
+    return Recomputed(new, n * ranks.world if moved else 0)
 
 # %% ../../nbs/55_train.statistics.ipynb #b88d0026
-MEMORIES = 10 # a run of fewer has statistics that lag; measured, see `83_efficiency`
+MEMORIES = 10  # a run of fewer has statistics that lag; measured, see `83_efficiency`
+
 
 def is_lagging(
-    model:nn.Module,
-    spec:Run, # of the run that makes the model
-    steps:int, # of that run
-)->bool: # False where the model has no statistics, or keeps those it has
+    model: nn.Module,
+    spec: Run,  # of the run that makes the model
+    steps: int,  # of that run
+) -> bool:  # False where the model has no statistics, or keeps those it has
     "Whether a run is too short for running statistics"
-    memories = [1/m.momentum if m.momentum else float('inf') for m in norms_of(model).values()]
-    return bool(memories) and not spec.frozen_norm and steps < MEMORIES*max(memories)
+    memories = [1 / m.momentum if m.momentum else float('inf') for m in norms_of(model).values()]
+    return bool(memories) and not spec.frozen_norm and steps < MEMORIES * max(memories)

@@ -25,90 +25,124 @@ from ..gather import Ranks, here
 from .heldout import BEST_BY, judge_interval, report_to
 from .loop import Trained, train
 from .parallel import from_first
-from .recipe import (
-    NOTE, Note, Opening, Price, Recipe, as_note, captions_of, held_by, learner, note_to_resume,
-    open_run, price, write_note)
+from mobileclip_nb.train.recipe import (
+    NOTE,
+    Note,
+    Opening,
+    Price,
+    Recipe,
+    as_note,
+    captions_of,
+    held_by,
+    learner,
+    note_to_resume,
+    open_run,
+    price,
+    write_note,
+)
 from .state import TrainSpec, vacant
 
 # %% ../../nbs/57_train.torchrun.ipynb #4256bf1f
 def own_device(
-    wish:str|None=None, # as `pick_device` takes it; a kind without a number is completed by the local rank
-)->str: # of this process
+    wish: str
+    | None = None,  # as `pick_device` takes it; a kind without a number is completed by the local rank
+) -> str:  # of this process
     "The device of this process: with several GPUs, the one of its own"
     device = pick_device(wish)
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == 'cuda' else device
 
+
 @contextmanager
 def group(
-    device:str='cpu', # of this process
-    minutes:float=30, # that a rank waits for the others before it gives up
-)->Iterator[Ranks]: # `(0, 1)` without torchrun
+    device: str = 'cpu',  # of this process
+    minutes: float = 30,  # that a rank waits for the others before it gives up
+) -> Iterator[Ranks]:  # `(0, 1)` without torchrun
     "Join the processes that torchrun has started, and leave them at the end"
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: yield here(); return
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        yield here()
+        return
     cuda = device.startswith('cuda')
-    if cuda: torch.cuda.set_device(device)
-    try: dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=minutes))
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=minutes))
     except (RuntimeError, ValueError) as e:
         where = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT is not set)')}"
-        raise ConnectionError(f"The ranks cannot meet at {where} ({str(e).splitlines()[0][:160]}). Start them by torchrun, and choose another port if this one is in use: torchrun --master-port") from e
-    try: yield here()
+        raise ConnectionError(
+            f"The ranks cannot meet at {where} ({str(e).splitlines()[0][:160]}). Start them by torchrun, and choose another port if this one is in use: torchrun --master-port"
+        ) from e
+    try:
+        yield here()
     except RuntimeError as e:
-        if not any(s in str(e) for s in ('onnection', 'gloo', 'NCCL', 'imed out')): raise
-        raise ConnectionError(f"Rank {dist.get_rank()} lost another one, whose own message says why ({str(e).splitlines()[0][:120]})") from e
-    finally: dist.destroy_process_group()
+        if not any(s in str(e) for s in ('onnection', 'gloo', 'NCCL', 'imed out')):
+            raise
+        raise ConnectionError(
+            f"Rank {dist.get_rank()} lost another one, whose own message says why ({str(e).splitlines()[0][:120]})"
+        ) from e
+    finally:
+        dist.destroy_process_group()
 
 # %% ../../nbs/57_train.torchrun.ipynb #407f3fda
 def measured(
-    model:CLIP, # is copied
-    found:Any, # the source it will learn from
-    spec:TrainSpec, # of the run
-    steps:int=2, # that count, after one that warms up
-    device:str|None=None, # where the run will be; None is where the model stands
-)->float: # images a second, of all ranks together
+    model: CLIP,  # is copied
+    found: Any,  # the source it will learn from
+    spec: TrainSpec,  # of the run
+    steps: int = 2,  # that count, after one that warms up
+    device: str | None = None,  # where the run will be; None is where the model stands
+) -> float:  # images a second, of all ranks together
     "Time a few steps of a run before it starts; with several ranks every one must call it"
     times, model = [], copy.deepcopy(model)
-    if device is not None: model = model.to(device)
-    def since(step:int=0)->Iterator[Batch]:
+    if device is not None:
+        model = model.to(device)
+
+    def since(step: int = 0) -> Iterator[Batch]:
         for batch in found.since(step):
             times.append(time.perf_counter())
             yield batch
-    short = spec.but(steps=steps+1, warmup=0, hold=0)
+
+    short = spec.but(steps=steps + 1, warmup=0, hold=0)
     timed = SimpleNamespace(batch=found.batch, id=found.id, since=since)
     train(model, timed, short, progress=False, statistics=False)
     times.append(time.perf_counter())
-    return found.batch*here().world/median(b-a for a, b in zip(times[1:], times[2:]))
+    return found.batch * here().world / median(b - a for a, b in zip(times[1:], times[2:]))
+
 
 def price_here(
-    model:CLIP, # that will be trained; is left alone
-    found:Any, # its source
-    r:Recipe, # at its size
-    device:str|None=None, # where the run will be
-)->Price:
+    model: CLIP,  # that will be trained; is left alone
+    found: Any,  # its source
+    r: Recipe,  # at its size
+    device: str | None = None,  # where the run will be
+) -> Price:
     "What a run will cost, timed in a few of its steps; with several ranks every one must call it"
     rate = measured(model, found, r.train, 1 if r.train.steps < 20 else 2, device)
     return price(r, rate, held_by(found), memory=getattr(found, 'data', None) is not None)
 
 # %% ../../nbs/57_train.torchrun.ipynb #f0490294
 def trained(
-    r:Recipe, # at its size
-    data:str|Path|None=None, # a place, or several as `A:3,B:1`; None takes the recipe's
-    out:str|Path|None=None, # the run's folder; without one nothing is saved
-    device:str='cpu', # of this process
-    workers:int|None=0, # processes that read shards ahead, a rank; None chooses
-    say:Callable[[str],None]=lambda text: None, # told what was found, the price, where it goes on
-    minutes:float=30, # that a rank waits for the others
-    progress:bool=True, # draw a progress bar
-    settings:dict[str,Any]|None=None, # for `train`: `save_every`, `resume`, `keep`, `ledger`, ...
-    how:Opening=Opening(), # of the data; note, ranks, workers, say and progress are filled in here
-    judge:Callable[[PairData],Callable[[CLIP],dict[str,float]]]|None=None, # of the held-out part
-    timed:bool=False, # time a few steps and say the price before a run begins
-)->Trained:
+    r: Recipe,  # at its size
+    data: str | Path | None = None,  # a place, or several as `A:3,B:1`; None takes the recipe's
+    out: str | Path | None = None,  # the run's folder; without one nothing is saved
+    device: str = 'cpu',  # of this process
+    workers: int | None = 0,  # processes that read shards ahead, a rank; None chooses
+    say: Callable[[str], None] = lambda text: (
+        None
+    ),  # told what was found, the price, where it goes on
+    minutes: float = 30,  # that a rank waits for the others
+    progress: bool = True,  # draw a progress bar
+    settings: dict[str, Any]
+    | None = None,  # for `train`: `save_every`, `resume`, `keep`, `ledger`, ...
+    how: Opening = Opening(),  # of the data; note, ranks, workers, say and progress are filled in here
+    judge: Callable[[PairData], Callable[[CLIP], dict[str, float]]]
+    | None = None,  # of the held-out part
+    timed: bool = False,  # time a few steps and say the price before a run begins
+) -> Trained:
     "Train what a recipe says, alone or as one of many (MobileCLIP Table 12)"
     with group(device, minutes) as ranks:
         first, more, kind = ranks.rank == 0, dict(settings or {}), device.split(':')[0]
         resume, place = bool(more.get('resume')), str(data or r.data)
         tell = say if first else lambda text: None
-        if out and first: vacant(out, resume) # before data are read, which may take long
+        if out and first:
+            vacant(out, resume)  # before data are read, which may take long
         note = _note(out, resume, ranks)
         how = how._replace(note=note, ranks=tuple(ranks), workers=workers)
         run = open_run(r, place, how._replace(say=tell, progress=progress and first))
@@ -129,11 +163,13 @@ def trained(
         return train(model, run.source, r.train, out, **more)
 
 # %% ../../nbs/57_train.torchrun.ipynb #f2f8d481
-def _note(out:str|Path|None, resume:bool, ranks:Ranks)->Note|None: # the same on every rank
+def _note(
+    out: str | Path | None, resume: bool, ranks: Ranks
+) -> Note | None:  # the same on every rank
     "Read the note of the run that goes on; the first rank reads, for others may not have its disk"
     said = b''
     if out and resume and not ranks.rank and note_to_resume(out):
-        said = (Path(out)/NOTE).read_bytes()
+        said = (Path(out) / NOTE).read_bytes()
     if ranks.world > 1:
         where = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
         said = from_first(said, ranks, where)

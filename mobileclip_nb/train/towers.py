@@ -15,64 +15,93 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/53_train.towers.ipynb #34f954dd
-PIECES = ('stem', 'patch', 'down', 'cpe', 'final') # what towers call their pieces beside `blocks`
+PIECES = ('stem', 'patch', 'down', 'cpe', 'final')  # what towers call their pieces beside `blocks`
+
 
 def units(
-    model:nn.Module,
-)->dict[str,nn.Module]: # by name
+    model: nn.Module,
+) -> dict[str, nn.Module]:  # by name
     "Name the modules that can be run a second time for the gradient"
     found = {}
     for name, m in model.named_modules():
         parts = name.split('.')
-        if not (parts[-1] in PIECES or parts[-2:-1] == ['blocks']) or next(m.parameters(), None) is None: continue
-        if not any('.'.join(parts[:i]) in found for i in range(1, len(parts))): found[name] = m
+        if (
+            not (parts[-1] in PIECES or parts[-2:-1] == ['blocks'])
+            or next(m.parameters(), None) is None
+        ):
+            continue
+        if not any('.'.join(parts[:i]) in found for i in range(1, len(parts))):
+            found[name] = m
     return found
 
 # %% ../../nbs/53_train.towers.ipynb #5b587ef0
 @contextmanager
 def unmoved(
-    module:nn.Module, # its normalizations are changed within
-)->Iterator[None]:
+    module: nn.Module,  # its normalizations are changed within
+) -> Iterator[None]:
     "Let batch normalization use a batch without remembering it"
-    held = [(m, dict(m._buffers)) for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    for m, own in held: m._buffers.update({k: None if v is None else v.clone() for k, v in own.items()})
-    try: yield
+    held = [
+        (m, dict(m._buffers)) for m in module.modules() if isinstance(m, _BatchNorm) and m.training
+    ]
+    for m, own in held:
+        m._buffers.update({k: None if v is None else v.clone() for k, v in own.items()})
+    try:
+        yield
     finally:
-        for m, own in held: m._buffers.update(own)
+        for m, own in held:
+            m._buffers.update(own)
 
-def _contexts(module:nn.Module)->tuple[AbstractContextManager,AbstractContextManager]:
+
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
     "Of the first run and of the second"
     return nullcontext(), unmoved(module)
 
+
 @contextmanager
 def recomputed(
-    model:nn.Module, # its units are changed within
-    wanted:bool=True, # otherwise nothing happens
-)->Iterator[nn.Module]: # the same model
+    model: nn.Module,  # its units are changed within
+    wanted: bool = True,  # otherwise nothing happens
+) -> Iterator[nn.Module]:  # the same model
     "Keep only what stands between units, and run them again for the gradient (Chen et al. 2016)"
     held = list(units(model).values()) if wanted else []
-    if wanted and not held: raise ValueError(f"{type(model).__name__} has no unit that could be run twice; units bear the names {', '.join(PIECES)} or stand in `blocks`. Use checkpointing=False")
-    for m in held: m.forward = partial(checkpoint, m.forward, use_reentrant=False, context_fn=partial(_contexts, m))
-    try: yield model
+    if wanted and not held:
+        raise ValueError(
+            f"{type(model).__name__} has no unit that could be run twice; units bear the names {', '.join(PIECES)} or stand in `blocks`. Use checkpointing=False"
+        )
+    for m in held:
+        m.forward = partial(
+            checkpoint, m.forward, use_reentrant=False, context_fn=partial(_contexts, m)
+        )
+    try:
+        yield model
     finally:
-        for m in held: del m.forward
+        for m in held:
+            del m.forward
 
 # %% ../../nbs/53_train.towers.ipynb #8548ae6d
 def towers(
-    model:nn.Module,
-)->list[nn.Module]: # `image` and `text` where there are both, else the model itself
+    model: nn.Module,
+) -> list[nn.Module]:  # `image` and `text` where there are both, else the model itself
     "The parts of a model that work alone"
-    found = [m for m in (getattr(model, 'image', None), getattr(model, 'text', None)) if isinstance(m, nn.Module)]
+    found = [
+        m
+        for m in (getattr(model, 'image', None), getattr(model, 'text', None))
+        if isinstance(m, nn.Module)
+    ]
     return found if len(found) == 2 else [model]
+
 
 @contextmanager
 def compiled(
-    model:nn.Module, # its towers are changed within
-    wanted:bool=True, # otherwise nothing happens
-)->Iterator[nn.Module]: # the same model
+    model: nn.Module,  # its towers are changed within
+    wanted: bool = True,  # otherwise nothing happens
+) -> Iterator[nn.Module]:  # the same model
     "Run towers through `torch.compile`"
     held = towers(model) if wanted else []
-    for m in held: m.compile()
-    try: yield model
+    for m in held:
+        m.compile()
+    try:
+        yield model
     finally:
-        for m in held: m._compiled_call_impl = None
+        for m in held:
+            m._compiled_call_impl = None

@@ -15,132 +15,344 @@ from .talk import DEVICE, Verb, answer, flag, ready_to_compute, say
 
 # %% ../../nbs/88_verbs.data.ipynb #7ef4d37b
 def build(
-    args:argparse.Namespace, # `source`, `out`, and the fields of `BuildSpec`
-)->int: # exit status
+    args: argparse.Namespace,  # `source`, `out`, and the fields of `BuildSpec`
+) -> int:  # exit status
     "Write plain shards from pictures with captions"
     from mobileclip_nb.shards.build import build as build_shards
-    changes = {k: getattr(args, k) for k in ('per_shard', 'limit', 'image_column', 'caption_column', 'split', 'hand', 'side', 'skin_tones', 'noise')}
-    return reported(build_shards(args.source, args.out, **{k: v for k, v in changes.items() if v is not None}), args)
+
+    changes = {
+        k: getattr(args, k)
+        for k in (
+            'per_shard',
+            'limit',
+            'image_column',
+            'caption_column',
+            'split',
+            'hand',
+            'side',
+            'skin_tones',
+            'noise',
+        )
+    }
+    return reported(
+        build_shards(args.source, args.out, **{k: v for k, v in changes.items() if v is not None}),
+        args,
+    )
+
 
 def reported(
-    report:Any, # a dataclass with `ok` that reads well as text
-    args:argparse.Namespace, # `json`
-)->int: # exit status
+    report: Any,  # a dataclass with `ok` that reads well as text
+    args: argparse.Namespace,  # `json`
+) -> int:  # exit status
     "Print a report: 0 if all is well, else 1"
     from dataclasses import asdict
+
     answer(asdict(report) | dict(ok=report.ok), str(report), args.json)
     return 0 if report.ok else 1
 
 # %% ../../nbs/88_verbs.data.ipynb #927b4e25
 def join(
-    args:argparse.Namespace, # `images`, `metadata`, `out`, `shallow`
-)->int: # exit status
+    args: argparse.Namespace,  # `images`, `metadata`, `out`, `shallow`
+) -> int:  # exit status
     "Join published metadata to images, by uid and sha256; what does not match is listed"
     from mobileclip_nb.shards.join import join as join_shards
+
     return reported(join_shards(args.images, args.metadata, args.out, deep=not args.shallow), args)
 
+
 def verify(
-    args:argparse.Namespace, # `place`, `shallow`, `metadata`
-)->int: # exit status: 0 if nothing is wrong
+    args: argparse.Namespace,  # `place`, `shallow`, `metadata`
+) -> int:  # exit status: 0 if nothing is wrong
     "Check every member, row and hash of shards"
     from mobileclip_nb.shards.tools import verify as verify_shards
+
     return reported(verify_shards(args.place, deep=not args.shallow, metadata=args.metadata), args)
 
 # %% ../../nbs/88_verbs.data.ipynb #01283cc2
 def show(
-    args:argparse.Namespace, # `place`, `which`, `png`
-)->int: # exit status
+    args: argparse.Namespace,  # `place`, `which`, `png`
+) -> int:  # exit status
     "Show one sample in words, and as a picture"
     from mobileclip_nb.shards.tools import find_sample, show as in_words
+
     which = int(args.which) if args.which.isdigit() and len(args.which) < 8 else args.which
-    if args.png and args.png.suffix != '.png': raise ValueError(f'--png {args.png}: the picture is a .png')
+    if args.png and args.png.suffix != '.png':
+        raise ValueError(f'--png {args.png}: the picture is a .png')
     text, made, s = in_words(args.place, which), {}, find_sample(args.place, which)[0]
-    shapes = {k: list(v.shape) for k, v in {'image': s.image_emb, **s.text_emb}.items() if v is not None}
+    shapes = {
+        k: list(v.shape) for k, v in {'image': s.image_emb, **s.text_emb}.items() if v is not None
+    }
     if args.png:
         from mobileclip_nb.widgets.samples import save_still
+
         made = dict(png=str(save_still(args.place, which, args.png)))
-    answer(dict(key=s.key, uid=s.uid, sha256=s.sha256, captions=s.captions, synthetic=s.synthetic, param_aug=s.param_aug, embeddings=shapes) | made, '\n'.join([text, *made.values()]), args.json)
+    answer(
+        dict(
+            key=s.key,
+            uid=s.uid,
+            sha256=s.sha256,
+            captions=s.captions,
+            synthetic=s.synthetic,
+            param_aug=s.param_aug,
+            embeddings=shapes,
+        )
+        | made,
+        '\n'.join([text, *made.values()]),
+        args.json,
+    )
     return 0
 
 # %% ../../nbs/88_verbs.data.ipynb #700497a3
 def caption(
-    args:argparse.Namespace, # `images`, `captioner`, `weights`, `n`, `length`, `seed`, `device`
-)->int: # exit status
+    args: argparse.Namespace,  # `images`, `captioner`, `weights`, `n`, `length`, `seed`, `device`
+) -> int:  # exit status
     "Let a captioner describe pictures"
     from mobileclip_nb.captioner import load_captioner
     from mobileclip_nb.captions import diversity
     from mobileclip_nb.labeling import opened, pictures
-    if args.n < 1: raise ValueError(f'-n {args.n} writes nothing; give at least 1')
-    captioner, skipped, all_texts = load_captioner(args.captioner, args.weights, ready_to_compute(args)), [], []
-    sampling = captioner.spec.sampling.but(n=args.n, seed=args.seed, length=args.length or captioner.spec.sampling.length)
+
+    if args.n < 1:
+        raise ValueError(f'-n {args.n} writes nothing; give at least 1')
+    captioner, skipped, all_texts = (
+        load_captioner(args.captioner, args.weights, ready_to_compute(args)),
+        [],
+        [],
+    )
+    sampling = captioner.spec.sampling.but(
+        n=args.n, seed=args.seed, length=args.length or captioner.spec.sampling.length
+    )
     for name, image in opened(pictures(args.images), skipped, 'skip'):
-        texts, = captioner.captions([image], [Path(name).stem], sampling)
-        answer(dict(image=name, captions=texts), '\n'.join([name, *(f'  {t}' for t in texts)]), args.json)
+        (texts,) = captioner.captions([image], [Path(name).stem], sampling)
+        answer(
+            dict(image=name, captions=texts),
+            '\n'.join([name, *(f'  {t}' for t in texts)]),
+            args.json,
+        )
         all_texts.append(texts)
-    if args.n > 1 and all_texts: say('diversity: ' + ', '.join(f'{k} {v:.2f}' for k, v in diversity(all_texts)._asdict().items()))
-    for name, why in skipped: say(f'{name}: {why}')
+    if args.n > 1 and all_texts:
+        say(
+            'diversity: '
+            + ', '.join(f'{k} {v:.2f}' for k, v in diversity(all_texts)._asdict().items())
+        )
+    for name, why in skipped:
+        say(f'{name}: {why}')
     return 1 if skipped else 0
 
 # %% ../../nbs/88_verbs.data.ipynb #b76451bd
 def recipe_of(
-    args:argparse.Namespace, # `recipe`, `augmentations`, `store`, `bits`, `seed`
-)->Any: # a `ReinforceSpec`
+    args: argparse.Namespace,  # `recipe`, `augmentations`, `store`, `bits`, `seed`
+) -> Any:  # a `ReinforceSpec`
     "Read a recipe by name or from a file, and change what the options say"
     from mobileclip_nb.reinforce.recipe import ReinforceSpec, recipe
+
     if str(args.recipe).endswith('.json'):
-        if not Path(args.recipe).is_file(): raise FileNotFoundError(f'No recipe file {str(args.recipe)!r}; OUT/recipe.json of an earlier run is one')
+        if not Path(args.recipe).is_file():
+            raise FileNotFoundError(
+                f'No recipe file {str(args.recipe)!r}; OUT/recipe.json of an earlier run is one'
+            )
         try:
             said = json.loads(Path(args.recipe).read_text(encoding='utf-8'))
             spec = ReinforceSpec.from_dict(said.get('recipe', said))
-        except (ValueError, TypeError, AttributeError, KeyError) as e: raise ValueError(f'{args.recipe} is no recipe of reinforcement: {e}') from e
-    else: spec = recipe(args.recipe)
+        except (ValueError, TypeError, AttributeError, KeyError) as e:
+            raise ValueError(f'{args.recipe} is no recipe of reinforcement: {e}') from e
+    else:
+        spec = recipe(args.recipe)
     if args.captioner:
-        if not spec.captioners: raise ValueError(f'--captioner: {spec.name} has no captioner to replace')
-        spec = spec.but(captioners=(spec.captioners[0].but(weights=args.captioner), *spec.captioners[1:]))
-    if args.augmentations is not None: spec = spec.but(n_augmentations=args.augmentations)
-    if args.seed is not None: spec = spec.but(seed=args.seed)
-    if args.bits is not None and (args.store or spec.store.form) != 'compact': raise ValueError('--bits belongs to --store compact')
+        if not spec.captioners:
+            raise ValueError(f'--captioner: {spec.name} has no captioner to replace')
+        spec = spec.but(
+            captioners=(spec.captioners[0].but(weights=args.captioner), *spec.captioners[1:])
+        )
+    if args.augmentations is not None:
+        spec = spec.but(n_augmentations=args.augmentations)
+    if args.seed is not None:
+        spec = spec.but(seed=args.seed)
+    if args.bits is not None and (args.store or spec.store.form) != 'compact':
+        raise ValueError('--bits belongs to --store compact')
     store = dict(form=args.store, bits=args.bits)
     return spec.but(store=spec.store.but(**{k: v for k, v in store.items() if v is not None}))
 
 # %% ../../nbs/88_verbs.data.ipynb #b701510e
 def reinforce(
-    args:argparse.Namespace, # `source`, `out`, `workers`, `threads`, `device`, `engine`, `address`, `deep`, and those of `recipe_of`
-)->int: # exit status
+    args: argparse.Namespace,  # `source`, `out`, `workers`, `threads`, `device`, `engine`, `address`, `deep`, and those of `recipe_of`
+) -> int:  # exit status
     "Add captions, augmentations and teachers' embeddings to shards; the same command again goes on"
     spec = recipe_of(args)
-    device = pick_device(args.device)                           # one that is not there is an error before anything is made
-    say(f'{spec.name} ({spec.id}): {spec.n_augmentations} augmentations, {len(spec.captioners)} captioners, {len(spec.teachers)} teachers')
+    device = pick_device(args.device)  # one that is not there is an error before anything is made
+    say(
+        f'{spec.name} ({spec.id}): {spec.n_augmentations} augmentations, {len(spec.captioners)} captioners, {len(spec.teachers)} teachers'
+    )
     if args.engine == 'ray':
         from mobileclip_nb.reinforce.ray import reinforce as on_ray
-        return reported(on_ray(args.source, args.out, spec, args.workers, args.address, device, args.threads, deep=args.deep), args)
-    if args.address: raise ValueError('--address belongs to --engine ray')
+
+        return reported(
+            on_ray(
+                args.source,
+                args.out,
+                spec,
+                args.workers,
+                args.address,
+                device,
+                args.threads,
+                deep=args.deep,
+            ),
+            args,
+        )
+    if args.address:
+        raise ValueError('--address belongs to --engine ray')
     from mobileclip_nb.reinforce.local import reinforce as run
-    return reported(run(args.source, args.out, spec, args.workers, device, args.threads, deep=args.deep), args)
+
+    return reported(
+        run(args.source, args.out, spec, args.workers, device, args.threads, deep=args.deep), args
+    )
 
 # %% ../../nbs/88_verbs.data.ipynb #2ba07bd7
-_CAPTIONER = ('--captioner', dict(default='coca_nano', help='coca_nano, coca_ViT-B-32, coca_ViT-L-14, or mobileclip2_coca_...'))
-_WEIGHTS = ('--weights', dict(help='a tag, a file or hf-hub:ORG/REPO; by default the captioner\'s own'))
-_CPU = ('--device', dict(default='cpu', help='cpu (the default, so that the bytes do not depend on the machine), auto, cuda, cuda:N, mps'))
+_CAPTIONER = (
+    '--captioner',
+    dict(
+        default='coca_nano', help='coca_nano, coca_ViT-B-32, coca_ViT-L-14, or mobileclip2_coca_...'
+    ),
+)
+_WEIGHTS = (
+    '--weights',
+    dict(help='a tag, a file or hf-hub:ORG/REPO; by default the captioner\'s own'),
+)
+_CPU = (
+    '--device',
+    dict(
+        default='cpu',
+        help='cpu (the default, so that the bytes do not depend on the machine), auto, cuda, cuda:N, mps',
+    ),
+)
 _PLACE = dict(help='shards: a folder, a glob, braces or one file, here or at s3://, gs://')
 
-VERBS:list[Verb] = [
-    ('shards build', build, (('source', dict(help='`emoji`; a folder, .csv, .tsv, .jsonl or .parquet of pictures with captions; or tars of img2dataset')), ('out', dict(help='folder to write to')),
-        ('--per-shard', flag('samples a shard (1000)', type=int)), ('--limit', flag('at most so many samples', type=int)),
-        ('--image-column', flag('column of a table that holds or names the image', type=str)), ('--caption-column', flag('column of a table that holds the caption', type=str)),
-        ('--split', flag('emoji: train, heldout, shift, all', type=str)), ('--hand', flag('emoji: twemoji or openmoji', type=str)),
-        ('--side', flag('emoji: pixels', type=int)), ('--skin-tones', dict(action='store_const', const=True, help='emoji: skin tones are concepts of their own')), ('--noise', flag('emoji: share of captions replaced by another emoji\'s, 0 to 1', type=float)))),
-    ('shards join', join, (('images', dict(help='shards with images and captions')), ('metadata', dict(help='shards with everything else, as DataCompDR publishes them')),
-        ('out', dict(help='folder to write to')), ('--shallow', flag('do not open the embeddings')))),
-    ('shards verify', verify, (('place', _PLACE), ('--shallow', flag('do not decode the images')), ('--metadata', flag('images and captions may be elsewhere, as in DataCompDR\'s release')))),
-    ('shards show', show, (('place', _PLACE), ('which', dict(nargs='?', default='0', help='key, uid, or number of the sample')), ('--png', flag('write a picture of it, too: a new .png, or one of this sample', type=Path)))),
-    ('caption', caption, (('images', dict(nargs='+', help='files or folders')), _CAPTIONER, _WEIGHTS, ('-n', dict(type=int, default=5, help='captions a picture')),
-        ('--length', flag('tokens a caption at most', type=int)), ('--seed', dict(type=int, default=0, help='of the draws')), DEVICE)),
-    ('reinforce', reinforce, (('source', _PLACE), ('out', dict(help='folder; output shards are named after input shards')),
-        ('--recipe', dict(default='nano-emoji', help='nano-emoji (the default), datacompdr-12m, datacompdr-1b, dfndr-2b, or a .json file such as OUT/recipe.json')), ('--captioner', flag('weights for the recipe\'s first captioner, such as those `finetune` wrote', type=str)),
-        ('--augmentations', flag('stored a picture, instead of the recipe\'s', type=int)), ('--store', flag('how embeddings are written, instead of the recipe\'s', choices=['float32', 'bf16', 'compact'])),
-        ('--bits', flag('bits a number in the compact store', type=int, choices=range(2, 9))), ('--seed', flag('instead of the recipe\'s', type=int)),
-        ('--engine', dict(default='local', choices=['local', 'ray'], help='this machine, or a Ray cluster')), ('--address', flag('address of a Ray cluster; without one Ray starts here', type=str)),
-        ('--workers', dict(type=int, default=1, help='processes, or actors of the cluster (1)')), ('--threads', dict(type=int, default=1, help='threads a worker that augment at once (1)')), _CPU,
-        ('--deep', flag('compare the hashes of finished shards, not only their sizes')))),
+VERBS: list[Verb] = [
+    (
+        'shards build',
+        build,
+        (
+            (
+                'source',
+                dict(
+                    help='`emoji`; a folder, .csv, .tsv, .jsonl or .parquet of pictures with captions; or tars of img2dataset'
+                ),
+            ),
+            ('out', dict(help='folder to write to')),
+            ('--per-shard', flag('samples a shard (1000)', type=int)),
+            ('--limit', flag('at most so many samples', type=int)),
+            ('--image-column', flag('column of a table that holds or names the image', type=str)),
+            ('--caption-column', flag('column of a table that holds the caption', type=str)),
+            ('--split', flag('emoji: train, heldout, shift, all', type=str)),
+            ('--hand', flag('emoji: twemoji or openmoji', type=str)),
+            ('--side', flag('emoji: pixels', type=int)),
+            (
+                '--skin-tones',
+                dict(
+                    action='store_const',
+                    const=True,
+                    help='emoji: skin tones are concepts of their own',
+                ),
+            ),
+            (
+                '--noise',
+                flag('emoji: share of captions replaced by another emoji\'s, 0 to 1', type=float),
+            ),
+        ),
+    ),
+    (
+        'shards join',
+        join,
+        (
+            ('images', dict(help='shards with images and captions')),
+            ('metadata', dict(help='shards with everything else, as DataCompDR publishes them')),
+            ('out', dict(help='folder to write to')),
+            ('--shallow', flag('do not open the embeddings')),
+        ),
+    ),
+    (
+        'shards verify',
+        verify,
+        (
+            ('place', _PLACE),
+            ('--shallow', flag('do not decode the images')),
+            (
+                '--metadata',
+                flag('images and captions may be elsewhere, as in DataCompDR\'s release'),
+            ),
+        ),
+    ),
+    (
+        'shards show',
+        show,
+        (
+            ('place', _PLACE),
+            ('which', dict(nargs='?', default='0', help='key, uid, or number of the sample')),
+            (
+                '--png',
+                flag('write a picture of it, too: a new .png, or one of this sample', type=Path),
+            ),
+        ),
+    ),
+    (
+        'caption',
+        caption,
+        (
+            ('images', dict(nargs='+', help='files or folders')),
+            _CAPTIONER,
+            _WEIGHTS,
+            ('-n', dict(type=int, default=5, help='captions a picture')),
+            ('--length', flag('tokens a caption at most', type=int)),
+            ('--seed', dict(type=int, default=0, help='of the draws')),
+            DEVICE,
+        ),
+    ),
+    (
+        'reinforce',
+        reinforce,
+        (
+            ('source', _PLACE),
+            ('out', dict(help='folder; output shards are named after input shards')),
+            (
+                '--recipe',
+                dict(
+                    default='nano-emoji',
+                    help='nano-emoji (the default), datacompdr-12m, datacompdr-1b, dfndr-2b, or a .json file such as OUT/recipe.json',
+                ),
+            ),
+            (
+                '--captioner',
+                flag(
+                    'weights for the recipe\'s first captioner, such as those `finetune` wrote',
+                    type=str,
+                ),
+            ),
+            ('--augmentations', flag('stored a picture, instead of the recipe\'s', type=int)),
+            (
+                '--store',
+                flag(
+                    'how embeddings are written, instead of the recipe\'s',
+                    choices=['float32', 'bf16', 'compact'],
+                ),
+            ),
+            ('--bits', flag('bits a number in the compact store', type=int, choices=range(2, 9))),
+            ('--seed', flag('instead of the recipe\'s', type=int)),
+            (
+                '--engine',
+                dict(
+                    default='local', choices=['local', 'ray'], help='this machine, or a Ray cluster'
+                ),
+            ),
+            ('--address', flag('address of a Ray cluster; without one Ray starts here', type=str)),
+            (
+                '--workers',
+                dict(type=int, default=1, help='processes, or actors of the cluster (1)'),
+            ),
+            (
+                '--threads',
+                dict(type=int, default=1, help='threads a worker that augment at once (1)'),
+            ),
+            _CPU,
+            ('--deep', flag('compare the hashes of finished shards, not only their sizes')),
+        ),
+    ),
 ]

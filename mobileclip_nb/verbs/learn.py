@@ -13,96 +13,136 @@ from typing import Any
 
 from ..core import pick_device, set_threads
 from ..train.heldout import BEST_BY, judge_interval, report_to
-from ..train.options import (
-    OPTIONS, WEIGHTS, announced, keep_file, opening_of, ready, recipe_of)
+from mobileclip_nb.train.options import (
+    OPTIONS,
+    WEIGHTS,
+    announced,
+    keep_file,
+    opening_of,
+    ready,
+    recipe_of,
+)
 from .talk import Verb, answer, flag, say
 
 # %% ../../nbs/88_verbs.learn.ipynb #71fe5a59
 def priced(
-    args:argparse.Namespace, # `rate`
-    r:Any, # a `Recipe` at its size
-    model:Any=None, # to be timed; None does not time
-    found:Any=None, # its source
-    device:str|None=None, # where it will be trained, and is timed
-)->Any: # a `Price`
+    args: argparse.Namespace,  # `rate`
+    r: Any,  # a `Recipe` at its size
+    model: Any = None,  # to be timed; None does not time
+    found: Any = None,  # its source
+    device: str | None = None,  # where it will be trained, and is timed
+) -> Any:  # a `Price`
     "What a run will cost, from a measured rate or an assumed one"
     from mobileclip_nb.train.recipe import held_by, price, published_data
-    if args.rate: rate, assumed = args.rate, 'assumed: --rate'
-    elif model is None: rate, assumed = None, ''
+
+    if args.rate:
+        rate, assumed = args.rate, 'assumed: --rate'
+    elif model is None:
+        rate, assumed = None, ''
     else:
         from mobileclip_nb.train.torchrun import measured
+
         rate, assumed = measured(model, found, r.train, 1 if r.train.steps < 20 else 2, device), ''
-    return price(r, rate, held_by(found) if found is not None else published_data(r.data), assumed, memory=getattr(found, 'data', None) is not None)
+    return price(
+        r,
+        rate,
+        held_by(found) if found is not None else published_data(r.data),
+        assumed,
+        memory=getattr(found, 'data', None) is not None,
+    )
 
 # %% ../../nbs/88_verbs.learn.ipynb #c6b502d5
 def unused(
-    found:Any, # the source of a run
-)->dict[str,int]: # by reason
+    found: Any,  # the source of a run
+) -> dict[str, int]:  # by reason
     "Pictures that a source left out when it was read into memory"
     from mobileclip_nb.train.recipe import opened
+
     each = [getattr(getattr(s, 'data', None), 'left_out', {}) for s in opened(found)]
     return {k: sum(e.get(k, 0) for e in each) for e in each for k in e}
 
+
 def told_skips(
-    skips:dict[str,int], # samples of shards that could not be read, by reason
-    gone:dict[str,int], # pictures in memory that could not be used when they were read, by reason
-)->int: # exit status: 1 if something was left out
+    skips: dict[str, int],  # samples of shards that could not be read, by reason
+    gone: dict[
+        str, int
+    ],  # pictures in memory that could not be used when they were read, by reason
+) -> int:  # exit status: 1 if something was left out
     "Say what data did not give"
-    for counts, where in ((skips, '`mobileclip shards verify` names each'), (gone, 'the table of what was kept says which')):
-        if counts: say(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in counts.items())}; {where}")
+    for counts, where in (
+        (skips, '`mobileclip shards verify` names each'),
+        (gone, 'the table of what was kept says which'),
+    ):
+        if counts:
+            say(
+                f"left out of training: {', '.join(f'{n} {reason}' for reason, n in counts.items())}; {where}"
+            )
     return 1 if skips or gone else 0
 
+
 def beside_bar(
-    text:str, # one line or several
-)->None:
+    text: str,  # one line or several
+) -> None:
     "Tell the user something on standard error, above a progress bar if one is there"
     from tqdm import tqdm
+
     tqdm.write(text, file=sys.stderr)
 
+
 def best_of(
-    run:Any, # a `Trained`
-)->dict[str,Any]: # `step`, `recall` and its `chance`; empty if no held-out part was judged
+    run: Any,  # a `Trained`
+) -> dict[str, Any]:  # `step`, `recall` and its `chance`; empty if no held-out part was judged
     "The best checkpoint of a run, by the recall of its held-out part"
     from mobileclip_nb.train.state import find_best
+
     row = find_best(run.judged, BEST_BY)
-    if row is None: return {}
+    if row is None:
+        return {}
     return dict(step=int(row['step']), recall=row[BEST_BY], chance=row['heldout_chance_i2t_r1'])
 
 # %% ../../nbs/88_verbs.learn.ipynb #bd2c55ad
 def train(
-    args:argparse.Namespace, # `data`, `out`, `device`, `price`, `rate`, and those of `OPTIONS`
-)->int: # exit status
+    args: argparse.Namespace,  # `data`, `out`, `device`, `price`, `rate`, and those of `OPTIONS`
+) -> int:  # exit status
     "Train a model on pictures with captions, or on shards"
     from mobileclip_nb.ledger import LEDGER
     from mobileclip_nb.recipes import emoji_judge, fit, heldout_judge, release
     from mobileclip_nb.train.recipe import captions_of, learner, open_run
+
     set_threads(args.threads)
     r, device = recipe_of(args), pick_device(args.device or 'cpu')
     say(announced(r, args.scale))
-    if args.price and args.data is None: p = priced(args, r); answer(p._asdict(), str(p), args.json); return 0
+    if args.price and args.data is None:
+        p = priced(args, r)
+        answer(p._asdict(), str(p), args.json)
+        return 0
     place = str(args.data or r.data)
     out = Path(args.out or f'runs/{r.name}-{Path(place).stem}-{r.id}')
     how = opening_of(args, None if args.price else out, say=say)
-    if not args.price: ready(out, args.resume, r, place, how)
+    if not args.price:
+        ready(out, args.resume, r, place, how)
     run = open_run(r, place, how)
     r, found = run.recipe, run.source
     model = learner(r, captions_of(found), run.record)
     p = priced(args, r, None if how.note else model, found, device)
-    if args.price: answer(p._asdict(), str(p), args.json); return 0
+    if args.price:
+        answer(p._asdict(), str(p), args.json)
+        return 0
     say(f'{p}\non {device}, into {out}')
     judge, every, mark = None, 0, {}
-    if place == 'emoji': judge = emoji_judge(found.data.images.shape[1])
+    if place == 'emoji':
+        judge = emoji_judge(found.data.images.shape[1])
     elif run.held:
         judge, every = heldout_judge(run.held), judge_interval(r.train.steps)
         mark = dict(best=BEST_BY, report=report_to(beside_bar))
     mark |= dict(start=model, place=place, held_out=run.shares, device=device, say=beside_bar)
     done = fit(r, found, out, judge, every, args.resume, LEDGER, args.scale, **mark)
-    weights, numbers = release(out, out/WEIGHTS, say=say), done.run.metrics
+    weights, numbers = release(out, out / WEIGHTS, say=say), done.run.metrics
     best = best_of(done.run) if run.held else {}
     lines = [f'{k:22} {v:.4g}' for k, v in numbers.items()]
     if best:
         score = f"{best['recall']:.1%} (chance {best['chance']:.1%})"
-        more = f"mobileclip release {out/'best.pt'} --out BEST.safetensors"
+        more = f"mobileclip release {out / 'best.pt'} --out BEST.safetensors"
         lines.append(f"best held-out recall: step {best['step']}, {score}; {more}")
     result = dict(weights=str(weights), recipe=r.name, id=r.id, metrics=numbers, best=best)
     answer(result, '\n'.join([*lines, f'weights: {weights}']), args.json)
@@ -110,41 +150,68 @@ def train(
 
 # %% ../../nbs/88_verbs.learn.ipynb #3fb42d59
 def is_captioner(
-    model:str, # a name, a file of weights, or a run's folder
-)->bool:
+    model: str,  # a name, a file of weights, or a run's folder
+) -> bool:
     "Tell a captioner from a CLIP"
     from mobileclip_nb.checkpoint import ABOUT, read_state
-    if not Path(model).is_file(): return 'coca' in model.lower() and not Path(model).is_dir()
+
+    if not Path(model).is_file():
+        return 'coca' in model.lower() and not Path(model).is_dir()
     from mobileclip_nb.shards.limits import read_json
+
     return read_json(read_state(model)[1].get(ABOUT, '{}'), 'record').get('kind') == 'captioner'
 
+
 def finetune(
-    args:argparse.Namespace, # `model`, `weights`, `data`, `out`, `alpha`, `keep`, `device`, `rate`, and those of `OPTIONS`
-)->int: # exit status
+    args: argparse.Namespace,  # `model`, `weights`, `data`, `out`, `alpha`, `keep`, `device`, `rate`, and those of `OPTIONS`
+) -> int:  # exit status
     "Teach a trained model, or a captioner, new data without losing the old"
     set_threads(args.threads)
-    if is_captioner(args.model): return teach_captioner(args)
+    if is_captioner(args.model):
+        return teach_captioner(args)
     import torch
     from mobileclip_nb.checkpoint import save_weights
     from mobileclip_nb.finetune import finetune as tune, start_name
     from mobileclip_nb.ledger import LEDGER
     from mobileclip_nb.recipes import from_run
-    if not 0 <= args.alpha <= 1: raise ValueError(f'--alpha {args.alpha} is not between 0, the old, and 1, the new')
+
+    if not 0 <= args.alpha <= 1:
+        raise ValueError(f'--alpha {args.alpha} is not between 0, the old, and 1, the new')
     r, out, read, device = recipe_of(args), Path(args.out), [], pick_device(args.device or 'cpu')
     how = opening_of(args, out)
     ready(out, args.resume, r, args.data, how, start_name(args.model))
-    def before(model:Any, found:Any, r:Any)->None:
+
+    def before(model: Any, found: Any, r: Any) -> None:
         read.append(found)
         p = priced(args, r, None if how.note else model, found, device)
         say(f'{announced(r, args.scale)}\n{p}\non {device}, into {out}')
+
     more = dict(ledger=LEDGER, scale=args.scale, device=device, workers=args.workers)
-    done = tune(args.model, args.data, out, r, args.weights, args.keep, resume=args.resume,
-                say=beside_bar, before=before, how=how, **more)
+    done = tune(
+        args.model,
+        args.data,
+        out,
+        r,
+        args.weights,
+        args.keep,
+        resume=args.resume,
+        say=beside_bar,
+        before=before,
+        how=how,
+        **more,
+    )
     about = from_run(out)[1] | dict(alpha=args.alpha)
-    weights = save_weights(done.at(args.alpha), out/WEIGHTS, dtype=torch.float16, run=about)
+    weights = save_weights(done.at(args.alpha), out / WEIGHTS, dtype=torch.float16, run=about)
     numbers = done.fit.run.metrics
-    result = dict(weights=str(weights), alpha=args.alpha, recipe=r.name, id=r.id,
-                  new_words=done.new_words, metrics=numbers, best=best_of(done.fit.run))
+    result = dict(
+        weights=str(weights),
+        alpha=args.alpha,
+        recipe=r.name,
+        id=r.id,
+        new_words=done.new_words,
+        metrics=numbers,
+        best=best_of(done.fit.run),
+    )
     lines = [f'{k:22} {v:.4g}' for k, v in numbers.items()]
     lines.append(f'weights, {args.alpha:.0%} of the way to the new: {weights}')
     answer(result, '\n'.join(lines), args.json)
@@ -152,85 +219,226 @@ def finetune(
 
 # %% ../../nbs/88_verbs.learn.ipynb #620d1b7e
 def teach_captioner(
-    args:argparse.Namespace, # `model`, `weights`, `data`, `out`, `steps`, `seed`, `resume`
-)->int: # exit status
+    args: argparse.Namespace,  # `model`, `weights`, `data`, `out`, `steps`, `seed`, `resume`
+) -> int:  # exit status
     "Teach a captioner a folder of pictures with captions"
     from mobileclip_nb.captioner import load_captioner
     from mobileclip_nb.train.captioner import finetune_captioner
     from mobileclip_nb.train.recipe import load_data
+
     if args.held_out:
         raise ValueError('--held-out: a captioner is taught on all pictures; leave it out')
     ready(args.out, args.resume)
-    name, weights = ('coca_nano', args.model) if Path(args.model).is_file() else (args.model, args.weights)
+    name, weights = (
+        ('coca_nano', args.model) if Path(args.model).is_file() else (args.model, args.weights)
+    )
     captioner = load_captioner(name, weights)
     data = load_data(args.data, captioner.pixels.side, say=say, resize=captioner.pixels.resize)
-    done = finetune_captioner(captioner, data, args.out, args.steps or 200, seed=args.seed or 0, resume=args.resume, say=say)
-    answer(dict(weights=done.spec.weights), f'weights: {done.spec.weights}; mobileclip caption PICTURE --weights {done.spec.weights}; mobileclip reinforce IN OUT --captioner {done.spec.weights}', args.json)
+    done = finetune_captioner(
+        captioner,
+        data,
+        args.out,
+        args.steps or 200,
+        seed=args.seed or 0,
+        resume=args.resume,
+        say=say,
+    )
+    answer(
+        dict(weights=done.spec.weights),
+        f'weights: {done.spec.weights}; mobileclip caption PICTURE --weights {done.spec.weights}; mobileclip reinforce IN OUT --captioner {done.spec.weights}',
+        args.json,
+    )
     return told_skips({}, data.left_out)
 
 # %% ../../nbs/88_verbs.learn.ipynb #0c09d9f0
 def release(
-    args:argparse.Namespace, # `folder`, `out`, `raw`
-)->int: # exit status
+    args: argparse.Namespace,  # `folder`, `out`, `raw`
+) -> int:  # exit status
     "Make weights with their record of a run's folder or checkpoint"
     import torch
     from mobileclip_nb.checkpoint import save_weights
     from mobileclip_nb.recipes import from_run
-    if not str(args.out).endswith('.safetensors'): raise ValueError(f'--out {args.out}: released weights end in .safetensors')
+
+    if not str(args.out).endswith('.safetensors'):
+        raise ValueError(f'--out {args.out}: released weights end in .safetensors')
     which = 'raw' if args.raw else 'ema'
     keep_file(args.out, from_run(args.folder, which, False)[1] | dict(alpha=None))
     model, run = from_run(args.folder, which, say=say)
     path = save_weights(model, args.out, dtype=torch.float16, run=run)
-    answer(dict(weights=str(path), run=run), f"{path}: {run['weights']} weights of step {run['step']} of {run['steps']}, recipe {run['recipe']} ({run['recipe_id']}), statistics {run['statistics']}", args.json)
+    answer(
+        dict(weights=str(path), run=run),
+        f"{path}: {run['weights']} weights of step {run['step']} of {run['steps']}, recipe {run['recipe']} ({run['recipe_id']}), statistics {run['statistics']}",
+        args.json,
+    )
     return 0
 
 # %% ../../nbs/88_verbs.learn.ipynb #6427b739
 def bench_latency(
-    args:argparse.Namespace, # `models`, `rounds`
-)->int: # exit status
+    args: argparse.Namespace,  # `models`, `rounds`
+) -> int:  # exit status
     "Print latency ratios against timm, and the cold start, side by side in one run"
     from mobileclip_nb.bench.latency import against_timm, cold_start, table
-    found = {f'{m}, {t} thread{"s"[:t-1]}': against_timm(m, t, args.rounds) for m in args.models for t in (1, 2)} | {'cold start': cold_start(args.rounds)}
-    answer({k: [l._asdict() for l in v] for k, v in found.items()}, '\n\n'.join(f'{k}\n\n{table(v)}' for k, v in found.items()), args.json)
+
+    found = {
+        f'{m}, {t} thread{"s"[: t - 1]}': against_timm(m, t, args.rounds)
+        for m in args.models
+        for t in (1, 2)
+    } | {'cold start': cold_start(args.rounds)}
+    answer(
+        {k: [l._asdict() for l in v] for k, v in found.items()},
+        '\n\n'.join(f'{k}\n\n{table(v)}' for k, v in found.items()),
+        args.json,
+    )
     return 0
 
 # %% ../../nbs/88_verbs.learn.ipynb #714b622a
 def bench_reader(
-    args:argparse.Namespace, # `samples`, `rounds`, `side`, `views`, `batch`
-)->int: # exit status
+    args: argparse.Namespace,  # `samples`, `rounds`, `side`, `views`, `batch`
+) -> int:  # exit status
     "Print how many samples a second are read from shards, side by side with the published way"
     from mobileclip_nb.bench_reader import run
+
     found = run(args.samples, args.rounds, args.side, args.views, batch=args.batch)
-    answer(dict(results=[r._asdict() for r in found.results], exact=found.exact._asdict(), approximate=found.approximate._asdict()), str(found), args.json)
+    answer(
+        dict(
+            results=[r._asdict() for r in found.results],
+            exact=found.exact._asdict(),
+            approximate=found.approximate._asdict(),
+        ),
+        str(found),
+        args.json,
+    )
     return 0
 
 # %% ../../nbs/88_verbs.learn.ipynb #45496665
 def bench_efficiency(
-    args:argparse.Namespace, # `out`, `scale`, `seeds`, `limit`
-)->int: # exit status
+    args: argparse.Namespace,  # `out`, `scale`, `seeds`, `limit`
+) -> int:  # exit status
     "Train plain and reinforced students from one start, and print what a sample was worth; the same command again goes on"
     from mobileclip_nb.efficiency import compare
-    if args.limit is not None and args.limit < 64: raise ValueError(f'--limit {args.limit}: the smallest batches of this comparison need 64 pictures')
+
+    if args.limit is not None and args.limit < 64:
+        raise ValueError(
+            f'--limit {args.limit}: the smallest batches of this comparison need 64 pictures'
+        )
     text = compare(args.out, args.scale, args.seeds, limit=args.limit, say=say)
     answer(dict(out=str(args.out), table=text.splitlines()), text, args.json)
     return 0
 
 # %% ../../nbs/88_verbs.learn.ipynb #1e1fb71e
-_RECIPE = (*OPTIONS,
+_RECIPE = (
+    *OPTIONS,
     ('--device', flag('cpu (the default), auto (the best there is), cuda, mps', type=str)),
-    ('--rate', flag('images a second, assumed for the price instead of measured', type=float)))
+    ('--rate', flag('images a second, assumed for the price instead of measured', type=float)),
+)
 
-VERBS:list[Verb] = [
-    ('train', train, (('data', dict(nargs='?', help='`emoji`, a folder or file of pictures with captions, shards, or several as A:3,B:1; by default what the recipe names')),
-        ('--recipe', dict(default='nano-emoji', help='a recipe by name')), ('--out', flag('folder of the run', type=str)), ('--price', flag('print what it would cost, and stop')), *_RECIPE)),
-    ('finetune', finetune, (('model', dict(help='a name, a file of weights, hf-hub:ORG/REPO, a run\'s folder; or a captioner')), ('data', dict(help='as for train')),
-        ('--weights', flag('a tag or a file; by default the first tag of the model', type=str)), ('--out', dict(required=True, help='folder of the run')),
-        ('--alpha', dict(type=float, default=.5, help='how far from the old weights (0) to the new (1) the written model lies (0.5)')),
-        ('--keep', dict(type=float, default=0., help='weight of agreeing with the old model while learning (0)')), ('--recipe', dict(default='finetune', help='a recipe by name')), *_RECIPE)),
-    ('release', release, (('folder', dict(help='of a run, or one of its checkpoints')), ('--out', dict(required=True, help='a .safetensors file')), ('--raw', flag('the weights as trained, not their average')))),
-    ('bench reader', bench_reader, (('--samples', dict(type=int, default=64, help='in each shard (64)')), ('--rounds', dict(type=int, default=8, help='batches each way (8)')),
-        ('--side', dict(type=int, default=256, help='pixels (256)')), ('--views', dict(type=int, default=30, help='stored augmentations a sample (30)')), ('--batch', dict(type=int, default=32, help='samples a round (32)')))),
-    ('bench efficiency', bench_efficiency, (('--out', dict(default='runs/efficiency', help='folder for shards and ledger (runs/efficiency)')), ('--scale', dict(default='nano', choices=['smoke', 'nano', 'full'], help='length of the runs: full takes hours')),
-        ('--seeds', dict(nargs='+', type=int, default=[0, 1, 2], help='of starts, order and noise (0 1 2)')), ('--limit', flag('at most so many pictures', type=int)))),
-    ('bench latency', bench_latency, (('--models', dict(nargs='+', default=['mci0', 'mci2'], help='rows of MCI')), ('--rounds', dict(type=int, default=20, help='rounds that count')))),
+VERBS: list[Verb] = [
+    (
+        'train',
+        train,
+        (
+            (
+                'data',
+                dict(
+                    nargs='?',
+                    help='`emoji`, a folder or file of pictures with captions, shards, or several as A:3,B:1; by default what the recipe names',
+                ),
+            ),
+            ('--recipe', dict(default='nano-emoji', help='a recipe by name')),
+            ('--out', flag('folder of the run', type=str)),
+            ('--price', flag('print what it would cost, and stop')),
+            *_RECIPE,
+        ),
+    ),
+    (
+        'finetune',
+        finetune,
+        (
+            (
+                'model',
+                dict(
+                    help='a name, a file of weights, hf-hub:ORG/REPO, a run\'s folder; or a captioner'
+                ),
+            ),
+            ('data', dict(help='as for train')),
+            ('--weights', flag('a tag or a file; by default the first tag of the model', type=str)),
+            ('--out', dict(required=True, help='folder of the run')),
+            (
+                '--alpha',
+                dict(
+                    type=float,
+                    default=0.5,
+                    help='how far from the old weights (0) to the new (1) the written model lies (0.5)',
+                ),
+            ),
+            (
+                '--keep',
+                dict(
+                    type=float,
+                    default=0.0,
+                    help='weight of agreeing with the old model while learning (0)',
+                ),
+            ),
+            ('--recipe', dict(default='finetune', help='a recipe by name')),
+            *_RECIPE,
+        ),
+    ),
+    (
+        'release',
+        release,
+        (
+            ('folder', dict(help='of a run, or one of its checkpoints')),
+            ('--out', dict(required=True, help='a .safetensors file')),
+            ('--raw', flag('the weights as trained, not their average')),
+        ),
+    ),
+    (
+        'bench reader',
+        bench_reader,
+        (
+            ('--samples', dict(type=int, default=64, help='in each shard (64)')),
+            ('--rounds', dict(type=int, default=8, help='batches each way (8)')),
+            ('--side', dict(type=int, default=256, help='pixels (256)')),
+            ('--views', dict(type=int, default=30, help='stored augmentations a sample (30)')),
+            ('--batch', dict(type=int, default=32, help='samples a round (32)')),
+        ),
+    ),
+    (
+        'bench efficiency',
+        bench_efficiency,
+        (
+            (
+                '--out',
+                dict(
+                    default='runs/efficiency', help='folder for shards and ledger (runs/efficiency)'
+                ),
+            ),
+            (
+                '--scale',
+                dict(
+                    default='nano',
+                    choices=['smoke', 'nano', 'full'],
+                    help='length of the runs: full takes hours',
+                ),
+            ),
+            (
+                '--seeds',
+                dict(
+                    nargs='+',
+                    type=int,
+                    default=[0, 1, 2],
+                    help='of starts, order and noise (0 1 2)',
+                ),
+            ),
+            ('--limit', flag('at most so many pictures', type=int)),
+        ),
+    ),
+    (
+        'bench latency',
+        bench_latency,
+        (
+            ('--models', dict(nargs='+', default=['mci0', 'mci2'], help='rows of MCI')),
+            ('--rounds', dict(type=int, default=20, help='rounds that count')),
+        ),
+    ),
 ]

@@ -12,54 +12,84 @@ from typing import Any
 
 # %% ../../nbs/87_verbs.talk.ipynb #3652a759
 def say(
-    text:str, # one line or several
-)->None:
+    text: str,  # one line or several
+) -> None:
     "Tell the person something that is not the result"
     sys.stderr.write(f'{text}\n')
 
+
 def answer(
-    result:Any, # a JSON value
-    text:str, # the same for a person
-    as_json:bool, # which of the two
-)->None:
+    result: Any,  # a JSON value
+    text: str,  # the same for a person
+    as_json: bool,  # which of the two
+) -> None:
     "Print a result"
     sys.stdout.write(f'{json.dumps(result, ensure_ascii=False) if as_json else text}\n')
 
 # %% ../../nbs/87_verbs.talk.ipynb #8916e696
 def in_shell(
-    text:str, # an error of the library
-)->str:
+    text: str,  # an error of the library
+) -> str:
     "Say a remedy as a shell would"
-    for python, shell in {'resume=True': '--resume', '`list_models()`': '`mobileclip models`', "device='cpu'": '--device cpu'}.items(): text = text.replace(python, shell)
+    for python, shell in {
+        'resume=True': '--resume',
+        '`list_models()`': '`mobileclip models`',
+        "device='cpu'": '--device cpu',
+    }.items():
+        text = text.replace(python, shell)
     return text
 
 # %% ../../nbs/87_verbs.talk.ipynb #3ba73801
-Verb = tuple[str,Callable[[argparse.Namespace],int],tuple[tuple[str,dict[str,Any]],...]] # name, function, options
+Verb = tuple[
+    str, Callable[[argparse.Namespace], int], tuple[tuple[str, dict[str, Any]], ...]
+]  # name, function, options
+
 
 def flag(
-    help:str, # one line
-    **how:Any, # further arguments of `add_argument`
-)->dict[str,Any]:
+    help: str,  # one line
+    **how: Any,  # further arguments of `add_argument`
+) -> dict[str, Any]:
     "An option that is off unless asked for"
     return dict(help=help, **({} if how else dict(action='store_true')), **how)
 
 # %% ../../nbs/87_verbs.talk.ipynb #fba5b7c5
 def positive(
-    text:str, # as typed
-)->int: # 1 or more
+    text: str,  # as typed
+) -> int:  # 1 or more
     "Read a number of things, for `type` of an option"
-    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1')
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1')
     return int(text)
 
-DEVICE = ('--device', dict(default='auto', help='auto (the default: cuda, else mps, else cpu), cpu, cuda, cuda:N, mps'))
-THREADS = ('--threads', flag('threads of the model on a CPU; by default one a core. Beside busy neighbours fewer are faster: try 1', type=positive))
-BATCH = ('--batch', flag('pictures at a time; by default chosen by the size of a picture and the device', type=positive))
+
+DEVICE = (
+    '--device',
+    dict(
+        default='auto', help='auto (the default: cuda, else mps, else cpu), cpu, cuda, cuda:N, mps'
+    ),
+)
+THREADS = (
+    '--threads',
+    flag(
+        'threads of the model on a CPU; by default one a core. Beside busy neighbours fewer are faster: try 1',
+        type=positive,
+    ),
+)
+BATCH = (
+    '--batch',
+    flag(
+        'pictures at a time; by default chosen by the size of a picture and the device',
+        type=positive,
+    ),
+)
+
 
 def ready_to_compute(
-    args:argparse.Namespace, # `device`, and `threads` where the verb has it
-)->str: # the device
+    args: argparse.Namespace,  # `device`, and `threads` where the verb has it
+) -> str:  # the device
     "Choose the device, and set threads and allocator of this process"
     from mobileclip_nb.core import pick_device, set_threads, tune_allocator
+
     device = pick_device(args.device)
     set_threads(getattr(args, 'threads', None))
     tune_allocator()

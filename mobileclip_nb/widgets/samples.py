@@ -28,202 +28,323 @@ from ..shards.tools import about_of, find_sample
 # %% ../../nbs/80_widgets.samples.ipynb #7e258a6c
 class Said(NamedTuple):
     "A caption and how near each view is to it"
-    key:str # `text` for a true caption, else the name of the synthetic ones
-    caption:str
-    cosines:dict[str,np.ndarray] # teacher to `(A,)`, -1 to 1; empty without embeddings
 
-def _parts(x:np.ndarray, widths:Sequence[int])->list[np.ndarray]: # `(N, D_k)` unit rows
+    key: str  # `text` for a true caption, else the name of the synthetic ones
+    caption: str
+    cosines: dict[str, np.ndarray]  # teacher to `(A,)`, -1 to 1; empty without embeddings
+
+
+def _parts(x: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:  # `(N, D_k)` unit rows
     "Rows of each teacher, of length 1"
-    return [p/np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12) for p in np.split(x, np.cumsum(widths)[:-1], axis=1)]
+    return [
+        p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12)
+        for p in np.split(x, np.cumsum(widths)[:-1], axis=1)
+    ]
+
 
 def similarities(
-    sample:Sample, # with or without embeddings
-    widths:Sequence[int]=(), # D_k of the teachers; nothing: one teacher
-    names:Sequence[str]=(), # of the teachers; nothing: numbers
-)->list[Said]: # true captions first, then synthetic ones by key
+    sample: Sample,  # with or without embeddings
+    widths: Sequence[int] = (),  # D_k of the teachers; nothing: one teacher
+    names: Sequence[str] = (),  # of the teachers; nothing: numbers
+) -> list[Said]:  # true captions first, then synthetic ones by key
     "Compare every view with every caption, teacher by teacher"
-    asked = [('text', sample.captions), *((k, sample.synthetic[k]) for k in sorted(sample.synthetic))]
-    if sample.image_emb is None: return [Said(k, c, {}) for k, texts in asked for c in texts]
+    asked = [
+        ('text', sample.captions),
+        *((k, sample.synthetic[k]) for k in sorted(sample.synthetic)),
+    ]
+    if sample.image_emb is None:
+        return [Said(k, c, {}) for k, texts in asked for c in texts]
     widths = tuple(widths) or (sample.image_emb.shape[1],)
-    names = tuple(names) or tuple(f'teacher {i+1}' for i in range(len(widths)))
-    if len(names) != len(widths): raise ValueError(f"{len(names)} names for {len(widths)} teachers; give one name a width")
-    if sum(widths) != sample.image_emb.shape[1]: raise ValueError(f"Rows of {sample.key!r} are {sample.image_emb.shape[1]} wide and teachers {widths} give {sum(widths)}; the manifest beside the shards has their widths")
+    names = tuple(names) or tuple(f'teacher {i + 1}' for i in range(len(widths)))
+    if len(names) != len(widths):
+        raise ValueError(f"{len(names)} names for {len(widths)} teachers; give one name a width")
+    if sum(widths) != sample.image_emb.shape[1]:
+        raise ValueError(
+            f"Rows of {sample.key!r} are {sample.image_emb.shape[1]} wide and teachers {widths} give {sum(widths)}; the manifest beside the shards has their widths"
+        )
     image, said = _parts(sample.image_emb, widths), []
     for k, texts in asked:
         rows = sample.text_emb.get(k)
         parts = None if rows is None else _parts(rows, widths)
-        said += [Said(k, c, {n: image[j]@parts[j][i] for j, n in enumerate(names)} if parts else {}) for i, c in enumerate(texts)]
+        said += [
+            Said(k, c, {n: image[j] @ parts[j][i] for j, n in enumerate(names)} if parts else {})
+            for i, c in enumerate(texts)
+        ]
     return said
 
 # %% ../../nbs/80_widgets.samples.ipynb #34797016
 class View(NamedTuple):
     "One stored augmentation, replayed"
-    index:int # among the stored ones
-    image:Image.Image # the view
-    words:str # what was done
-    box:tuple[int,int,int,int]|None # left, top, width, height on the original, pixels; None if nothing was cut out
 
-def _original(sample:Sample)->Image.Image: # upright, RGB
+    index: int  # among the stored ones
+    image: Image.Image  # the view
+    words: str  # what was done
+    box: (
+        tuple[int, int, int, int] | None
+    )  # left, top, width, height on the original, pixels; None if nothing was cut out
+
+
+def _original(sample: Sample) -> Image.Image:  # upright, RGB
     "The sample's image, or an error that names the sample"
-    if sample.image is None: raise ValueError(f"The sample {sample.key!r} has no image to replay on; join the metadata with the original shards first")
-    try: return open_image(io.BytesIO(sample.image))
-    except ValueError as e: raise ValueError(f"The image of the sample {sample.key!r} cannot be read: {str(e).partition(': ')[2]}") from e
+    if sample.image is None:
+        raise ValueError(
+            f"The sample {sample.key!r} has no image to replay on; join the metadata with the original shards first"
+        )
+    try:
+        return open_image(io.BytesIO(sample.image))
+    except ValueError as e:
+        raise ValueError(
+            f"The image of the sample {sample.key!r} cannot be read: {str(e).partition(': ')[2]}"
+        ) from e
+
 
 def replay(
-    sample:Sample, # with image and parameters
-    spec:AugmentSpec, # the pipeline that drew them
-    chosen:Sequence[int], # indices of stored augmentations
-)->list[View]:
+    sample: Sample,  # with image and parameters
+    spec: AugmentSpec,  # the pipeline that drew them
+    chosen: Sequence[int],  # indices of stored augmentations
+) -> list[View]:
     "Perform stored augmentations again on the sample's image"
     original, views = _original(sample), []
     for i in chosen:
-        if not 0 <= i < len(sample.param_aug or ()): raise IndexError(f"The sample {sample.key!r} has {len(sample.param_aug or ())} stored augmentations; there is no number {i}")
-        params = unpack(spec, sample.param_aug[i]); cut = params.get('random_resized_crop')
-        views.append(View(i, apply(spec, original, params), describe(params), (cut[1], cut[0], cut[3], cut[2]) if cut else None))
+        if not 0 <= i < len(sample.param_aug or ()):
+            raise IndexError(
+                f"The sample {sample.key!r} has {len(sample.param_aug or ())} stored augmentations; there is no number {i}"
+            )
+        params = unpack(spec, sample.param_aug[i])
+        cut = params.get('random_resized_crop')
+        views.append(
+            View(
+                i,
+                apply(spec, original, params),
+                describe(params),
+                (cut[1], cut[0], cut[3], cut[2]) if cut else None,
+            )
+        )
     return views
 
 # %% ../../nbs/80_widgets.samples.ipynb #e3c0899a
 _INK = [COLORS[c] for c in ('blue', 'orange', 'green', 'red', 'purple', 'sky')]
 
-def _strip(fig:Any, original:Image.Image, views:Sequence[View])->None:
+
+def _strip(fig: Any, original: Image.Image, views: Sequence[View]) -> None:
     "Draw the original with its boxes, then the views"
-    axes = fig.subplots(1, len(views)+1, squeeze=False)[0]
-    axes[0].imshow(original); axes[0].set_title(f'{original.width}x{original.height}', fontsize=6.5, pad=2)
+    axes = fig.subplots(1, len(views) + 1, squeeze=False)[0]
+    axes[0].imshow(original)
+    axes[0].set_title(f'{original.width}x{original.height}', fontsize=6.5, pad=2)
     for ax, v in zip(axes[1:], views):
         ink = _INK[v.index % len(_INK)]
-        ax.imshow(v.image); ax.set_title(f'view {v.index}', fontsize=6.5, color=ink, pad=2)
-        ax.set_xlabel(textwrap.fill(v.words, 22, max_lines=3, placeholder='…'), fontsize=5, labelpad=2)
-        if v.box: axes[0].add_patch(need('matplotlib.patches', extra='lab').Rectangle(v.box[:2], *v.box[2:], fill=False, edgecolor=ink, linewidth=1.2))
-        for s in ax.spines.values(): s.set(visible=True, color=ink, linewidth=1.5)
+        ax.imshow(v.image)
+        ax.set_title(f'view {v.index}', fontsize=6.5, color=ink, pad=2)
+        ax.set_xlabel(
+            textwrap.fill(v.words, 22, max_lines=3, placeholder='…'), fontsize=5, labelpad=2
+        )
+        if v.box:
+            axes[0].add_patch(
+                need('matplotlib.patches', extra='lab').Rectangle(
+                    v.box[:2], *v.box[2:], fill=False, edgecolor=ink, linewidth=1.2
+                )
+            )
+        for s in ax.spines.values():
+            s.set(visible=True, color=ink, linewidth=1.5)
     axes[0].spines[:].set_visible(False)
-    for ax in axes: ax.set(xticks=[], yticks=[]); ax.grid(False)
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
 
-def _label(s:Said)->str: # at most two lines
+
+def _label(s: Said) -> str:  # at most two lines
     "A caption as it stands beside its line"
     rows = textwrap.wrap(s.caption if s.key == 'text' else f'{s.key}: {s.caption}', 44) or ['']
     return '\n'.join(rows if len(rows) < 3 else [rows[0], rows[1][:43] + '…'])
 
-def _fields(fig:Any, said:Sequence[Said], views:Sequence[int])->None:
+
+def _fields(fig: Any, said: Sequence[Said], views: Sequence[int]) -> None:
     "Draw the captions and a field of cosines for each teacher"
     names = list(dict.fromkeys(n for s in said for n in s.cosines)) or ['']
     axes = fig.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for ax, n in zip(axes, names):
-        c = np.array([[s.cosines[n][i] if n in s.cosines else np.nan for i in views] or [np.nan] for s in said])
+        c = np.array(
+            [
+                [s.cosines[n][i] if n in s.cosines else np.nan for i in views] or [np.nan]
+                for s in said
+            ]
+        )
         low, high = (np.nanmin(c), np.nanmax(c)) if np.isfinite(c).any() else (0, 1)
-        ax.imshow(c, cmap='Blues', aspect='auto', vmin=low, vmax=max(high, low+1e-3))
+        ax.imshow(c, cmap='Blues', aspect='auto', vmin=low, vmax=max(high, low + 1e-3))
         for (i, j), v in np.ndenumerate(c):
-            if np.isfinite(v): ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=6, color='white' if v > (low+high)/2 else 'black')
-        ax.set_title(f'{n}: cosine with each view' if n else 'no embeddings', fontsize=6.5, pad=2, color='black' if n else GRAY); ax.grid(False)
-        ax.set_xticks(range(len(views)), [f'{i}' for i in views], fontsize=6); ax.set_yticks(range(len(said)), [_label(s) for s in said], fontsize=6, parse_math=False)        # a price is no formula
-        for t in ax.get_yticklabels(): t.set_fontweight('bold' if said[int(t.get_position()[1])].key == 'text' else 'normal')
-        ax.tick_params(length=0); ax.spines[:].set_visible(False)
+            if np.isfinite(v):
+                ax.text(
+                    j,
+                    i,
+                    f'{v:.2f}',
+                    ha='center',
+                    va='center',
+                    fontsize=6,
+                    color='white' if v > (low + high) / 2 else 'black',
+                )
+        ax.set_title(
+            f'{n}: cosine with each view' if n else 'no embeddings',
+            fontsize=6.5,
+            pad=2,
+            color='black' if n else GRAY,
+        )
+        ax.grid(False)
+        ax.set_xticks(range(len(views)), [f'{i}' for i in views], fontsize=6)
+        ax.set_yticks(
+            range(len(said)), [_label(s) for s in said], fontsize=6, parse_math=False
+        )  # a price is no formula
+        for t in ax.get_yticklabels():
+            t.set_fontweight('bold' if said[int(t.get_position()[1])].key == 'text' else 'normal')
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
 
 # %% ../../nbs/80_widgets.samples.ipynb #87c71b43
 def picture(
-    sample:Sample, # with an image; parameters and embeddings where there are any
-    spec:AugmentSpec, # the pipeline that drew the parameters
-    widths:Sequence[int]=(), # D_k of the teachers
-    names:Sequence[str]=(), # of the teachers
-    first:int=0, # view to begin with
-    count:int=5, # views to show, at most
-)->Any: # a matplotlib figure
+    sample: Sample,  # with an image; parameters and embeddings where there are any
+    spec: AugmentSpec,  # the pipeline that drew the parameters
+    widths: Sequence[int] = (),  # D_k of the teachers
+    names: Sequence[str] = (),  # of the teachers
+    first: int = 0,  # view to begin with
+    count: int = 5,  # views to show, at most
+) -> Any:  # a matplotlib figure
     "Draw a sample: image, views, captions, and cosines of both"
     stored = len(sample.param_aug or ())
-    if stored and not 0 <= first < stored: raise IndexError(f"The sample {sample.key!r} has views 0 to {stored-1}, not {first}")
-    if count < 1: raise ValueError(f"count={count}: show at least one view")
-    views = replay(sample, spec, range(first, min(first+count, stored)))
+    if stored and not 0 <= first < stored:
+        raise IndexError(f"The sample {sample.key!r} has views 0 to {stored - 1}, not {first}")
+    if count < 1:
+        raise ValueError(f"count={count}: show at least one view")
+    views = replay(sample, spec, range(first, min(first + count, stored)))
     said = similarities(sample, widths, names)
     with style():
-        tall = .2*max(sum(_label(s).count('\n')+1.3 for s in said), 1) + .35
+        tall = 0.2 * max(sum(_label(s).count('\n') + 1.3 for s in said), 1) + 0.35
         fig = figure(6.4, 1.4 + tall)
         top, below = fig.subfigures(2, 1, height_ratios=(1.4, tall))
         _strip(top, _original(sample), views)
-        if said: _fields(below, said, [v.index for v in views])
+        if said:
+            _fields(below, said, [v.index for v in views])
     return fig
 
+
 def still(
-    sample:Sample, # as for `picture`
-    spec:AugmentSpec, # the pipeline
-    widths:Sequence[int]=(), # D_k of the teachers
-    names:Sequence[str]=(), # of the teachers
-    first:int=0, # view to begin with
-    count:int=5, # views to show, at most
-    dpi:int=110, # dots an inch
-)->bytes: # a PNG file
+    sample: Sample,  # as for `picture`
+    spec: AugmentSpec,  # the pipeline
+    widths: Sequence[int] = (),  # D_k of the teachers
+    names: Sequence[str] = (),  # of the teachers
+    first: int = 0,  # view to begin with
+    count: int = 5,  # views to show, at most
+    dpi: int = 110,  # dots an inch
+) -> bytes:  # a PNG file
     "`picture` as PNG bytes"
     return png(picture(sample, spec, widths, names, first, count), dpi=dpi)
 
 # %% ../../nbs/80_widgets.samples.ipynb #242a7054
 def chooser(
-    samples:Sequence[Sample], # to choose from, keys all different
-    spec:AugmentSpec, # the pipeline
-    widths:Sequence[int]=(), # D_k of the teachers
-    names:Sequence[str]=(), # of the teachers
-    count:int=5, # views to show at once
-)->Any: # an ipywidgets box: sample, first view, image or why there is none
+    samples: Sequence[Sample],  # to choose from, keys all different
+    spec: AugmentSpec,  # the pipeline
+    widths: Sequence[int] = (),  # D_k of the teachers
+    names: Sequence[str] = (),  # of the teachers
+    count: int = 5,  # views to show at once
+) -> Any:  # an ipywidgets box: sample, first view, image or why there is none
     "Choose a sample and its first view, and see the picture"
     w, by = need('ipywidgets', extra='lab'), {s.key: s for s in samples}
-    if not samples or len(by) < len(samples): raise ValueError(f"{len(samples)} samples with {len(by)} different keys; give at least one, and each a key of its own")
-    def last(s:Sample)->int: return max(len(s.param_aug or ())-1, 0)
+    if not samples or len(by) < len(samples):
+        raise ValueError(
+            f"{len(samples)} samples with {len(by)} different keys; give at least one, and each a key of its own"
+        )
+
+    def last(s: Sample) -> int:
+        return max(len(s.param_aug or ()) - 1, 0)
+
     which = w.Dropdown(options=list(by), description='sample')
     first = w.IntSlider(0, 0, last(samples[0]), description='first view', continuous_update=False)
     shown, said = w.Image(format='png'), w.Label()
-    def draw(_:Any=None)->None:
+
+    def draw(_: Any = None) -> None:
         s = by[which.value]
-        if first.value > last(s): first.value = last(s)         # calls us again
+        if first.value > last(s):
+            first.value = last(s)  # calls us again
         first.max = last(s)
-        try: shown.value, said.value = still(s, spec, widths, names, min(first.value, last(s)), count), ''
-        except (ValueError, IndexError) as e: shown.value, said.value = b'', str(e)            # not the picture of another sample
+        try:
+            shown.value, said.value = (
+                still(s, spec, widths, names, min(first.value, last(s)), count),
+                '',
+            )
+        except (ValueError, IndexError) as e:
+            shown.value, said.value = b'', str(e)  # not the picture of another sample
         shown.layout.display = None if shown.value else 'none'
-    which.observe(draw, 'value'); first.observe(draw, 'value'); draw()
+
+    which.observe(draw, 'value')
+    first.observe(draw, 'value')
+    draw()
     return w.VBox([w.HBox([which, first]), shown, said])
 
 # %% ../../nbs/80_widgets.samples.ipynb #457d2e06
-def _told(place:str|Path)->tuple[AugmentSpec,list[int],list[str]]: # pipeline, widths, names
+def _told(place: str | Path) -> tuple[AugmentSpec, list[int], list[str]]:  # pipeline, widths, names
     "What a folder's manifest says of its samples"
     about = about_of(place)
-    return about.augment or DATACOMPDR, [w for _, w in about.teachers], [n for n, _ in about.teachers]
+    return (
+        about.augment or DATACOMPDR,
+        [w for _, w in about.teachers],
+        [n for n, _ in about.teachers],
+    )
+
 
 def still_at(
-    place:str|Path, # shards, as `list_shards` takes them
-    which:str|int=0, # key or uid, or the number of a sample, from 0 over all shards
-    first:int=0, # view to begin with
-    count:int=5, # views to show, at most
-)->bytes: # a PNG file
+    place: str | Path,  # shards, as `list_shards` takes them
+    which: str | int = 0,  # key or uid, or the number of a sample, from 0 over all shards
+    first: int = 0,  # view to begin with
+    count: int = 5,  # views to show, at most
+) -> bytes:  # a PNG file
     "`still` of one sample of some shards"
     return still(find_sample(place, which)[0], *_told(place), first, count)
 
+
 def browse(
-    place:str|Path, # shards, as `list_shards` takes them
-    n:int=20, # samples to choose from, the first ones
-)->Any: # an ipywidgets box
+    place: str | Path,  # shards, as `list_shards` takes them
+    n: int = 20,  # samples to choose from, the first ones
+) -> Any:  # an ipywidgets box
     "`chooser` over the first samples of some shards"
     samples = list(islice((s for url in list_shards(place) for s in read_shard(url)), n))
-    if not samples: raise ValueError(f"No sample can be read at {str(place)!r}; `verify` says why")
+    if not samples:
+        raise ValueError(f"No sample can be read at {str(place)!r}; `verify` says why")
     return chooser(samples, *_told(place))
 
 # %% ../../nbs/80_widgets.samples.ipynb #7b2032f7
-_NOTE = 'mobileclip_nb' # key of the PNG's text
+_NOTE = 'mobileclip_nb'  # key of the PNG's text
 
-def _shows(path:Path)->dict[str,str]|None: # shard and key; None if the file was not written by `save_still`
+
+def _shows(
+    path: Path,
+) -> dict[str, str] | None:  # shard and key; None if the file was not written by `save_still`
     "Read which sample a picture shows"
     try:
-        with Image.open(path) as image: note = json.loads(image.info.get(_NOTE, 'null'))
-    except (OSError, ValueError, Image.DecompressionBombError): return None
+        with Image.open(path) as image:
+            note = json.loads(image.info.get(_NOTE, 'null'))
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
     return note if isinstance(note, dict) and note.keys() == {'shard', 'key'} else None
 
+
 def save_still(
-    place:str|Path, # shards, as `list_shards` takes them
-    which:str|int, # key or uid, or the number of a sample, from 0 over all shards
-    path:str|Path, # a .png: new, or a picture of this sample
-)->Path: # the path
+    place: str | Path,  # shards, as `list_shards` takes them
+    which: str | int,  # key or uid, or the number of a sample, from 0 over all shards
+    path: str | Path,  # a .png: new, or a picture of this sample
+) -> Path:  # the path
     "Write the picture of one sample to a file"
     path, (sample, url) = Path(path), find_sample(place, which)
-    note = dict(shard=str(Path(shown(url)).resolve()) if is_local(url) else shown(url), key=sample.key)
+    note = dict(
+        shard=str(Path(shown(url)).resolve()) if is_local(url) else shown(url), key=sample.key
+    )
     if path.exists() and (had := _shows(path)) != note:
-        what = f"shows the sample {had['key']!r} of {had['shard']!r}" if had else 'was not made by this command'
-        raise ValueError(f"{str(path)!r} {what}, and would be replaced by the sample {note['key']!r} of {note['shard']!r}; "
-                         "choose another file, or remove it")
+        what = (
+            f"shows the sample {had['key']!r} of {had['shard']!r}"
+            if had
+            else 'was not made by this command'
+        )
+        raise ValueError(
+            f"{str(path)!r} {what}, and would be replaced by the sample {note['key']!r} of {note['shard']!r}; "
+            "choose another file, or remove it"
+        )
     info = PngInfo()
     info.add_itxt(_NOTE, json.dumps(note))
     with Image.open(io.BytesIO(still(sample, *_told(place)))) as image, whole(path) as tmp:
