@@ -23,7 +23,7 @@ from mobileclip_nb.blocks.fold import (
 
 # %% ../../nbs/11_blocks.mobileone.ipynb #9549419d
 class SqueezeExcite(nn.Module):
-    "Scale each channel by a factor computed from the whole map (Squeeze-and-Excitation, 1709.01507, §3)"
+    "Scale each channel by a factor computed from the whole map (1709.01507, §3)"
 
     def __init__(
         self,
