@@ -275,17 +275,18 @@ def _shown(
 def markdown_table(
     columns: Sequence[str],  # headings
     rows: Iterable[Sequence[Any]],  # a value for each column; None is shown as a dash
+    right: Sequence[bool] | None = None,  # columns aligned right; None: those of numbers
 ) -> str:  # Markdown
     "Print rows as a Markdown table, columns of numbers aligned to the right"
     rows = [list(row) for row in rows]
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"A row has {len(row)} values for {len(columns)} columns: {row}")
-    kinds = (int, float, type(None))
-    numeric = [
-        bool(rows) and all(isinstance(row[k], kinds) for row in rows) for k in range(len(columns))
-    ]
-    lines = [columns, ['---:' if right else '---' for right in numeric]]
+    if right is None:
+        numbers = (int, float, type(None))
+        right = [bool(rows) and all(isinstance(v, numbers) for v in col) for col in zip(*rows)]
+        right = right or [False] * len(columns)
+    lines = [columns, ['---:' if is_right else '---' for is_right in right]]
     lines += [[_shown(value) for value in row] for row in rows]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
