@@ -79,7 +79,7 @@ def seed_all(
 
 # %% ../nbs/00_core.ipynb #e055bfb1
 def pick_device(
-    wish: str | None = None,  # `cpu`, `cuda`, `cuda:1`, `mps`; `auto` or None: the best available
+    device: str | None = None,  # `cpu`, `cuda`, `cuda:1`, `mps`; `auto` or None: the best available
 ) -> str:  # a name for `Tensor.to`
     "Choose a device: cuda, then mps, then cpu; `ValueError` for one that is not available"
     import torch
@@ -87,25 +87,25 @@ def pick_device(
     available = dict(
         cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True
     )
-    if wish is None or wish == 'auto':
+    if device is None or device == 'auto':
         return next(kind for kind, present in available.items() if present)
-    kind, colon, number = str(wish).partition(':')
+    kind, colon, number = str(device).partition(':')
     if kind not in available:
         suggestion = near(kind, ['auto', *available])
-        raise ValueError(f"No device {wish!r}.{suggestion} Known: auto, {', '.join(available)}.")
+        raise ValueError(f"No device {device!r}.{suggestion} Known: auto, {', '.join(available)}.")
     count = int(available[kind])
     if kind == 'cuda' and count:
         count = torch.cuda.device_count()
     if not count:
         raise ValueError(
-            f"Device {wish!r} is not available here. Use device='cpu' or leave it out."
+            f"Device {device!r} is not available here. Use device='cpu' or leave it out."
         )
     if colon and not (number.isdecimal() and int(number) < count):
         raise ValueError(
-            f"Device {wish!r} is not available here; there is {kind}:0 to {kind}:{count - 1}. "
+            f"Device {device!r} is not available here; there is {kind}:0 to {kind}:{count - 1}. "
             "Use one of these or leave it out."
         )
-    return str(wish)
+    return str(device)
 
 # %% ../nbs/00_core.ipynb #7409f349
 def set_threads(

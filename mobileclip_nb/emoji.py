@@ -47,7 +47,7 @@ def _folder(
     hand: str,  # `twemoji` or `openmoji`
 ) -> tuple[Path, frozenset[str]]:  # the folder of SVG files and their names without suffix
     "Find the drawings of an art style"
-    package, _, sub, _ = _ART[_known(hand, HANDS, 'hand')]
+    package, _, sub, _ = _ART[_known(hand, HANDS, 'art style')]
     folder = Path(need(package, extra='emoji').__file__).parent / sub
     return folder, frozenset(file.stem for file in folder.glob('*.svg'))
 
@@ -177,8 +177,8 @@ def attribution(
     hand: str | None = None,  # `twemoji` or `openmoji`; None for both
 ) -> str:  # one line a style
     "Name authors, licence and changes of the drawings"
-    hands = HANDS if hand is None else (_known(hand, HANDS, 'hand'),)
-    return '\n'.join(f'{_CREDIT[h]}; drawn on white at another size' for h in hands)
+    styles = HANDS if hand is None else (_known(hand, HANDS, 'art style'),)
+    return '\n'.join(f'{_CREDIT[style]}; drawn on white at another size' for style in styles)
 
 # %% ../nbs/04_emoji.ipynb #59a2b3e6
 def _stored(
@@ -238,8 +238,8 @@ def _draw_all(
     files = [f'{emoji.code} {drawing(emoji.char, hand).stem}' for emoji in concepts()]
     names = hashlib.sha256('\n'.join(files).encode()).hexdigest()
     need('resvg_py', extra='emoji')
-    art, pen = version(_ART[hand][1]), version('resvg-py')
-    stamp = dict(format=_FORMAT, hand=hand, art=art, pen=pen, side=side, concepts=names)
+    art, renderer = version(_ART[hand][1]), version('resvg-py')
+    stamp = dict(format=_FORMAT, hand=hand, art=art, pen=renderer, side=side, concepts=names)
 
     def make() -> np.ndarray:
         "Render every concept"
@@ -248,7 +248,9 @@ def _draw_all(
         bar = tqdm(concepts(), desc=f'drawing {hand} at {side} px', unit='emoji', leave=False)
         return np.stack([draw(emoji.char, hand, side) for emoji in bar])
 
-    images = _remember(folder / f'{hand}-{art}-resvg{pen}-{side}px-v{_FORMAT}.npz', stamp, make)
+    images = _remember(
+        folder / f'{hand}-{art}-resvg{renderer}-{side}px-v{_FORMAT}.npz', stamp, make
+    )
     images.flags.writeable = False
     return images
 
@@ -258,7 +260,7 @@ def draw_all(
     side: int = 64,  # pixels, 8 to 512
 ) -> np.ndarray:  # uint8 `(N, side, side, 3)` in the order of `concepts()`, read-only
     "Render all concepts in one art style, once; later calls read the cache"
-    _known(hand, HANDS, 'hand')
+    _known(hand, HANDS, 'art style')
     _check_side(side)
     # larger arrays take a gigabyte and are not kept in memory
     load = _draw_all if side <= 128 else _draw_all.__wrapped__
@@ -354,7 +356,7 @@ def load_emoji(
 ) -> Pictures:  # in the order of `concepts()`
     "Load one split as images with captions; the first call renders, later ones read"
     _known(split, SPLITS, 'split')
-    _known(hand, HANDS, 'hand')
+    _known(hand, HANDS, 'art style')
     both = splits(skin_tones)
     indices = list(both.heldout if split == 'heldout' else both.train)
     if split == 'all':

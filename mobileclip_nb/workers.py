@@ -149,14 +149,14 @@ class _Crew:
         self.assigned = {}  # by pipe: the jobs of a worker; None until it is ready
         self.process = {}  # by pipe
         self.suspects = set()  # names of jobs that may have killed a worker
-        self.over = False  # whether all workers were told to end
+        self.over = False  # whether all workers have been sent the end
 
     def hire(self) -> None:
         "Start a worker"
-        ours, theirs = multiprocessing.Pipe()
-        self.process[ours] = self.start(theirs)
-        theirs.close()
-        self.assigned[ours] = None
+        parent_end, child_end = multiprocessing.Pipe()
+        self.process[parent_end] = self.start(child_end)
+        child_end.close()
+        self.assigned[parent_end] = None
 
     def feed(self) -> None:
         "Give each worker one job, and a second one if enough are left for all"
