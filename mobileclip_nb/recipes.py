@@ -25,7 +25,7 @@ from .emoji import HANDS, TEMPLATES, concepts, load_emoji
 from .eval.retrieval import Judge
 from .frozen import freeze
 from .ledger import append, code_version, read, record as run_record, spread
-from .reinforce.folder import alone
+from .shards.job import alone
 from .text.tokens import ids_in_use
 from .train.data import need_two
 from .train.loop import Trained, refresh_model, train

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core import need
 from ..places import shown
-from .folder import Job, set_aside
+from ..shards.job import Job, set_aside
 from .local import Loader, Report, conduct, stream
 from .recipe import ReinforceSpec, load_models
 from ..shards.members import tar_file

@@ -18,17 +18,17 @@ from tqdm.auto import tqdm
 
 from ..augment import DATACOMPDR, AugmentSpec, unpack
 from ..places import list_shards, name_of, reading, shown
-from mobileclip_nb.shards.build import (
+from .build import look
+from .files import Skips, read_shard, tar_files
+from mobileclip_nb.shards.job import (
     LeftOut,
     Report,
     ShardJob,
-    fingerprint,
+    fingerprint_rows,
     finish,
-    finished,
-    look,
+    read_report,
     size_of,
 )
-from .files import Skips, read_shard, tar_files
 from .limits import Faulty, read_json
 from .members import read_tar, split_name
 from .sample import Sample, from_members, to_members
@@ -300,11 +300,11 @@ def join(
     pics, metas = list_shards(images), list_shards(metadata)
     names = names_for([shown(u) for u in metas])
     marks = {
-        k: fingerprint(((name_of(u), size_of(u)) for u in us), 'shards')
+        k: fingerprint_rows(((name_of(u), size_of(u)) for u in us), 'shards')
         for k, us in (('images', pics), ('metadata', metas))
     }
     job = ShardJob('join', out, **marks, augment=augment.to_config(), deep=deep)
-    if done := finished(job):
+    if done := read_report(job):
         return done
     finder = Finder(pics, progress)
     with finder.stack:

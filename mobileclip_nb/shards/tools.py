@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..augment import OPS, AugmentSpec, unpack
 from ..places import list_shards, name_of, reading
-from .build import LeftOut, look
+from .build import look
 from mobileclip_nb.shards.files import (
     PUBLISHED,
     Entry,
@@ -29,6 +29,7 @@ from mobileclip_nb.shards.files import (
     read_published,
     read_shard,
 )
+from .job import LeftOut
 from .join import number_of, outside
 from .sample import Sample
 

@@ -28,7 +28,7 @@ from ..papers import published
 from ..pixels import Pixels
 from ..published import OTHERS, ROWS, Row
 from ..ranged import Ranged
-from ..shards.build import size_of
+from ..shards.job import size_of
 from ..shards.files import read_shard
 from ..sources import source_of
 from ..spec import Spec, plain
