@@ -15,7 +15,7 @@ import torch
 
 from .shards.compact import Packed
 from .shards.limits import Faulty, Limits, gunzip, read_npz, read_pth
-from .shards.sample import HOLDERS, _assign
+from .shards.sample import HOLDERS, assign_rows
 
 # %% ../nbs/51_rows.ipynb #e7ea2ed2
 class Mold(NamedTuple):
@@ -174,7 +174,7 @@ def opinions(
     opened = {'npz': lambda b, l: _parts(read_npz(b, l)), 'emb': _from_emb, 'pth.gz': _from_pth}[
         holder
     ](members[holder], limits)
-    image, text = _assign(opened, captions, synthetic)
+    image, text = assign_rows(opened, captions, synthetic)
     for k, x in text.items():
         texts = captions if k == 'text' else synthetic[k]
         if len(x) != len(texts) and texts:
