@@ -137,7 +137,7 @@ def _close(
     elif group:
         yield group.key, group.members
 
-
+# %% ../../nbs/45_shards.files.ipynb #0fd82d54
 def read_members(
     url: str | Path,  # a tar, local or remote
     skips: Skips | None = None,  # is filled
