@@ -244,7 +244,7 @@ def _check_head(
         if not 0 < len(raw) < 256:
             raise ValueError(f"The name {name[:40]!r} has {len(raw)} bytes; use 1 to 255")
 
-
+# %% ../../nbs/43_shards.compact.ipynb #5ffe2708
 def pack_rows(
     arrays: dict[str, np.ndarray],  # name to `(R, D)`, finite: `image_emb`, `text_emb`, ...
     widths: Sequence[int],  # D_k of the teachers, in order; their sum is D
