@@ -270,13 +270,14 @@ FORBIDDEN = {
 def order(nbs):
     "A file's name is its module; imports point down; floors keep their distance"
     out, number = [], {n.module: n.number for n in nbs}
+    file = {n.module: n.path.name for n in nbs}
     for n in nbs:
         if n.module != n.path.stem.split('_', 1)[1]:
             out.append(f'{n.path.name} exports {n.module!r}')
         for m in imports(n):
             if m not in number:
                 out.append(f'{n.path.name} imports {m!r}, which no notebook exports')
-            elif number[m] >= n.number:
+            elif file[m] >= n.path.name:
                 out.append(f'{n.path.name} imports {m!r}, which stands above it')
             elif number[m] // 10 in FORBIDDEN.get(n.number // 10, ()):
                 out.append(f'{n.path.name} imports {m!r} across a forbidden edge')
