@@ -52,8 +52,8 @@ def __getattr__(name):
     elif name in _HOME:
         value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
     else:
-        from mobileclip_nb.core.runtime import near
+        from mobileclip_nb.core.runtime import suggest
 
-        raise AttributeError(f"mobileclip_nb has no {name!r}.{near(name, __all__)}")
+        raise AttributeError(f"mobileclip_nb has no {name!r}.{suggest(name, __all__)}")
     globals()[name] = value
     return value

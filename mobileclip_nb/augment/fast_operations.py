@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from ..core.runtime import jitted
+from ..core.runtime import compile_loops
 from .operations import OPS, perform
 
 # %% ../../nbs/augment/02_fast_operations.ipynb #7c75180e
@@ -35,7 +35,7 @@ def looked_up(
         raise ValueError(f"A table has 256 rows and a column a channel; got {table.shape}")
     flat = np.ascontiguousarray(x).reshape(-1, 3)
     out = np.empty(flat.shape, table.dtype)
-    if look := jitted(_look_up):
+    if look := compile_loops(_look_up):
         look(flat, table, out)
     else:
         for c in range(3):
@@ -136,7 +136,7 @@ def fast(
     fill: tuple[int, ...] = (0, 0, 0),  # what comes from outside, 0–255
 ) -> np.ndarray:  # uint8 `(h, w, 3)`: the pixels of `perform`
     "Perform an operation in less time (RandAugment §3)"
-    match name if jitted(_look_up) else '':
+    match name if compile_loops(_look_up) else '':
         case 'Identity':
             return x
         case 'Brightness' | 'Posterize' | 'Solarize':
@@ -144,14 +144,18 @@ def fast(
         case 'Contrast':
             return looked_up(
                 x,
-                table(name, m, int(float(jitted(_gray_sum)(x)) / (x.shape[0] * x.shape[1]) + 0.5)),
+                table(
+                    name,
+                    m,
+                    int(float(compile_loops(_gray_sum)(x)) / (x.shape[0] * x.shape[1]) + 0.5),
+                ),
             )
         case 'AutoContrast' | 'Equalize':
-            return looked_up(x, stretch(name, jitted(_count)(x)))
+            return looked_up(x, stretch(name, compile_loops(_count)(x)))
         case 'Sharpness' if min(x.shape[:2]) > 2:
             return np.asarray(
                 Image.blend(
-                    Image.fromarray(jitted(_smooth)(np.ascontiguousarray(x))),
+                    Image.fromarray(compile_loops(_smooth)(np.ascontiguousarray(x))),
                     Image.fromarray(x),
                     1 + m,
                 )

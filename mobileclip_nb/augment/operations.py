@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..preprocessing.resize import FILTERS, resample
 from ..core.config import Spec, plain
 
@@ -107,7 +107,7 @@ class Op(Spec, id_name='Op'):
             ok, what = _RULES.get(f.name, (lambda v: True, ''))
             if not ok(v := getattr(self, f.name)):
                 raise ValueError(
-                    f"{type(self).__name__}: {f.name}={v!r} is not {what}.{near(v, FILTERS) if f.name == 'interpolation' else ''}"
+                    f"{type(self).__name__}: {f.name}={v!r} is not {what}.{suggest(v, FILTERS) if f.name == 'interpolation' else ''}"
                 )
 
     @classmethod
@@ -117,7 +117,7 @@ class Op(Spec, id_name='Op'):
         for k in arguments:
             if k not in known:
                 raise ValueError(
-                    f"{name} takes no argument {k!r} here.{near(k, known)} It takes: {', '.join(known) or 'none'}"
+                    f"{name} takes no argument {k!r} here.{suggest(k, known)} It takes: {', '.join(known) or 'none'}"
                 )
         return cls(**{k: _written(k, v, cls.square) for k, v in arguments.items()})
 
@@ -398,7 +398,7 @@ def magnitude(
 ) -> float:  # the value of 32 bits as a double, as the published data print it
     "Compute how strong an operation is at a level, before its sign (RandAugment §3)"
     if name not in RANGES:
-        raise ValueError(f"No operation {name!r}.{near(name, OPS)} Known: {', '.join(OPS)}")
+        raise ValueError(f"No operation {name!r}.{suggest(name, OPS)} Known: {', '.join(OPS)}")
     if (span := RANGES[name]) is None:
         return 0.0
     if name == 'Posterize':
@@ -447,7 +447,7 @@ def perform(
         case 'Equalize':
             return ImageOps.equalize(image)
         case _:
-            raise ValueError(f"No operation {name!r}.{near(name, OPS)} Known: {', '.join(OPS)}")
+            raise ValueError(f"No operation {name!r}.{suggest(name, OPS)} Known: {', '.join(OPS)}")
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, FILTERS[interpolation], fillcolor=fill
     )

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from ..core.runtime import near
+from ..core.runtime import suggest
 from mobileclip_nb.augment.operations import (
     OPS,
     RANGES,
@@ -91,7 +91,7 @@ class Pipeline(Spec, id_name='Pipeline'):
                     )
             elif name not in KINDS:
                 raise ValueError(
-                    f"No operation {name!r}.{near(name, KINDS)} Known: {', '.join(KINDS)}"
+                    f"No operation {name!r}.{suggest(name, KINDS)} Known: {', '.join(KINDS)}"
                 )
             elif on:
                 made[name] = KINDS[name].read(name, said)
@@ -300,7 +300,7 @@ class RangeAugment(Spec, id_name='RangeAugment'):
         for o in self.ops:
             if o not in known:
                 raise ValueError(
-                    f"RangeAugment has no operation {o!r}.{near(o, known)} Known: {', '.join(known)}"
+                    f"RangeAugment has no operation {o!r}.{suggest(o, known)} Known: {', '.join(known)}"
                 )
         if not (len(self.psnr) == 2 and min(self.psnr) > 0 and 0 < self.p <= 1 and self.ops):
             raise ValueError(

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..core.config import Spec
 from ..preprocessing.tokenizer import EOT, PAD, SOT, VOCAB, decode, ids_in_use, tokenize
 
@@ -115,7 +115,7 @@ class Sampling(Spec, id_name='Sampling'):
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(
-                f"No method {self.method!r}.{near(self.method, METHODS)} There are {', '.join(METHODS)}."
+                f"No method {self.method!r}.{suggest(self.method, METHODS)} There are {', '.join(METHODS)}."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is not above 0 and at most 1")

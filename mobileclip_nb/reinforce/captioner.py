@@ -29,7 +29,7 @@ from mobileclip_nb.reinforce.caption_sampling import (
     text_of,
 )
 from ..models.weights import ABOUT, clean_tag, complaint, is_place, locate, read_state
-from ..core.runtime import near, pick_device, whole
+from ..core.runtime import suggest, pick_device, atomic_write
 from ..preprocessing.transform import OPENAI_MEAN, OPENAI_STD, Pixels
 from ..core.config import Spec
 
@@ -327,7 +327,7 @@ def save_captioner(
         attribution=c.attribution,
     )
     state = {k: v.detach().half().contiguous().cpu() for k, v in c.model.state_dict().items()}
-    with whole(path) as tmp:
+    with atomic_write(path) as tmp:
         tmp.write_bytes(save(state, {ABOUT: json.dumps(about, sort_keys=True)}))
     return path
 
@@ -364,7 +364,7 @@ def places(
     "Where a captioner's weights are"
     if model not in list_captioners():
         raise KeyError(
-            f"No captioner {model!r}.{near(model, list_captioners())} There are {', '.join(list_captioners()[:4])}, ...; list_captioners() has them all"
+            f"No captioner {model!r}.{suggest(model, list_captioners())} There are {', '.join(list_captioners()[:4])}, ...; list_captioners() has them all"
         )
     if model == 'coca_nano':
         return dict(emoji='package:weights/coca_nano.emoji.safetensors')
@@ -407,7 +407,7 @@ def weights_place(
     if is_place(weights) or Path(weights).exists():
         return weights
     raise KeyError(
-        f"No weights {weights!r} for {spec.model}.{near(weights, known)} "
+        f"No weights {weights!r} for {spec.model}.{suggest(weights, known)} "
         f"Tags: {', '.join(known)}; or pass a path or 'hf-hub:ORG/REPO'"
     )
 

@@ -28,12 +28,12 @@ from mobileclip_nb.augment.pipeline import (
     unpack,
 )
 from .captioner import CaptionerSpec, load_captioner
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..datasets.pairs import open_image
 from ..shards.sample import Sample, StoreSpec
 from ..core.config import Spec
 from .teachers import TeacherSpec, load_ensemble
-from ..core.processes import Ahead
+from ..core.processes import Prefetcher
 
 # %% ../../nbs/reinforce/03_recipe.ipynb #9f6ef3ca
 @dataclass(frozen=True, repr=False)
@@ -152,7 +152,7 @@ def recipe(
     "Look up a recipe of reinforcement; an unknown name is refused with the nearest known one"
     if name not in RECIPES:
         raise KeyError(
-            f"No recipe {name!r} of reinforcement.{near(name, RECIPES)} There are {', '.join(RECIPES)}."
+            f"No recipe {name!r} of reinforcement.{suggest(name, RECIPES)} There are {', '.join(RECIPES)}."
         )
     return RECIPES[name]
 
@@ -366,7 +366,7 @@ def _added(
             for s, d in zip(_captioned(items, spec, models, clock), draws)
         ]
     e = models.ensemble
-    with Ahead((_prepared(e, v) for v in views(items, draws, spec, threads)), 3) as ahead:
+    with Prefetcher((_prepared(e, v) for v in views(items, draws, spec, threads)), 3) as ahead:
         samples = _captioned(items, spec, models, clock)
         fields = [{'text': s.captions, **s.synthetic} for s in samples]
         texts = [t for f in fields for ts in f.values() for t in ts]

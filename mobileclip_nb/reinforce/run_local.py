@@ -26,7 +26,7 @@ from mobileclip_nb.core.files import (
     join_url,
     read_bytes,
     remove_partial,
-    shown,
+    without_secrets,
     write_bytes,
 )
 from mobileclip_nb.reinforce.recipe import (
@@ -51,17 +51,17 @@ from mobileclip_nb.shards.job import (
     FAILED,
     FATAL,
     Job,
-    alone,
-    apart,
+    lock_folder,
+    check_apart,
     as_json,
-    finished,
-    foreign_in,
-    named,
-    set_aside,
+    mark_done,
+    find_foreign_files,
+    name_outputs,
+    mark_failed,
     survey,
-    writable,
+    make_writable,
 )
-from ..core.processes import Ahead, Event, peak_mb, processes
+from ..core.processes import Prefetcher, Event, peak_mb, run_processes
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #988782a3
 class _Piece(NamedTuple):
@@ -154,7 +154,7 @@ def _write_shard(
         seconds=round(time.perf_counter() - started, 3),
         model_seconds=round(computed, 3),
     )
-    yield finished(job, told)
+    yield mark_done(job, told)
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #00814e30
 def _write(
@@ -165,11 +165,11 @@ def _write(
         try:
             yield from _write_shard(job, group, spec, models)
         except _Upstream as e:
-            yield set_aside(job, e.__cause__)
+            yield mark_failed(job, e.__cause__)
         except Exception as e:
             if getattr(e, 'errno', None) in FATAL:
                 raise
-            yield set_aside(job, e)
+            yield mark_failed(job, e)
         lost.add(job.name)  # whatever of it is still on its way is skipped
 
 
@@ -183,8 +183,8 @@ def stream(
     lost, started, computed, before = set(), time.perf_counter(), 0.0, torch.get_num_threads()
     try:
         with ExitStack() as last:  # on leaving, the stages are told to stop, then waited for
-            items = last.enter_context(Ahead(_read(jobs, spec, lost), 2, patience=1))
-            pieces = last.enter_context(Ahead(_compute(items, spec, models, threads, lost), 2))
+            items = last.enter_context(Prefetcher(_read(jobs, spec, lost), 2, patience=1))
+            pieces = last.enter_context(Prefetcher(_compute(items, spec, models, threads, lost), 2))
             last.callback(items.stop.set)
             for e in _write(pieces, spec, models, lost):
                 if e.kind == 'done':
@@ -210,9 +210,9 @@ def agreed(
         dict(format=1, id=spec.id, recipe=spec.to_dict(), packages=packages()),
     )
     if not exists(place):
-        if found := foreign_in(out):
+        if found := find_foreign_files(out):
             raise ValueError(
-                f"The folder {shown(out)!r} holds {found} and no {RECIPE}: nobody can say how they were made. Choose an empty folder"
+                f"The folder {without_secrets(out)!r} holds {found} and no {RECIPE}: nobody can say how they were made. Choose an empty folder"
             )
         write_bytes(place, as_json(now))
         return []
@@ -221,11 +221,11 @@ def agreed(
         there = ReinforceSpec.from_dict(old['recipe']).to_dict()
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(
-            f"{shown(place)!r} cannot be read by this version ({e}). Choose another folder"
+            f"{without_secrets(place)!r} cannot be read by this version ({e}). Choose another folder"
         ) from e
     if lines := differences(there | dict(name=''), spec.to_dict() | dict(name='')):
         raise ValueError(
-            f"The folder {shown(out)!r} was made by another recipe: {'; '.join(lines[:9])}. Choose another folder for this recipe, or run the old one to go on there"
+            f"The folder {without_secrets(out)!r} was made by another recipe: {'; '.join(lines[:9])}. Choose another folder for this recipe, or run the old one to go on there"
         )
     return [
         f'packages differ from those this folder was begun with ({line}); last bits of rows may differ'
@@ -349,18 +349,18 @@ def same_weights(out: str, done: dict[str, dict[str, Any]], now: dict[str, str])
     for name, m in done.items():
         if lines := differences(m.get('weights', {}), now):
             raise ValueError(
-                f"{name!r} in {shown(out)!r} was made with other weights under the same names ({'; '.join(lines)}). Choose another folder"
+                f"{name!r} in {without_secrets(out)!r} was made with other weights under the same names ({'; '.join(lines)}). Choose another folder"
             )
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #4bd4b200
 def _stopped(e: BaseException, out: str, report: Report, todo: int) -> BaseException:  # to raise
     "Say how far we came, and how to go on"
-    far = f'{report.done + report.skipped} of {todo + report.skipped} shards in {shown(out)!r} are done and stay'
+    far = f'{report.done + report.skipped} of {todo + report.skipped} shards in {without_secrets(out)!r} are done and stay'
     if isinstance(e, KeyboardInterrupt):
         return KeyboardInterrupt(f'stopped: {far}; the same command goes on with the rest')
     return OSError(
         getattr(e, 'errno', None),
-        f'cannot go on writing to {shown(out)!r} ({getattr(e, "strerror", None) or e}); {far}. Make room or mend the permissions, and run the same again',
+        f'cannot go on writing to {without_secrets(out)!r} ({getattr(e, "strerror", None) or e}); {far}. Make room or mend the permissions, and run the same again',
     )
 
 
@@ -373,12 +373,12 @@ def conduct(
     deep: bool = False,  # compare the hashes of finished shards too, not only their sizes
 ) -> Report:
     "Reinforce what is not done yet, with any engine"
-    out, started, shards = str(out), time.perf_counter(), named(src)
-    apart(src, out, shards)
+    out, started, shards = str(out), time.perf_counter(), name_outputs(src)
+    check_apart(src, out, shards)
     if is_local(out):
-        writable(out)
-    with alone(out):
-        report = Report(shown(out), notes=agreed(out, spec))
+        make_writable(out)
+    with lock_folder(out):
+        report = Report(without_secrets(out), notes=agreed(out, spec))
         todo, done, report.skipped = survey(shards, out, deep)
         try:
             with (
@@ -421,19 +421,19 @@ def reinforce(
     for place in (src, out):
         if workers > 1 and str(place).startswith('memory:'):
             raise ValueError(
-                f"{shown(place)!r} lives in the memory of this process, and {workers} workers are other processes; use workers=1, or files"
+                f"{without_secrets(place)!r} lives in the memory of this process, and {workers} workers are other processes; use workers=1, or files"
             )
 
     def here(jobs: Sequence[Job]) -> Iterator[Event]:
         yield from work(jobs, spec, device, threads, load)
 
     def there(jobs: Sequence[Job]) -> Iterator[Event]:
-        yield from processes(
+        yield from run_processes(
             jobs,
             workers,
             work,
             lambda i: (spec, card(device, i), threads, load),
-            lambda job, how: set_aside(job, RuntimeError(how)),
+            lambda job, how: mark_failed(job, RuntimeError(how)),
         )
 
     return conduct(src, out, spec, here if workers == 1 else there, progress, deep)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.runtime import need
-from ..core.files import shown
-from ..shards.job import Job, set_aside
+from ..core.runtime import import_optional
+from ..core.files import without_secrets
+from ..shards.job import Job, mark_failed
 from .run_local import Loader, Report, conduct, stream
 from .recipe import ReinforceSpec, load_models
 from ..shards.tar import tar_file
@@ -84,7 +84,7 @@ def pool(
         if cost[job.name] < tries:
             waiting.append(job)
         else:
-            yield set_aside(
+            yield mark_failed(
                 job, RuntimeError(f'{tries} actors were lost while they worked on it: {answer}')
             )
         give(hire())
@@ -110,7 +110,7 @@ def cluster(
     cpus: int,  # of a local one
 ) -> Iterator[Any]:  # the package `ray`
     "Ray, running; stopped in the end if we started it"
-    ray = need('ray', extra='reinforce')
+    ray = import_optional('ray', extra='reinforce')
     if address and re.fullmatch(r'[\w.-]+:\d+', address):
         answers(address)
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
@@ -186,7 +186,7 @@ def reinforce(
     for place in (src, out):
         if str(place).startswith('memory:'):
             raise ValueError(
-                f"{shown(place)!r} lives in the memory of this process, and actors are other processes; use files or a store that all can reach"
+                f"{without_secrets(place)!r} lives in the memory of this process, and actors are other processes; use files or a store that all can reach"
             )
     places = [
         str(Path(p).absolute()) if '://' not in str(p) else str(p) for p in (src, out)

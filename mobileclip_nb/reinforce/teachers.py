@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn, Tensor
 
 from ..models.weights import create_model, is_place
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..preprocessing.transform import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 from ..core.config import Spec
 from ..preprocessing.tokenizer import tokenize
@@ -219,7 +219,7 @@ def _known(name: str, weights: str) -> None:
 
     if name not in open_clip.list_models():
         raise KeyError(
-            f"open_clip has no architecture {name!r}.{near(name, open_clip.list_models())} `open_clip.list_models()` has all"
+            f"open_clip has no architecture {name!r}.{suggest(name, open_clip.list_models())} `open_clip.list_models()` has all"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not weights:
@@ -234,7 +234,7 @@ def _known(name: str, weights: str) -> None:
             f"No weight file {weights!r}; give a path to one, or a tag: {', '.join(tags)}"
         )
     raise KeyError(
-        f"open_clip has no weights {weights!r} for {name!r}.{near(weights, tags)} Tags: {', '.join(tags)}; or give a path"
+        f"open_clip has no weights {weights!r} for {name!r}.{suggest(weights, tags)} Tags: {', '.join(tags)}; or give a path"
     )
 
 

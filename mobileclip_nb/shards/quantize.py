@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..core.runtime import jitted, near
+from ..core.runtime import compile_loops, suggest
 
 # %% ../../nbs/shards/02_quantize.ipynb #71e206f4
 @lru_cache(64)
@@ -55,7 +55,7 @@ def hadamard(
     factor = np.float32(1 / math.sqrt(p))
     if sys.modules.get('numba'):  # only if loaded already: for a few rows it is not worth a second
         rows = np.asarray(x, np.float32).reshape(-1, p)
-        return jitted(_butterflies)(rows).reshape(x.shape) * factor
+        return compile_loops(_butterflies)(rows).reshape(x.shape) * factor
     for _ in range(p.bit_length() - 1):
         y = np.empty((*lead, half, 2), np.float32)
         np.add(x[..., :half], x[..., half:], out=y[..., 0])
@@ -370,7 +370,7 @@ class Packed:
         "Number of rows of an array"
         if name not in self._rows:
             known = ', '.join(self._rows)
-            raise KeyError(f"No array {name!r}.{near(name, self._rows)} The block has {known}")
+            raise KeyError(f"No array {name!r}.{suggest(name, self._rows)} The block has {known}")
         return len(self._rows[name])
 
     def row(self, name: str, i: int) -> np.ndarray:  # `(D,)` float32

@@ -48,11 +48,11 @@ from mobileclip_nb.reinforce.caption_sampling import (
     rows_of,
     text_of,
 )
-from ..core.runtime import near, seed_all
+from ..core.runtime import suggest, seed_all
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
 from ..core.ledger import append, record as run_record
 from ..losses.contrastive import clip_loss
-from ..datasets.caption_noise import mistaken
+from ..datasets.caption_noise import draw_noisy_caption
 from ..datasets.pairs import read_pairs
 from ..preprocessing.transform import Pixels
 from ..core.config import Spec
@@ -118,7 +118,7 @@ def noisy_caption(
     "A caption as the web might have it: often the name, sometimes another's, a file's, or nothing"
     if rng.random() >= noise:
         return rng.choice(WEB).replace('{}', e.name)
-    return mistaken(e.name, others, rng, templates=WEB)[1]
+    return draw_noisy_caption(e.name, others, rng, templates=WEB)[1]
 
 # %% ../../nbs/train/42_captioner.ipynb #9d93a8fa
 def emoji_captions(
@@ -133,7 +133,7 @@ def emoji_captions(
     "Emoji with the captions of a stage"
     if stage not in ('noisy', 'good'):
         raise ValueError(
-            f"No stage {stage!r}.{near(stage, ('noisy', 'good'))} There are noisy and good."
+            f"No stage {stage!r}.{suggest(stage, ('noisy', 'good'))} There are noisy and good."
         )
     drawn = [load_emoji('all', h, side, skin_tones) for h in HANDS]
     by_code, names = {e.code: e for e in concepts()}, drawn[0].captions
@@ -218,7 +218,7 @@ class CaptionRecipe(Spec, id_name='CaptionRecipe'):
         "This recipe at a size, with a seed"
         if scale not in (sizes := ('smoke', 'nano', 'full')):
             raise ValueError(
-                f"No scale {scale!r}.{near(scale, sizes)} There are {', '.join(sizes)}."
+                f"No scale {scale!r}.{suggest(scale, sizes)} There are {', '.join(sizes)}."
             )
         seed, share = (
             self.seed if seed is None else seed,

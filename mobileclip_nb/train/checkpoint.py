@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.runtime import near, whole
+from ..core.runtime import suggest, atomic_write
 from .freeze import PARTS, freeze
 from .distributed import here
 from .optim import OptimSpec, optimizer
@@ -61,7 +61,7 @@ class TrainSpec(OptimSpec, id_name='TrainSpec'):
             raise ValueError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
         if self.frozen not in PARTS:
             raise ValueError(
-                f"frozen={self.frozen!r} is no part that can be frozen.{near(self.frozen, PARTS)} There are {', '.join(k for k in PARTS if k)}"
+                f"frozen={self.frozen!r} is no part that can be frozen.{suggest(self.frozen, PARTS)} There are {', '.join(k for k in PARTS if k)}"
             )
         if self.parallel not in ('ddp', 'fsdp'):
             raise ValueError(
@@ -180,7 +180,7 @@ def save_state(
             f"After step {state.step} there are numbers that are not finite in {lost}, so nothing is saved. {before}. Start anew with a lower lr"
         )
     try:
-        with whole(path) as tmp:
+        with atomic_write(path) as tmp:
             with open(tmp, 'wb') as f:
                 torch.save(held, f)
                 f.flush()
@@ -201,7 +201,7 @@ def linked(
     name: Path,  # another name for it; replaced if there is one
 ) -> None:
     "Give a file a second name, whole or not at all"
-    with whole(name) as tmp:
+    with atomic_write(name) as tmp:
         tmp.unlink()
         try:
             os.link(path, tmp)
@@ -385,7 +385,7 @@ def found(
         held = load_run(out)
         said = (out / held['file']).read_bytes() if ranks.world > 1 else b''
     elif not ranks.rank:
-        with whole(out / 'begun') as tmp:
+        with atomic_write(out / 'begun') as tmp:
             tmp.write_text(
                 name, encoding='utf-8'
             )  # a folder that cannot be written is refused before the first step

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..losses.contrastive import Rows
+from ..losses.contrastive import Gathered
 
 # %% ../../nbs/train/02_distributed.ipynb #c4b90de7
 class Ranks(NamedTuple):
@@ -72,9 +72,9 @@ def rows_of(
     x: Tensor,  # `(b, ...)` of this rank
     ranks: Ranks,
     grad: bool = True,  # gradients return to the rank they came from
-) -> Rows:
+) -> Gathered:
     "What stands here together with what stands everywhere"
-    return Rows(x, gather(x, ranks, grad), ranks.rank * len(x))
+    return Gathered(x, gather(x, ranks, grad), ranks.rank * len(x))
 
 
 def same_size(

@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'quiet', 'freeze', 'thaw']
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.runtime import near
+from ..core.runtime import suggest
 
 # %% ../../nbs/train/00_freeze.ipynb #570dcebd
 PARTS = {
@@ -37,7 +37,7 @@ def freeze(
     "Hold parts of a model as they are; what was held before is let go (LiT §3)"
     if part not in PARTS:
         raise ValueError(
-            f"No part {part!r} to freeze.{near(part, PARTS)} There are {', '.join(k for k in PARTS if k)}"
+            f"No part {part!r} to freeze.{suggest(part, PARTS)} There are {', '.join(k for k in PARTS if k)}"
         )
     for name, p in model.named_parameters():
         p.requires_grad_(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ..core.runtime import near, need, whole
+from ..core.runtime import suggest, import_optional, atomic_write
 
 # %% ../../nbs/train/20_log.ipynb #b98ed271
 class Sink(Protocol):
@@ -33,7 +33,7 @@ class Lines:
         path: str | Path,  # a `.jsonl` file; what is in it is replaced
         rows: Sequence[dict[str, float]] = (),  # that stand there already, each with `step`
     ):
-        with whole(path) as tmp:
+        with atomic_write(path) as tmp:
             tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
         self.file = open(path, 'a', encoding='utf-8', buffering=1)
 
@@ -58,8 +58,8 @@ class Board:
         folder: str | Path,  # for the event files
         start: int = 0,  # first step that is new
     ):
-        need('tensorboard', 'train')
-        self.writer = need('torch.utils.tensorboard', 'train').SummaryWriter(
+        import_optional('tensorboard', 'train')
+        self.writer = import_optional('torch.utils.tensorboard', 'train').SummaryWriter(
             str(folder), purge_step=start or None
         )
 
@@ -85,7 +85,7 @@ class Wandb:
         folder: str | Path,  # of the run; its name is the run's
         settings: dict[str, Any] | None = None,  # shown beside the curves
     ):
-        self.run = need('wandb', 'wandb').init(
+        self.run = import_optional('wandb', 'wandb').init(
             project='mobileclip_nb',
             name=Path(folder).name,
             id=Path(folder).name,
@@ -149,7 +149,7 @@ class Log:
         for w in watch or ():
             if w not in SINKS:
                 raise ValueError(
-                    f"No sink {w!r}.{near(w, SINKS)} There are {', '.join(SINKS)}, and log.jsonl in any case"
+                    f"No sink {w!r}.{suggest(w, SINKS)} There are {', '.join(SINKS)}, and log.jsonl in any case"
                 )
         wanted = (
             (('tensorboard',) if importlib.util.find_spec('tensorboard') else ())

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..loaders.batches import Batch
-from ..core.runtime import near
+from ..core.runtime import suggest
 from mobileclip_nb.losses.distillation import (
-    Said,
-    parts_of,
+    CaptionBatch,
+    add_parts,
     reinforced_loss,
-    scales_for,
+    expand_scales,
     sigmoid_distill,
 )
 from .distributed import Ranks, gather, here, rows_of, same_size
-from ..losses.contrastive import Rows, clip_loss, exact, sigmoid_loss
+from ..losses.contrastive import Gathered, clip_loss, to_full_precision, sigmoid_loss
 from ..preprocessing.transform import Pixels
 from ..core.config import Spec
 from ..reinforce.teachers import Ensemble, TeacherSpec, join, load_ensemble
@@ -52,7 +52,7 @@ class LossSpec(Spec, id_name='LossSpec'):
     def __post_init__(self) -> None:
         if self.kind not in ('softmax', 'sigmoid'):
             raise ValueError(
-                f"kind={self.kind!r} is not known.{near(self.kind, ('softmax', 'sigmoid'))} Use softmax or sigmoid"
+                f"kind={self.kind!r} is not known.{suggest(self.kind, ('softmax', 'sigmoid'))} Use softmax or sigmoid"
             )
         if min(self.clip, self.distill) < 0 or self.clip + self.distill <= 0:
             raise ValueError(
@@ -71,7 +71,7 @@ class LossSpec(Spec, id_name='LossSpec'):
             raise ValueError(
                 "Distillation needs a logit scale for each teacher or one for all, such as scales=(100.,)"
             )
-        scales_for(self.scales, n)
+        expand_scales(self.scales, n)
 
 # %% ../../nbs/train/10_objective.ipynb #8dd54e5f
 class Asked(Protocol):
@@ -107,9 +107,9 @@ def encode(
         e = model(batch.image, texts)
     bias = getattr(getattr(model, 'module', model), 'logit_bias', None)
     return Features(
-        exact(e.image),
-        exact(e.text[:n]),
-        None if batch.syn is None else exact(e.text[n:]),
+        to_full_precision(e.image),
+        to_full_precision(e.text[:n]),
+        None if batch.syn is None else to_full_precision(e.text[n:]),
         e.scale,
         bias,
     )
@@ -121,18 +121,18 @@ def gathered(
     spec: LossSpec,
     ranks: Ranks,
 ) -> tuple[
-    Rows, dict[str, Said], Rows | None
+    Gathered, dict[str, CaptionBatch], Gathered | None
 ]:  # images, captions by kind, the teachers' rows of images
     "Collect each tower once, teachers once and without gradient"
 
-    def side_by_side(xs: list[Tensor | None], grad: bool) -> list[Rows | None]:
+    def side_by_side(xs: list[Tensor | None], grad: bool) -> list[Gathered | None]:
         "Collect several tensors of one width in one call"
         held = [x for x in xs if x is not None]
         if not held:
             return xs
         ways = [x.shape[1] for x in held]
         both = gather(torch.cat(held, 1), ranks, grad).split(ways, 1) if ranks.world > 1 else held
-        found = iter(Rows(x, a, ranks.rank * len(x)) for x, a in zip(held, both))
+        found = iter(Gathered(x, a, ranks.rank * len(x)) for x, a in zip(held, both))
         return [None if x is None else next(found) for x in xs]
 
     same_size(len(features.image), ranks, features.image.device)
@@ -152,15 +152,21 @@ def gathered(
         if spec.same
         else (None, None)
     )
-    flat = [r if r is None else Rows(r.own[:, 0], r.all[:, 0], r.start) for r in (label, syn_label)]
-    captions = dict(true=Said(text, te, flat[0])) | (
-        {} if syn is None else dict(syn=Said(syn, se, flat[1]))
+    flat = [
+        r if r is None else Gathered(r.own[:, 0], r.all[:, 0], r.start) for r in (label, syn_label)
+    ]
+    captions = dict(true=CaptionBatch(text, te, flat[0])) | (
+        {} if syn is None else dict(syn=CaptionBatch(syn, se, flat[1]))
     )
     return image, captions, ie
 
 # %% ../../nbs/train/10_objective.ipynb #cbd9a7b6
 def _sigmoid(
-    image: Rows, captions: dict[str, Said], features: Features, ie: Rows | None, spec: LossSpec
+    image: Gathered,
+    captions: dict[str, CaptionBatch],
+    features: Features,
+    ie: Gathered | None,
+    spec: LossSpec,
 ) -> NamedTuple:
     "The same sum with the sigmoid loss"
     if features.bias is None:
@@ -192,7 +198,7 @@ def _sigmoid(
             spec.chunk,
         )
         shares[f'{head}distill'] = spec.distill
-    return parts_of(parts, shares)
+    return add_parts(parts, shares)
 
 # %% ../../nbs/train/10_objective.ipynb #ccab8b9c
 def loss_of(
@@ -342,7 +348,7 @@ def online(
         raise ValueError(
             "The spec names no teachers; use online=(('teacher_nano_a', 'emoji'), ...)"
         )
-    scales = scales_for(spec.scales or 100.0, len(spec.online))
+    scales = expand_scales(spec.scales or 100.0, len(spec.online))
     return Online(
         load_ensemble([TeacherSpec(m, w, s) for (m, w), s in zip(spec.online, scales)], device),
         mean,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..core.config import Spec
 
 # %% ../../nbs/train/01_optim.ipynb #1c0f4430

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..loaders.batches import Batch
 from .distributed import Ranks, here
-from ..losses.contrastive import exact
+from ..losses.contrastive import to_full_precision
 from .sync_norm import over_ranks, synced
 from .accumulate import pieces
 from .objective import encode
@@ -42,7 +42,7 @@ class Sums:
         "Count one batch"
         if not norm.training:
             return
-        x = exact(inputs[0])
+        x = to_full_precision(inputs[0])
         n = x.numel() // x.shape[1]
         var, mean = (
             v.cpu().double() for v in torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)

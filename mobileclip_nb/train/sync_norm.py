@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn, Tensor
 
 from .distributed import here
-from ..losses.contrastive import exact
+from ..losses.contrastive import to_full_precision
 
 # %% ../../nbs/train/03_sync_norm.ipynb #6d93be89
 class _Sum(torch.autograd.Function):
@@ -52,7 +52,7 @@ def moments(
 ) -> Moments:
     "Mean and variance of each channel over batch, places and ranks, in float32, with gradient (BatchNorm §3)"
     axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
-    x = exact(x)
+    x = to_full_precision(x)
     sums = over_ranks(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
     mean, n = sums[:-1] / sums[-1], sums[-1].detach()
     return Moments(mean, over_ranks((x - mean.view(shape)).square().sum(axes)) / n, n)
