@@ -148,9 +148,9 @@ _PAPER = {                    # base, model, what differs
 }
 _SMALL = dict(steps=30_000, batch=8192)
 _SCRIPTS = {                  # script, model, what differs
-    'vit_b16.datacomp12m':   ('datacomp12m',   VIT_B16.name,    dict(eps=1e-6, weights=(1.0, 0.0), synthetic='', crop=(0.9, 1.0), **_SMALL)),
-    'vit_b16.datacompdr12m': ('datacompdr12m', VIT_B16.name,    dict(eps=1e-6, scales=(100.0, 100.0), **TWO, **_SMALL)),
-    'vit_b16.datacompdr1b':  ('datacompdr1b',  VIT_B16.name,    dict(eps=1e-6, scales=(100.0, 100.0), **TWO, weights=_MIXED)),
+    'vit_b16.datacomp12m':   ('datacomp12m',   VIT_B16.name,   dict(eps=1e-6, weights=(1.0, 0.0), synthetic='', crop=(0.9, 1.0), **_SMALL)),
+    'vit_b16.datacompdr12m': ('datacompdr12m', VIT_B16.name,   dict(eps=1e-6, scales=(100.0, 100.0), **TWO, **_SMALL)),
+    'vit_b16.datacompdr1b':  ('datacompdr1b',  VIT_B16.name,   dict(eps=1e-6, scales=(100.0, 100.0), **TWO, weights=_MIXED)),
     'mobileclip_b.dfndr12m': ('dfndr12m',      'mobileclip2_b', dict(scales=(70.0, 60.0), **TWO, **_SMALL)),
     'mobileclip_b.dfndr2b':  ('dfndr2b',       'mobileclip2_b', dict(scales=(70.0, 60.0), **TWO, synthetic=_DFN)),
 }
