@@ -8,16 +8,16 @@ Importing this package loads nothing heavy: a name is fetched from its module th
 """
 
 _HOME = dict(
-    create_model='models.weights',
+    create_model='models.factory',
     load_weights='models.weights',
     save_weights='models.weights',
-    preprocess='models.weights',
+    preprocess='models.factory',
     list_models='models.zoo',
     tokenize='preprocessing.tokenizer',
     fold='blocks.reparam',
     predict='inference.predict',
     Prediction='inference.predict',
-    embed='inference.predict',
+    embed='inference.embed',
     Embeds='models.clip',
     register_open_clip='models.open_clip_adapter',
 )

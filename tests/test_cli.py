@@ -97,7 +97,8 @@ def test_interrupt_and_resume(folder):
 def test_finetune_and_release(folder):
     "A trained model learns a folder; alpha 0 writes the old weights, and what is written says which run made it"
     import torch
-    from mobileclip_nb.models.weights import ABOUT, create_model, read_state
+    from mobileclip_nb.models.weights import ABOUT, read_state
+    from mobileclip_nb.models.factory import create_model
 
     words = [
         'finetune',

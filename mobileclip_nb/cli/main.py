@@ -91,7 +91,7 @@ def model_of(
     args: argparse.Namespace,  # `model`, `weights`, `device`, `threads`
 ) -> Any:  # a model in eval mode, on its device
     "Make the model that a verb was asked to use, and make this process ready for it"
-    from mobileclip_nb.models.weights import create_model
+    from mobileclip_nb.models.factory import create_model
     from mobileclip_nb.models.zoo import record
 
     device = ready_to_compute(args)
@@ -109,7 +109,7 @@ def embed(
     args: argparse.Namespace,  # `folder`, `out`, `model`, `weights`, `device`, `threads`, `batch`, `json`
 ) -> int:  # exit status
     "Embed a folder of pictures"
-    from mobileclip_nb.inference.predict import embed as embed_folder
+    from mobileclip_nb.inference.embed import embed as embed_folder
 
     got = embed_folder(args.folder, args.out, model=model_of(args), batch=args.batch, progress=True)
     answer(
