@@ -146,19 +146,19 @@ GREEDY = Sampling(method='top_k', top_k=1, n=1)
 # %% ../nbs/40_captions.ipynb #16a98fae
 def allowed(
     logits: Tensor,  # `(R, V)`
-    said: Tensor,  # `(R, T)` indices so far, with the start token
+    prefix: Tensor,  # `(R, T)` indices so far, with the start token
     vocab: Vocab,
     s: Sampling,
 ) -> Tensor:  # `(R, V)` float32; minus infinity for tokens that must not be sampled
     "Mask tokens that must not come next, and penalize repeated ones"
     logits = logits.float().clone()
     if s.repetition != 1:
-        old = logits.gather(1, said)
-        logits.scatter_(1, said, torch.where(old < 0, old * s.repetition, old / s.repetition))
+        old = logits.gather(1, prefix)
+        logits.scatter_(1, prefix, torch.where(old < 0, old * s.repetition, old / s.repetition))
     logits[:, list(vocab.mute)] = -torch.inf
-    if said.shape[1] < s.min_length:
+    if prefix.shape[1] < s.min_length:
         logits[:, vocab.eot] = -torch.inf
-    if said.shape[1] >= s.length - 1:
+    if prefix.shape[1] >= s.length - 1:
         logits[:, : vocab.eot] = -torch.inf
     return logits
 

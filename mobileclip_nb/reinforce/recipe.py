@@ -269,7 +269,7 @@ class _Ready(NamedTuple):
     "A batch of images, preprocessed for each teacher"
 
     n: int
-    pictures: Any  # tensors by preprocessing, or the images where the ensemble preprocesses itself
+    inputs: Any  # tensors by preprocessing, or the images where the ensemble preprocesses itself
 
 
 def _prepared(ensemble: Any, images: list[Image.Image]) -> _Ready:
@@ -283,19 +283,19 @@ def _prepared(ensemble: Any, images: list[Image.Image]) -> _Ready:
 def _look(ensemble: Any, ready: _Ready) -> list[torch.Tensor]:  # embeddings by teacher, in order
     "Embed prepared images with all teachers, in one batch"
     if not hasattr(ensemble, 'teachers'):
-        return list(ensemble.image(ready.pictures).values())
-    return [t.embed(ready.pictures[t.pixels], ready.n) for t in ensemble.teachers]
+        return list(ensemble.image(ready.inputs).values())
+    return [t.embed(ready.inputs[t.pixels], ready.n) for t in ensemble.teachers]
 
 
 def _rows(
-    ask: Callable[[Any], list[torch.Tensor]],  # a batch to the embeddings of each teacher
+    embed: Callable[[Any], list[torch.Tensor]],  # a batch to the embeddings of each teacher
     batches: Iterable[tuple[int, Any]],  # sizes and batches
     clock: _Clock,
 ) -> np.ndarray:  # `(N, sum of widths)` float32
     "Embed batch by batch with all teachers, their columns side by side"
     parts = []
     for n, batch in batches:
-        rows = clock(ask, batch)
+        rows = clock(embed, batch)
         if any(len(r) != n for r in rows):
             raise ValueError(f"A teacher returned {[len(r) for r in rows]} rows for {n} inputs")
         parts.append(torch.cat([r.float().cpu() for r in rows], 1).numpy())

@@ -108,10 +108,10 @@ def noisy_caption(
 def emoji_captions(
     stage: str,  # `noisy` or `good`
     noise: float = 0.4,  # of the noisy ones, 0–1
-    n: int = 8,  # noisy captions a picture
+    n: int = 8,  # noisy captions an image
     seed: int = 0,  # of the noise
     side: int = 64,  # pixels
-    limit: int | None = None,  # at most so many pictures, spread evenly
+    limit: int | None = None,  # at most so many images, spread evenly
     skin_tones: bool = False,  # take variants with skin tones too
 ) -> PairData:  # both art styles, every concept
     "Emoji with the captions of a stage"
