@@ -35,7 +35,7 @@ def looked_up(
         raise ValueError(f"A table has 256 rows and a column a channel; got {table.shape}")
     flat = np.ascontiguousarray(x).reshape(-1, 3)
     out = np.empty(flat.shape, table.dtype)
-    compiled = jitted(_look_up)
+    compiled = compile_loops(_look_up)
     if compiled:
         compiled(flat, table, out)
     else:
@@ -151,17 +151,17 @@ def fast(
     fill: tuple[int, ...] = (0, 0, 0),  # what comes from outside, 0–255
 ) -> np.ndarray:  # uint8 `(h, w, 3)`: the pixels of `perform`
     "Apply an operation in less time than `perform` (RandAugment §3)"
-    match name if jitted(_look_up) else '':
+    match name if compile_loops(_look_up) else '':
         case 'Identity':
             return x
         case 'Brightness' | 'Posterize' | 'Solarize':
             return looked_up(x, table(name, m))
         case 'Contrast':
-            mean = float(jitted(_gray_sum)(x)) / (x.shape[0] * x.shape[1])
+            mean = float(compile_loops(_gray_sum)(x)) / (x.shape[0] * x.shape[1])
             return looked_up(x, table(name, m, int(mean + 0.5)))
         case 'AutoContrast' | 'Equalize':
-            return looked_up(x, stretch(name, jitted(_count)(x)))
+            return looked_up(x, stretch(name, compile_loops(_count)(x)))
         case 'Sharpness' if min(x.shape[:2]) > 2:
-            smooth = Image.fromarray(jitted(_smooth)(np.ascontiguousarray(x)))
+            smooth = Image.fromarray(compile_loops(_smooth)(np.ascontiguousarray(x)))
             return np.asarray(Image.blend(smooth, Image.fromarray(x), 1 + m))
     return np.asarray(perform(Image.fromarray(x), name, m, interpolation, fill))

@@ -103,7 +103,7 @@ class Op(Spec, id_name='Op'):
             value = getattr(self, f.name)
             is_valid, what = _RULES.get(f.name, (lambda v: True, ''))
             if not is_valid(value):
-                hint = near(value, FILTERS) if f.name == 'interpolation' else ''
+                hint = suggest(value, FILTERS) if f.name == 'interpolation' else ''
                 raise ValueError(f"{type(self).__name__}: {f.name}={value!r} is not {what}.{hint}")
 
     @classmethod
@@ -112,7 +112,7 @@ class Op(Spec, id_name='Op'):
         known = [f.name for f in fields(cls)]
         for k in arguments:
             if k not in known:
-                hint = f"{near(k, known)} It takes: {', '.join(known) or 'none'}"
+                hint = f"{suggest(k, known)} It takes: {', '.join(known) or 'none'}"
                 raise ValueError(f"{name} takes no argument {k!r} here.{hint}")
         return cls(**{k: _written(k, v, cls.square) for k, v in arguments.items()})
 
@@ -369,7 +369,7 @@ def magnitude(
 ) -> float:  # a float32 value as a double, as the published data print it
     "Magnitude of an operation at a level, before its sign (RandAugment §3)"
     if name not in RANGES:
-        raise ValueError(f"No operation {name!r}.{near(name, OPS)} Known: {', '.join(OPS)}")
+        raise ValueError(f"No operation {name!r}.{suggest(name, OPS)} Known: {', '.join(OPS)}")
     span = RANGES[name]
     if span is None:
         return 0.0

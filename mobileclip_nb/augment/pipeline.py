@@ -82,7 +82,7 @@ def _read_operation(
             )
         return None
     if name not in KINDS:
-        raise ValueError(f"No operation {name!r}.{near(name, KINDS)} Known: {', '.join(KINDS)}")
+        raise ValueError(f"No operation {name!r}.{suggest(name, KINDS)} Known: {', '.join(KINDS)}")
     return KINDS[name].read(name, arguments) if enabled else None
 
 # %% ../../nbs/augment/01_pipeline.ipynb #40f10005
@@ -336,7 +336,7 @@ class RangeAugment(Spec, id_name='RangeAugment'):
         known = ('brightness', 'contrast', 'noise')
         for o in self.ops:
             if o not in known:
-                hint = f"{near(o, known)} Known: {', '.join(known)}"
+                hint = f"{suggest(o, known)} Known: {', '.join(known)}"
                 raise ValueError(f"RangeAugment has no operation {o!r}.{hint}")
         if not (len(self.psnr) == 2 and min(self.psnr) > 0 and 0 < self.p <= 1 and self.ops):
             raise ValueError(

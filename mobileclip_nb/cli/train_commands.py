@@ -223,7 +223,7 @@ def teach_captioner(
 ) -> int:  # exit status
     "Teach a captioner a folder of pictures with captions"
     from mobileclip_nb.reinforce.captioner import load_captioner
-    from mobileclip_nb.train.captioner import finetune_captioner
+    from mobileclip_nb.train.captioner import FinetuneConfig, finetune_captioner
     from mobileclip_nb.train.recipe import load_data
 
     if args.held_out:
@@ -238,8 +238,7 @@ def teach_captioner(
         captioner,
         data,
         args.out,
-        args.steps or 200,
-        seed=args.seed or 0,
+        FinetuneConfig(steps=args.steps or 200, seed=args.seed or 0),
         resume=args.resume,
         say=say,
     )

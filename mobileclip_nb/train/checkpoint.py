@@ -58,7 +58,7 @@ class TrainSpec(OptimSpec, id_name='TrainSpec'):
         if self.precision not in ('float32', 'bfloat16'):
             raise ValueError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
         if self.frozen not in PARTS:
-            hint = f"{near(self.frozen, PARTS)} There are {', '.join(k for k in PARTS if k)}"
+            hint = f"{suggest(self.frozen, PARTS)} There are {', '.join(k for k in PARTS if k)}"
             raise ValueError(f"frozen={self.frozen!r} is no part that can be frozen.{hint}")
         if self.parallel not in ('ddp', 'fsdp'):
             kinds = "neither 'ddp' (whole models) nor 'fsdp' (shards)"
@@ -135,7 +135,7 @@ def linked(
     name: Path,  # another name for it; replaced if it exists
 ) -> None:
     "Give a file a second name atomically"
-    with whole(name) as tmp:
+    with atomic_write(name) as tmp:
         tmp.unlink()
         try:
             os.link(path, tmp)
@@ -239,7 +239,7 @@ def save_state(
             f"so nothing is saved. {before}. Start anew with a lower lr"
         )
     try:
-        with whole(path) as tmp:
+        with atomic_write(path) as tmp:
             _write_synced(held, tmp)
             if (keep > 1 or milestones) and state.saved not in (None, state.step) and path.exists():
                 linked(path, path.with_stem(f'{path.stem}-{state.saved:08d}'))
@@ -397,7 +397,7 @@ def found(
         held = load_run(out)
         data = (out / held['file']).read_bytes() if ranks.world > 1 else b''
     elif not ranks.rank:
-        with whole(out / 'begun') as tmp:  # fails here if the folder is not writable
+        with atomic_write(out / 'begun') as tmp:  # fails here if the folder is not writable
             tmp.write_text(name, encoding='utf-8')
     if ranks.world == 1:
         return held

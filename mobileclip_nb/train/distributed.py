@@ -70,9 +70,9 @@ def rows_of(
     x: Tensor,  # `(b, ...)` of this rank
     ranks: Ranks,  # of `here`
     grad: bool = True,  # propagate gradients back to the rank that holds the rows
-) -> Rows:  # own rows, all rows, and the index of the first own row in all
+) -> Gathered:  # own rows, all rows, and the index of the first own row in all
     "Gather rows into the form that the losses take"
-    return Rows(x, gather(x, ranks, grad), ranks.rank * len(x))
+    return Gathered(x, gather(x, ranks, grad), ranks.rank * len(x))
 
 
 def same_size(

@@ -62,7 +62,7 @@ def freeze(
     "Freeze a part of a model; whatever was frozen before is released (LiT §3)"
     if part not in PARTS:
         known = ', '.join(k for k in PARTS if k)
-        raise ValueError(f"No part {part!r} to freeze.{near(part, PARTS)} There are {known}")
+        raise ValueError(f"No part {part!r} to freeze.{suggest(part, PARTS)} There are {known}")
     for name, p in model.named_parameters():
         p.requires_grad_(_is_trained(name, part))
     names = _still_modules(model, statistics)

@@ -33,7 +33,7 @@ class Lines:
         path: str | Path,  # a `.jsonl` file; its content is replaced
         rows: Sequence[dict[str, float]] = (),  # earlier rows, each with `step`
     ):
-        with whole(path) as tmp:
+        with atomic_write(path) as tmp:
             tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
         self.file = open(path, 'a', encoding='utf-8', buffering=1)
 
@@ -58,8 +58,8 @@ class Board:
         folder: str | Path,  # for the event files
         start: int = 0,  # first step that is new
     ):
-        need('tensorboard', 'train')
-        writer = need('torch.utils.tensorboard', 'train').SummaryWriter
+        import_optional('tensorboard', 'train')
+        writer = import_optional('torch.utils.tensorboard', 'train').SummaryWriter
         self.writer = writer(str(folder), purge_step=start or None)
 
     def add(
@@ -84,7 +84,7 @@ class Wandb:
         folder: str | Path,  # of the run; its name is the run's
         settings: dict[str, Any] | None = None,  # shown beside the curves
     ):
-        self.run = need('wandb', 'wandb').init(
+        self.run = import_optional('wandb', 'wandb').init(
             project='mobileclip_nb',
             name=Path(folder).name,
             id=Path(folder).name,
@@ -140,7 +140,7 @@ def _watched(
     for name in watch or ():
         if name not in SINKS:
             raise ValueError(
-                f"No sink {name!r}.{near(name, SINKS)} "
+                f"No sink {name!r}.{suggest(name, SINKS)} "
                 f"There are {', '.join(SINKS)}, and log.jsonl in any case"
             )
     if watch is not None:

@@ -50,7 +50,7 @@ class LossSpec(Spec, id_name='LossSpec'):
 
     def __post_init__(self) -> None:
         if self.kind not in ('softmax', 'sigmoid'):
-            hint = near(self.kind, ('softmax', 'sigmoid'))
+            hint = suggest(self.kind, ('softmax', 'sigmoid'))
             raise ValueError(f"kind={self.kind!r} is not known.{hint} Use softmax or sigmoid")
         if min(self.clip, self.distill) < 0 or self.clip + self.distill <= 0:
             raise ValueError(
@@ -72,7 +72,7 @@ class LossSpec(Spec, id_name='LossSpec'):
                 "Distillation needs a logit scale for each teacher or one for all, "
                 "such as scales=(100.,)"
             )
-        scales_for(self.scales, n)
+        expand_scales(self.scales, n)
 
 # %% ../../nbs/train/10_objective.ipynb #8dd54e5f
 class Asked(Protocol):
@@ -103,16 +103,16 @@ def encode(
     mixed = spec.precision == 'bfloat16'
     with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=mixed):
         e = model(batch.image, texts)
-    syn = None if batch.syn is None else exact(e.text[n:])
+    syn = None if batch.syn is None else to_full_precision(e.text[n:])
     bias = getattr(getattr(model, 'module', model), 'logit_bias', None)
-    return Features(exact(e.image), exact(e.text[:n]), syn, e.scale, bias)
+    return Features(to_full_precision(e.image), to_full_precision(e.text[:n]), syn, e.scale, bias)
 
 # %% ../../nbs/train/10_objective.ipynb #f60a51fa
 def _gather_columns(
     xs: list[Tensor | None],  # `(b, D_i)` each, or None where absent
     ranks: Ranks,
     grad: bool,  # propagate gradients
-) -> list[Rows | None]:  # one for each tensor
+) -> list[Gathered | None]:  # one for each tensor
     "Gather several tensors with one message"
     held = [x for x in xs if x is not None]
     if not held:
@@ -121,18 +121,18 @@ def _gather_columns(
     if ranks.world > 1:
         widths = [x.shape[1] for x in held]
         everything = gather(torch.cat(held, 1), ranks, grad).split(widths, 1)
-    rows = iter([Rows(x, a, ranks.rank * len(x)) for x, a in zip(held, everything)])
+    rows = iter([Gathered(x, a, ranks.rank * len(x)) for x, a in zip(held, everything)])
     return [None if x is None else next(rows) for x in xs]
 
 
 def _gather_labels(
     labels: list[Tensor | None],  # `(b,)` each, or None where absent
     ranks: Ranks,
-) -> list[Rows | None]:  # one for each tensor
+) -> list[Gathered | None]:  # one for each tensor
     "Gather labels, which have one number a row, with one message"
     columns = [None if x is None else x[:, None] for x in labels]
     found = _gather_columns(columns, ranks, False)
-    return [r if r is None else Rows(r.own[:, 0], r.all[:, 0], r.start) for r in found]
+    return [r if r is None else Gathered(r.own[:, 0], r.all[:, 0], r.start) for r in found]
 
 # %% ../../nbs/train/10_objective.ipynb #53b10006
 def gathered(
@@ -140,7 +140,9 @@ def gathered(
     batch: Batch,
     spec: LossSpec,
     ranks: Ranks,
-) -> tuple[Rows, dict[str, Said], Rows | None]:  # images, captions by kind, teachers' image rows
+) -> tuple[
+    Gathered, dict[str, CaptionBatch], Gathered | None
+]:  # images, captions by kind, teachers' image rows
     "Gather each tower's embeddings with gradient, and teacher embeddings without"
     same_size(len(features.image), ranks, features.image.device)
     image = rows_of(features.image, ranks)
@@ -152,17 +154,17 @@ def gathered(
     label, syn_label = None, None
     if spec.same:
         label, syn_label = _gather_labels([batch.label, batch.syn_label], ranks)
-    captions = dict(true=Said(text, text_emb, label))
+    captions = dict(true=CaptionBatch(text, text_emb, label))
     if syn is not None:
-        captions['syn'] = Said(syn, syn_emb, syn_label)
+        captions['syn'] = CaptionBatch(syn, syn_emb, syn_label)
     return image, captions, image_emb
 
 # %% ../../nbs/train/10_objective.ipynb #cbd9a7b6
 def _sigmoid(
-    image: Rows,
-    captions: dict[str, Said],
+    image: Gathered,
+    captions: dict[str, CaptionBatch],
     features: Features,
-    image_emb: Rows | None,
+    image_emb: Gathered | None,
     spec: LossSpec,
 ) -> NamedTuple:  # `total` and its terms
     "The reinforced sum with the sigmoid loss (SigLIP §3)"
@@ -185,7 +187,7 @@ def _sigmoid(
                 image, caption.text, scale, bias, *teachers, spec.chunk
             )
             shares[f'{head}distill'] = spec.distill
-    return parts_of(parts, shares)
+    return add_parts(parts, shares)
 
 
 def _check_teachers(
@@ -336,6 +338,6 @@ def online(
         raise ValueError(
             "The spec names no teachers; use online=(('teacher_nano_a', 'emoji'), ...)"
         )
-    scales = scales_for(spec.scales or 100.0, len(spec.online))
+    scales = expand_scales(spec.scales or 100.0, len(spec.online))
     names = [TeacherSpec(m, w, s) for (m, w), s in zip(spec.online, scales)]
     return Online(load_ensemble(names, device), mean, std)

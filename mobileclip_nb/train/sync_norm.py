@@ -53,7 +53,7 @@ def moments(
     "Mean and variance over batch, positions and ranks, in float32 (BatchNorm §3)"
     axes = [0, *range(2, x.ndim)]
     shape = (1, -1, *[1] * (x.ndim - 2))
-    x = exact(x)
+    x = to_full_precision(x)
     count = x.new_tensor([x.numel() / x.shape[1]])
     sums = over_ranks(torch.cat([x.sum(axes), count]))
     n = sums[-1].detach()
