@@ -8,10 +8,10 @@ Importing this package loads nothing heavy: a name is fetched from its module th
 """
 
 _HOME = dict(
-    create_model='models.weights',
+    create_model='models.factory',
     load_weights='models.weights',
     save_weights='models.weights',
-    preprocess='models.weights',
+    preprocess='models.factory',
     list_models='models.zoo',
     tokenize='preprocessing.tokenizer',
     fold='blocks.reparam',

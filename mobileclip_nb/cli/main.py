@@ -91,7 +91,7 @@ def model_of(
     args: argparse.Namespace,  # `model`, `weights`, `device`, `threads`
 ) -> Any:  # a model in eval mode, on its device
     "Make the model that a verb was asked to use, and make this process ready for it"
-    from mobileclip_nb.models.weights import create_model
+    from mobileclip_nb.models.factory import create_model
     from mobileclip_nb.models.zoo import record
 
     device = ready_to_compute(args)

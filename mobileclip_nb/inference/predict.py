@@ -22,7 +22,8 @@ from torch import Tensor
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ..models.weights import create_model, is_place
+from ..models.weights import is_place
+from ..models.factory import create_model
 from ..models.clip import CLIP
 from ..core.runtime import need, pick_device, whole
 from ..datasets.pairs import open_image

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 
-from .weights import create_model
+from .factory import create_model
 from .clip import CLIP
 from ..core.runtime import cache_dir, whole
 from ..preprocessing.transform import Pixels

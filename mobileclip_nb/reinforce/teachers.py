@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn, Tensor
 
-from ..models.weights import create_model, is_place
+from ..models.weights import is_place
+from ..models.factory import create_model
 from ..core.runtime import near
 from ..preprocessing.transform import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 from ..core.config import Spec
