@@ -364,10 +364,9 @@ def test_device_threads_and_batch(folder, here):
 def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     "With simulated devices every verb hands on the one that `auto` chooses; reinforce keeps the CPU unless asked"
     import torch
-    from mobileclip_nb.reinforce import captioner
+    import mobileclip_nb.cli.main as cli
     from mobileclip_nb.models import factory
-    from mobileclip_nb.cli.main import main as cli
-    from mobileclip_nb.reinforce import local
+    from mobileclip_nb.reinforce import captioner, run_local
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cards > 0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: cards)
@@ -382,7 +381,7 @@ def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     monkeypatch.setattr(factory, 'create_model', lambda *a, device=None, **k: stop(device))
     monkeypatch.setattr(captioner, 'load_captioner', lambda spec, weights, device: stop(device))
     monkeypatch.setattr(
-        local, 'reinforce', lambda src, out, spec, workers, device, *a, **k: stop(device)
+        run_local, 'reinforce', lambda src, out, spec, workers, device, *a, **k: stop(device)
     )
     picture = str(folder / 'red0.png')
     words = {

@@ -410,6 +410,7 @@ def curve(
     y: str = '',  # label of the values, with unit
     width: float = 8.0,  # inches
     height: float = 3.0,  # inches
+    roles: Mapping[str, str] | None = None,  # name: a key of `ROLES`, for its fixed color
 ) -> Any:  # a matplotlib figure
     "Draw values over steps, with the last value in the legend and chance as a dashed line"
     if not lines:
@@ -421,7 +422,8 @@ def curve(
             if len(steps) != len(values):
                 raise ValueError(f"Line {name!r} has {len(steps)} steps but {len(values)} values")
             last = f'{values[-1]:.3g}' if len(values) else '(empty)'
-            ax.plot(steps, values, label=f'{name}  {last}')
+            color = role_color(roles[name]) if roles and name in roles else None
+            ax.plot(steps, values, label=f'{name}  {last}', color=color)
         if chance is not None:
             label = f'chance  {chance:.2g}'
             ax.axhline(chance, color=GRAY, linestyle='--', linewidth=1, label=label)
@@ -435,11 +437,12 @@ def _bar(
     row: int,  # position of the bar
     runs: Sequence[float],  # one value a run
     chance: float | None,  # expected value of a random guess
+    color: str,  # of the bar
     label_x: float,  # where the number begins
     digits: int,  # after the decimal point
 ) -> None:
     "Draw one bar: the mean, the runs as points, the chance level, the number"
-    ax.barh(row, fmean(runs), color=COLORS['sky'], height=0.6)
+    ax.barh(row, fmean(runs), color=color, height=0.6)
     spread = ''
     if len(runs) > 1:
         ax.plot(runs, [row] * len(runs), '.', color=COLORS['black'], markersize=4)
@@ -461,6 +464,7 @@ def bars(
     x: str = '',  # label of the values, with unit
     width: float = 8.0,  # inches
     digits: int = 3,  # after the decimal point
+    roles: Mapping[str, str] | None = None,  # name: a key of `ROLES`, for its fixed color
 ) -> Any:  # a matplotlib figure
     "Draw horizontal bars of means, the runs as points, chance as a mark, the number beside each"
     if not values:
@@ -472,7 +476,8 @@ def bars(
         ax = fig.add_subplot()
         for row, (name, numbers) in enumerate(runs.items()):
             level = chance.get(name) if isinstance(chance, Mapping) else chance
-            _bar(ax, row, numbers, level, max(numbers) + 0.02 * largest, digits)
+            color = role_color(roles[name]) if roles and name in roles else COLORS['sky']
+            _bar(ax, row, numbers, level, color, max(numbers) + 0.02 * largest, digits)
         ax.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel=x)
         ax.set_xlim(None, largest * 1.35)
         ax.invert_yaxis()

@@ -25,7 +25,7 @@ from ..datasets.emoji import HANDS, TEMPLATES, concepts, load_emoji
 from ..evaluate.retrieval import Judge
 from ..train.freeze import freeze
 from ..core.ledger import append, code_version, read, record as run_record, spread
-from ..shards.folder import alone
+from ..shards.job import alone
 from ..preprocessing.tokenizer import ids_in_use
 from ..train.data import need_two
 from ..train.loop import Trained, refresh_model, train

@@ -29,19 +29,6 @@ from mobileclip_nb.core.files import (
     shown,
     write_bytes,
 )
-from mobileclip_nb.shards.folder import (
-    FAILED,
-    FATAL,
-    Job,
-    alone,
-    apart,
-    as_json,
-    finished,
-    named,
-    set_aside,
-    survey,
-    writable,
-)
 from mobileclip_nb.reinforce.recipe import (
     Dropped,
     Models,
@@ -51,7 +38,6 @@ from mobileclip_nb.reinforce.recipe import (
     differences,
     load_models,
 )
-from ..shards.build import foreign_in
 from mobileclip_nb.shards.io import (
     Entry,
     Manifest,
@@ -60,6 +46,20 @@ from mobileclip_nb.shards.io import (
     read_manifest,
     read_shard,
     write_manifests,
+)
+from mobileclip_nb.shards.job import (
+    FAILED,
+    FATAL,
+    Job,
+    alone,
+    apart,
+    as_json,
+    finished,
+    foreign_in,
+    named,
+    set_aside,
+    survey,
+    writable,
 )
 from ..core.processes import Ahead, Event, peak_mb, processes
 

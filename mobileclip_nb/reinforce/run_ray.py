@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.runtime import need
 from ..core.files import shown
-from ..shards.folder import Job, set_aside
+from ..shards.job import Job, set_aside
 from .run_local import Loader, Report, conduct, stream
 from .recipe import ReinforceSpec, load_models
 from ..shards.tar import tar_file

@@ -28,7 +28,7 @@ from ..core.papers import published
 from ..preprocessing.transform import Pixels
 from .paper_recipes import OTHERS, ROWS, Row
 from ..loaders.ranged import Ranged
-from ..shards.build import size_of
+from ..shards.job import size_of
 from ..shards.io import read_shard
 from ..shards.sources import source_of
 from ..core.config import Spec, plain
