@@ -365,7 +365,7 @@ def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     "With simulated devices every verb hands on the one that `auto` chooses; reinforce keeps the CPU unless asked"
     import torch
     import mobileclip_nb.cli.main as cli
-    from mobileclip_nb.models import weights as checkpoint
+    from mobileclip_nb.models import factory
     from mobileclip_nb.reinforce import captioner, run_local
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cards > 0)
@@ -378,7 +378,7 @@ def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     def stop(found):
         raise Seen(found)
 
-    monkeypatch.setattr(checkpoint, 'create_model', lambda *a, device=None, **k: stop(device))
+    monkeypatch.setattr(factory, 'create_model', lambda *a, device=None, **k: stop(device))
     monkeypatch.setattr(captioner, 'load_captioner', lambda spec, weights, device: stop(device))
     monkeypatch.setattr(
         run_local, 'reinforce', lambda src, out, spec, workers, device, *a, **k: stop(device)
