@@ -31,7 +31,7 @@ from mobileclip_nb.augment.operations import (
     ToRGB,
     ToTensor,
     Uint8,
-    below,
+    draw_integer,
 )
 from ..core.config import Spec, plain
 
@@ -313,7 +313,7 @@ def _sample_strength(
 ) -> list[Any]:  # name, strength relative to the range, and the seed of noise
     "Sample the strength of one operation"
     if name == 'noise':
-        return [name, rng.random(), below(rng, 1 << 32)]
+        return [name, rng.random(), draw_integer(rng, 1 << 32)]
     return [name, 2 * rng.random() - 1]
 
 

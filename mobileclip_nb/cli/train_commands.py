@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.runtime import pick_device, set_threads
-from ..train.heldout import BEST_BY, judge_interval, report_to
+from ..train.heldout import BEST_BY, evaluation_interval, make_report
 from mobileclip_nb.train.options import (
     OPTIONS,
     WEIGHTS,
@@ -133,8 +133,8 @@ def train(
     if place == 'emoji':
         judge = emoji_judge(found.data.images.shape[1])
     elif run.held:
-        judge, every = heldout_judge(run.held), judge_interval(r.train.steps)
-        mark = dict(best=BEST_BY, report=report_to(beside_bar))
+        judge, every = heldout_judge(run.held), evaluation_interval(r.train.steps)
+        mark = dict(best=BEST_BY, report=make_report(beside_bar))
     mark |= dict(start=model, place=place, held_out=run.shares, device=device, say=beside_bar)
     done = fit(r, found, out, judge, every, args.resume, LEDGER, args.scale, **mark)
     weights, numbers = release(out, out / WEIGHTS, say=say), done.run.metrics

@@ -22,7 +22,7 @@ from ..core.runtime import suggest, seed_all, atomic_write
 from ..datasets.emoji import load_emoji
 from ..evaluate.retrieval import retrieval
 from ..evaluate.zeroshot import embed_images
-from ..train.distributed import here
+from ..train.distributed import current_ranks
 from ..loaders.compose import Slice
 from ..datasets.caption_noise import NoiseSpec, add_caption_noise
 from ..augment.operations import RandomResizedCrop
@@ -33,7 +33,7 @@ from ..core.config import Spec
 from ..reinforce.teachers import load_ensemble
 from ..train.loop import TrainSpec, advance, judged, refresh_model, train
 from ..train.objective import LossSpec
-from ..train.checkpoint import begin
+from ..train.checkpoint import start_run
 from ..train.run import group
 from ..loaders.in_memory import ViewBatches, Views, ViewSpec, load_views
 from ..models.zoo import Record, build as build_model, record
@@ -267,7 +267,7 @@ def run(
     progress: bool = False,  # draw a progress bar
 ) -> dict[str, float]:  # metrics, the curve among them
     "Train one student, judging it as it learns"
-    source, ask, ranks = batches(sets, spec), ask or judge(), here()
+    source, ask, ranks = batches(sets, spec), ask or judge(), current_ranks()
     t = spec.train.but(seed=spec.seed, loss=loss_for(spec.arm, source.data))
     done = train(
         student(spec.seed),
@@ -309,7 +309,7 @@ def run_early(
     def ask(model: nn.Module) -> dict[str, float]:
         return dict(heldout_r1=recall(model)['heldout_r1'], cosine=mean_cosine(model, pictures))
 
-    state = begin(student(spec.seed), t, source.id)
+    state = start_run(student(spec.seed), t, source.id)
     with torch.random.fork_rng():
         for batch in source.since(0):
             advance(state, batch, t)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'WEB', 'names_of', 'good_captions', 'noisy_caption', 'emoji_captions', 'CocaLoss', 'coca_loss',
-           'CaptionRecipe', 'as_pixels', 'caption_scores', 'emoji_scores', 'CaptionFit', 'RunConfig', 'fit_captioner',
-           'make_captioner', 'grown', 'FinetuneConfig', 'finetune_captioner']
+           'CaptionRecipe', 'normalize_images', 'caption_scores', 'emoji_scores', 'CaptionFit', 'RunConfig',
+           'fit_captioner', 'make_captioner', 'extend_vocabulary', 'FinetuneConfig', 'finetune_captioner']
 
 # %% ../../nbs/train/42_captioner.ipynb #3db40808
 import copy, random, re
@@ -37,7 +37,7 @@ from mobileclip_nb.reinforce.captioner import (
     CaptionerSpec,
     build_coca,
     load_captioner,
-    sampled,
+    sample_captions,
     save_captioner,
 )
 from mobileclip_nb.reinforce.caption_sampling import (
@@ -45,8 +45,8 @@ from mobileclip_nb.reinforce.caption_sampling import (
     Sampling,
     Vocab,
     diversity,
-    rows_of,
-    text_of,
+    encode_texts,
+    decode_text,
 )
 from ..core.runtime import suggest, seed_all
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
@@ -230,7 +230,7 @@ class CaptionRecipe(Spec, id_name='CaptionRecipe'):
         return self.but(first=sized(self.first), second=sized(self.second), seed=seed)
 
 # %% ../../nbs/train/42_captioner.ipynb #b010fa69
-def as_pixels(
+def normalize_images(
     images: Tensor,  # uint8 `(B, S, S, 3)`
     pixels: Pixels = NANO_PIXELS,  # of the same side
 ) -> Tensor:  # float `(B, 3, S, S)`
@@ -242,7 +242,7 @@ def as_pixels(
 
 def _spelled(name: str) -> str:  # between spaces
     "A name as the tokenizer spells it"
-    return f' {text_of(Vocab(), rows_of(Vocab(), name)[0])} '
+    return f' {decode_text(Vocab(), encode_texts(Vocab(), name)[0])} '
 
 
 @torch.inference_mode()
@@ -256,8 +256,10 @@ def caption_scores(
     "Shares of most probable captions with the exact name and any right name; share of its words"
     captions = []
     for x in images.split(batch):
-        rows = sampled(model, model._encode_image(as_pixels(x))[1], [''] * len(x), vocab, GREEDY)
-        captions += [f' {text_of(vocab, r[0])} ' for r in rows]
+        rows = sample_captions(
+            model, model._encode_image(normalize_images(x))[1], [''] * len(x), vocab, GREEDY
+        )
+        captions += [f' {decode_text(vocab, r[0])} ' for r in rows]
     exact, named, words = [], [], []
     for caption, right in zip(captions, names):
         spelled = [_spelled(name) for name in right]
@@ -282,8 +284,10 @@ def _sampled_scores(
     model: nn.Module, vocab: Vocab, images: Tensor, keys: Sequence[str]
 ) -> dict[str, float]:
     "How often sampled captions name the image, and their diversity"
-    rows = sampled(model, model._encode_image(as_pixels(images))[1], keys, vocab, Sampling())
-    captions = [[text_of(vocab, r) for r in rs] for rs in rows]
+    rows = sample_captions(
+        model, model._encode_image(normalize_images(images))[1], keys, vocab, Sampling()
+    )
+    captions = [[decode_text(vocab, r) for r in rs] for rs in rows]
     right = []
     for names, texts in zip(_right_names(keys), captions):
         right += [any(name in text for name in names) for text in texts]
@@ -361,7 +365,7 @@ def fit_captioner(
     size, context = min(r.batch, len(good.images)), NANO['text_cfg']['context_length']
     mean, std = NANO_PIXELS.mean, NANO_PIXELS.std
     stream = BatchSpec(size, context, r.seed, r.jitter, mean=mean, std=std)
-    encode_texts = partial(rows_of, vocab)
+    encode_texts = partial(encode_texts, vocab)
     objective = partial(coca_loss, contrast=r.contrast, caption=r.caption)
     evaluate = (lambda m: judge(m, vocab)) if judge else None
     noisy, good = (Batches(data, stream, encode_texts) for data in (noisy, good))
@@ -410,7 +414,7 @@ def _widened(
     return torch.cat([head, *[mean] * new, tail], dim)
 
 
-def grown(
+def extend_vocabulary(
     captioner: Captioner,  # stays unchanged
     texts: Sequence[str],  # whose tokens the copy contains
 ) -> tuple[Captioner, int]:  # a copy with every token of the texts, and how many are new
@@ -487,7 +491,7 @@ def finetune_captioner(
     c = captioner if isinstance(captioner, Captioner) else load_captioner(captioner)
     data = _pairs(data, c.pixels, say)
     texts = [text for captions in data.captions for text in captions]
-    c, new = grown(c, texts)
+    c, new = extend_vocabulary(c, texts)
     long = sum(len(encode(text)) + 2 > c.context for text in texts)
     cut = f'; {long} captions are cut to {c.context} tokens' if long else ''
     say(
@@ -498,7 +502,7 @@ def finetune_captioner(
     stream = BatchSpec(batch, c.context, config.seed, jitter, mean=mean, std=std)
     run = train(
         c.model.requires_grad_(True),
-        Batches(data, stream, partial(rows_of, c.vocab)),
+        Batches(data, stream, partial(encode_texts, c.vocab)),
         config.spec(),
         out,
         save_every=100,

@@ -15,12 +15,12 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..loaders.batches import Batch
-from .distributed import Ranks, here
+from .distributed import Ranks, current_ranks
 from ..losses.contrastive import to_full_precision
-from .sync_norm import over_ranks, synced
-from .accumulate import pieces
+from .sync_norm import sum_over_ranks, sync_norms
+from .accumulate import split_batch
 from .objective import encode
-from .sharding import anybody
+from .sharding import any_rank
 
 # %% ../../nbs/train/13_statistics.ipynb #95502d44
 class Sums:
@@ -102,7 +102,7 @@ def _next_batches(
             )
         except Exception as e:
             failed = e
-        if anybody(failed is not None, ranks, device):
+        if any_rank(failed is not None, ranks, device):
             raise failed or ConnectionError(
                 f"Rank {ranks.rank} stops because another rank's data failed; see its message"
             )
@@ -117,20 +117,20 @@ def recompute_statistics(
     n: int = BATCHES,  # of each rank
 ) -> Recomputed:
     "Copy a model with normalization statistics over n batches (Precise-BN, arXiv 2105.07576 §3)"
-    new, ranks = copy.deepcopy(model).eval(), here()
+    new, ranks = copy.deepcopy(model).eval(), current_ranks()
     if not norms_of(new) or spec.frozen_norm:
         return Recomputed(new, 0)
     work = copy.deepcopy(new)
     if spec.sync_norm:
-        work = synced(work)
+        work = sync_norms(work)
     sums = {name: Sums(m.num_features) for name, m in norms_of(work).items()}
     for name, m in norms_of(work).items():
         m.train().register_forward_pre_hook(sums[name])
     device = next(work.parameters()).device
     for batch in _next_batches(batches, n, ranks, device):
-        for part in pieces(batch, spec.accumulate):
+        for part in split_batch(batch, spec.accumulate):
             encode(work, part, spec)
-    total = over_ranks(torch.cat([s.held for s in sums.values()]).to(device)).cpu()
+    total = sum_over_ranks(torch.cat([s.held for s in sums.values()]).to(device)).cpu()
     for s, held in zip(sums.values(), total.split([len(s.held) for s in sums.values()])):
         s.held = held
     moved = {name: s.moments() for name, s in sums.items() if s.held[0]}
