@@ -34,7 +34,7 @@ from ..core.runtime import suggest
 from ..shards.io import Skips, read_shard
 from ..shards.safe_io import Faulty
 from ..shards.sample import Sample
-from ..shards.sources import Source, decoded, source_of
+from ..shards.sources import Source, decode_image, source_of
 from ..preprocessing.tokenizer import tokenize
 
 # %% ../../nbs/loaders/05_in_memory.ipynb #be909af0
@@ -168,7 +168,7 @@ def replayed(
     rescale: bool = False,  # of translations, by side over generation side
 ) -> np.ndarray:  # uint8 `(A, side, side, 3)`
     "Perform the stored augmentations of a sample, all on one decoded picture"
-    image, rows = decoded(sample.image, decode), sample.param_aug[:n_views]
+    image, rows = decode_image(sample.image, decode), sample.param_aug[:n_views]
     if n_views and len(rows) < n_views:
         raise Faulty('params', f'it stores {len(rows)} augmentations, and {n_views} were asked for')
     try:

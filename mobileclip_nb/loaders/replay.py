@@ -19,7 +19,7 @@ from ..datasets.pairs import MAX_PIXELS
 from ..augment.fast_operations import perform_fast
 from ..preprocessing.resize import resample
 from ..shards.safe_io import Faulty
-from ..shards.sources import decoded
+from ..shards.sources import decode_image
 
 # %% ../../nbs/loaders/02_replay.ipynb #747447d4
 class Head(NamedTuple):
@@ -146,7 +146,7 @@ def _cropped(
         )
     x = upper_rows(blob, head, top + h) if quick else None
     if x is None:
-        return decoded(blob, decode, max_pixels).crop((left, top, left + w, top + h))
+        return decode_image(blob, decode, max_pixels).crop((left, top, left + w, top + h))
     x = x[top : top + h, left : left + w]
     return (
         x if x.shape[2] == 3 else Image.fromarray(~x, 'CMYK').convert('RGB')
@@ -193,7 +193,7 @@ def view(
     crop = params.get('random_resized_crop')
     if crop is None or any(getattr(augment, n) for n in _FIRST):
         try:
-            return np.asarray(apply(augment, decoded(blob, decode), params, side, rescale))
+            return np.asarray(apply(augment, decode_image(blob, decode), params, side, rescale))
         except Faulty:
             raise
         except ValueError as e:

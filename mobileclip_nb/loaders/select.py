@@ -20,7 +20,13 @@ from ..preprocessing.transform import Pixels
 from .replay import size_of, view
 from ..shards.embeddings import open_rows, read_rows
 from ..shards.safe_io import Faulty, Limits
-from ..shards.sample import IMAGES, _captions, _object, _synthetic, _text
+from mobileclip_nb.shards.sample import (
+    IMAGES,
+    true_captions,
+    read_object_member,
+    synthetic_captions,
+    read_text_member,
+)
 from ..shards.sources import DECODES, Source
 from ..core.config import Spec
 from ..preprocessing.token_cache import TokenCache
@@ -201,10 +207,16 @@ def taken(
 
     if spec.min_side and min(size := size_of(blob, decode)) < spec.min_side:
         raise Faulty('small', f'{size[0]}x{size[1]} pixels, where {spec.min_side} were asked for')
-    meta = _object(members, 'json', Limits()) if b'"texts"' in members.get('json', b'') else {}
+    meta = (
+        read_object_member(members, 'json', Limits())
+        if b'"texts"' in members.get('json', b'')
+        else {}
+    )
     captions, synthetic = (
-        _captions(_text(members, 'txt'), meta),
-        _synthetic(_object(members, 'syn.json', Limits())) if spec.synthetic or spec.rows else {},
+        true_captions(read_text_member(members, 'txt'), meta),
+        synthetic_captions(read_object_member(members, 'syn.json', Limits()))
+        if spec.synthetic or spec.rows
+        else {},
     )
     if not captions[c := at(len(captions), 1)].strip():
         raise Faulty('captions', 'an empty caption')
