@@ -5,14 +5,14 @@ import json, os, re, socket
 import pytest
 from test_train import LIMIT, ended, losses, quietly, server
 
-from mobileclip_nb.cli import main
-from mobileclip_nb.emoji import write_folder
-from mobileclip_nb.recipes import fit
-from mobileclip_nb.text.tokens import encode
+from mobileclip_nb.cli.main import main
+from mobileclip_nb.datasets.emoji import write_folder
+from mobileclip_nb.experiments.shipped_weights import fit
+from mobileclip_nb.preprocessing.tokenizer import encode
 from mobileclip_nb.train.heldout import BEST_BY
 from mobileclip_nb.train.options import run_of
 from mobileclip_nb.train.recipe import NOTE, learner, load_data, read_note, recipe, source
-from mobileclip_nb.train.state import load_run
+from mobileclip_nb.train.checkpoint import load_run
 
 SHORT = ('--scale', 'smoke', '--set', 'stream.batch=8', '--rate', '100', '--json')
 
