@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STILL', 'PairData', 'decode_images', 'pair_data', 'from_pairs', 'seeded', 'Jitter', 'JitterParams', 'draw_jitter',
-           'apply_jitter', 'BatchSpec', 'Batch', 'Texts', 'tokenize_captions', 'pick_captions', 'normalize_images',
+           'apply_jitter', 'BatchSpec', 'Batch', 'Texts', 'tokenize_captions', 'pick_captions', 'normalize_batch',
            'as_input', 'stream_id', 'BatchChoice', 'Batches']
 
 # %% ../../nbs/loaders/01_batches.ipynb #be3eff14
@@ -242,7 +242,7 @@ def pick_captions(
     return texts.first[index] + (fraction * texts.count[index]).long()
 
 # %% ../../nbs/loaders/01_batches.ipynb #49eba108
-def normalize_images(
+def normalize_batch(
     images: Tensor,  # uint8 `(B, S, S, 3)`
     mean: Sequence[float],  # of images of 0–1, a number a channel
     std: Sequence[float],  # likewise
@@ -261,7 +261,7 @@ def as_input(
 ) -> Tensor:  # float `(B, 3, S, S)`, normalized
     "Augment and normalize a batch of images"
     if jitter is None:
-        return normalize_images(images, spec.mean, spec.std)
+        return normalize_batch(images, spec.mean, spec.std)
     x = apply_jitter(images.permute(0, 3, 1, 2) / 255, jitter)
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..shards.index import Archives, Index, file_stamp, load_index
-from .batches import Batch, normalize_images
+from .batches import Batch, normalize_batch
 from ..core.runtime import cache_dir
 from .epoch_order import Mix, Order, Slot
 from ..core.files import is_local, name_of, shown
@@ -456,7 +456,7 @@ class Stream(Shards):
             rows = torch.from_numpy(np.argsort(np.argsort(groups, kind='stable')))
             fields = {name: x[rows] for name, x in fields.items()}
         self.skips.kept += self.batch
-        fields['image'] = normalize_images(fields['image'], self.spec.mean, self.spec.std)
+        fields['image'] = normalize_batch(fields['image'], self.spec.mean, self.spec.std)
         if 'syn' not in fields:
             fields.pop('syn_label', None)
         for name in ('text', 'syn'):
