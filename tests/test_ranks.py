@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mobileclip_nb.loaders.batches import STILL, Batch, Batches, BatchSpec, pair_data
-from mobileclip_nb.blocks.reparam import season
+from mobileclip_nb.blocks.reparam import randomize_
 from mobileclip_nb.models.clip import CLIP
 from mobileclip_nb.train.freeze import freeze
 from mobileclip_nb.train.distributed import gather, here, rows_of
@@ -64,7 +64,7 @@ def model_of(loss=LossSpec(), frozen=True, scale=1 / 0.07):
         rows=len(IDS),
         layer_scale=0.1,
     )  # rows for these words only
-    model = season(
+    model = randomize_(
         CLIP(
             MCi(MCI['mci_nano'].but(depths=(1, 1, 1, 1), dims=(8, 8, 16, 32), drop=0.0), 16),
             TextRepMixer(text, 16),

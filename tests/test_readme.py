@@ -114,7 +114,8 @@ def test_make_block():
 
 def test_network_block(tmp_path, shell_env):
     "The published name is resolved to its repository, and the weights found there are used"
-    from mobileclip_nb.models.weights import create_model, save_weights
+    from mobileclip_nb.models.weights import save_weights
+    from mobileclip_nb.models.factory import create_model
     from mobileclip_nb.datasets.emoji import draw
 
     (words,) = commands(marked('network'))

@@ -7,7 +7,7 @@ import pytest, torch
 from torch import nn
 
 from mobileclip_nb.loaders.batches import Batches, BatchSpec, pair_data
-from mobileclip_nb.blocks.reparam import season
+from mobileclip_nb.blocks.reparam import randomize_
 from mobileclip_nb.models.clip import CLIP
 from mobileclip_nb.train.distributed import here
 from mobileclip_nb.models.mci import MCI, MCi
@@ -53,7 +53,7 @@ def small(seed=0, drop=0.3):
     text = TextSpec(
         width=32, heads=2, layers=1, conv_blocks=1, kernel=5, context=8, rows=40, layer_scale=0.1
     )
-    model = season(
+    model = randomize_(
         CLIP(
             MCi(MCI['mci_nano'].but(depths=(1, 1, 1, 1), dims=(8, 8, 16, 32), drop=drop), 16),
             TextRepMixer(text, 16),

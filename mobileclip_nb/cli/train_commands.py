@@ -223,7 +223,7 @@ def teach_captioner(
 ) -> int:  # exit status
     "Teach a captioner a folder of pictures with captions"
     from mobileclip_nb.reinforce.captioner import load_captioner
-    from mobileclip_nb.train.captioner import finetune_captioner
+    from mobileclip_nb.train.captioner import FinetuneConfig, finetune_captioner
     from mobileclip_nb.train.recipe import load_data
 
     if args.held_out:
@@ -238,8 +238,7 @@ def teach_captioner(
         captioner,
         data,
         args.out,
-        args.steps or 200,
-        seed=args.seed or 0,
+        FinetuneConfig(steps=args.steps or 200, seed=args.seed or 0),
         resume=args.resume,
         say=say,
     )
@@ -277,16 +276,16 @@ def bench_latency(
     args: argparse.Namespace,  # `models`, `rounds`
 ) -> int:  # exit status
     "Print latency ratios against timm, and the cold start, side by side in one run"
-    from mobileclip_nb.bench.latency import against_timm, cold_start, table
+    from mobileclip_nb.bench.latency import compare_with_timm, time_cold_start, format_latencies
 
     found = {
-        f'{m}, {t} thread{"s"[: t - 1]}': against_timm(m, t, args.rounds)
+        f'{m}, {t} thread{"s"[: t - 1]}': compare_with_timm(m, t, args.rounds)
         for m in args.models
         for t in (1, 2)
-    } | {'cold start': cold_start(args.rounds)}
+    } | {'cold start': time_cold_start(args.rounds)}
     answer(
         {k: [l._asdict() for l in v] for k, v in found.items()},
-        '\n\n'.join(f'{k}\n\n{table(v)}' for k, v in found.items()),
+        '\n\n'.join(f'{k}\n\n{format_latencies(v)}' for k, v in found.items()),
         args.json,
     )
     return 0

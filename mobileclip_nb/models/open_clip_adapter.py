@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 
-from .weights import create_model
+from .factory import create_model
 from .clip import CLIP
-from ..core.runtime import cache_dir, whole
+from ..core.runtime import cache_dir, atomic_write
 from ..preprocessing.transform import Pixels
 from .zoo import ZOO, Record, build, record
 
@@ -158,7 +158,7 @@ def announce(
                 layers=r.text.layers,
             ),
         )
-        with whole(folder / f'{there}.json') as tmp:
+        with atomic_write(folder / f'{there}.json') as tmp:
             tmp.write_text(json.dumps(cfg, indent=1))
     add_model_config(folder)
 

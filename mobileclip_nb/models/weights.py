@@ -16,7 +16,7 @@ from torch import nn, Tensor
 
 from ..blocks.reparam import fold
 from .clip import CLIP
-from ..core.runtime import near, pick_device, whole
+from ..core.runtime import suggest, pick_device, atomic_write
 from .vit import ViTSpec
 from mobileclip_nb.models.key_maps import (
     form_of,
@@ -191,7 +191,7 @@ def complaint(
         for k, t in wanted.items()
         if k in offered and offered[k].shape != t.shape
     ]
-    extra = [names.get(k, k) + (near(k, missing) if i < 8 else '') for i, k in enumerate(extra)]
+    extra = [names.get(k, k) + (suggest(k, missing) if i < 8 else '') for i, k in enumerate(extra)]
     return '\n'.join(
         _listed('missing', missing)
         + _listed('left over', extra)
@@ -328,7 +328,7 @@ def save_weights(
         dict(record=model.record.to_dict()) | (dict(run=run) if run else {}) if model.record else {}
     )
     about = {ABOUT: json.dumps(said, sort_keys=True)} if naming == 'native' and said else {}
-    with whole(path) as tmp:
+    with atomic_write(path) as tmp:
         if path.suffix.lower() == '.safetensors':
             from safetensors.torch import save_file
 
@@ -387,7 +387,7 @@ def _wanted(
     if is_place(weights) or Path(weights).exists():
         return r, weights
     raise KeyError(
-        f"No weights {weights!r} for {r.name}.{near(weights, r.weights)} Tags: {', '.join(r.weights)}; or pass a path or 'hf-hub:ORG/REPO'"
+        f"No weights {weights!r} for {r.name}.{suggest(weights, r.weights)} Tags: {', '.join(r.weights)}; or pass a path or 'hf-hub:ORG/REPO'"
     )
 
 

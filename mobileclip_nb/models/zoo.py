@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .clip import CLIP
-from ..core.runtime import near
+from ..core.runtime import suggest
 from .mci import MCI, MCi, MCiSpec
 from .vit import VIT, ViT, ViTSpec
 from ..core.papers import average38, scores
@@ -238,7 +238,7 @@ def record(
     "Look up a model; an unknown name is refused with the nearest known one"
     found = {_bare(n): n for n in ZOO}.get(_bare(name))
     if found is None:
-        raise KeyError(f"No model {name!r}.{near(name, ZOO)} `list_models()` has all of them.")
+        raise KeyError(f"No model {name!r}.{suggest(name, ZOO)} `list_models()` has all of them.")
     return ZOO[SIBLINGS.get((found, tag), found)]
 
 # %% ../../nbs/models/05_zoo.ipynb #95b492ba
@@ -264,7 +264,7 @@ def image_spec(
         return r.image
     if r.image not in (known := MCI | VIT):
         raise KeyError(
-            f"No image tower {r.image!r}.{near(r.image, known)} There are {', '.join(known)}."
+            f"No image tower {r.image!r}.{suggest(r.image, known)} There are {', '.join(known)}."
         )
     return known[r.image]
 

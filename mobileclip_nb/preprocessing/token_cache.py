@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.runtime import need
+from ..core.runtime import import_optional
 from mobileclip_nb.preprocessing.tokenizer import (
     EOT,
     PAD,
@@ -35,7 +35,7 @@ _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # as `WORD
 def rust() -> Any:  # a `tokenizers.Tokenizer`
     "Build the library's tokenizer from our tables, once a process"
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    lib = need('tokenizers', 'train')
+    lib = import_optional('tokenizers', 'train')
     out = lib.Tokenizer(
         lib.models.BPE(
             tables()[1], list(merges()), end_of_word_suffix='</w>', cache_capacity=65_536

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.runtime import near
-from ..datasets.pairs import upright
+from ..core.runtime import suggest
+from ..datasets.pairs import to_upright_rgb
 from ..core.config import Spec
 
 # %% ../../nbs/preprocessing/02_transform.ipynb #daf01763
@@ -35,7 +35,7 @@ def rgb(
         )
     if 0 in image.size:
         raise ValueError(f"The image has no pixels: its size is {image.size}")
-    return upright(image)
+    return to_upright_rgb(image)
 
 # %% ../../nbs/preprocessing/02_transform.ipynb #2c884120
 THIN = 500  # long side over short side, beyond which only the middle is resized
@@ -84,7 +84,7 @@ class Pixels(Spec, id_name='Pixels'):
             )
         if self.resize not in FILTERS:
             raise ValueError(
-                f"resize={self.resize!r} is not known.{near(self.resize, FILTERS)} Use bilinear or bicubic"
+                f"resize={self.resize!r} is not known.{suggest(self.resize, FILTERS)} Use bilinear or bicubic"
             )
         for name in ('mean', 'std'):
             if len(getattr(self, name)) != 3:

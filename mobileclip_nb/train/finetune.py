@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 
 from ..loaders.batches import Batch
-from ..models.weights import create_model
+from ..models.factory import create_model
 from ..models.clip import CLIP
 from .freeze import thaw
 from .distributed import here

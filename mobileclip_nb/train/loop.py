@@ -20,7 +20,7 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 from ..loaders.batches import Batch, Batches, seeded
-from ..core.runtime import near
+from ..core.runtime import suggest
 from .distributed import Ranks, here
 from ..core.ledger import append, record
 from .optim import clamp_scale, lr_at, set_lr
@@ -254,7 +254,7 @@ def mark_best(
         save()
         there = ', '.join(k for k in row if k != 'step') or 'none at all'
         raise KeyError(
-            f"No metric {metric!r} to tell the best checkpoint by.{near(metric, row)} There are: {there}"
+            f"No metric {metric!r} to tell the best checkpoint by.{suggest(metric, row)} There are: {there}"
         )
     if find_best(state.judged, metric) is not row:
         return
