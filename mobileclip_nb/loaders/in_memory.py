@@ -30,7 +30,7 @@ from mobileclip_nb.loaders.batches import (
     seeded,
     tokenize_captions,
 )
-from ..core.runtime import near
+from ..core.runtime import suggest
 from .select import Transform
 from ..shards.io import Skips, read_shard
 from ..shards.safe_io import Faulty
@@ -109,7 +109,7 @@ class Views(ViewData):
         for name in which:
             if name not in self.names and name not in range(len(self.names)):
                 raise KeyError(
-                    f"No teacher {name!r}.{near(str(name), self.names)} "
+                    f"No teacher {name!r}.{suggest(str(name), self.names)} "
                     f"There are {', '.join(self.names) or 'none'}"
                 )
         numbers = [w if isinstance(w, int) else self.names.index(w) for w in which]

@@ -21,11 +21,11 @@ from mobileclip_nb.augment.pipeline import (
     sample as draw_params,
     unpack,
 )
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..augment.operations import RandomResizedCrop
 from ..preprocessing.transform import Pixels
 from .replay import read_size, view
-from ..shards.embeddings import opinions, rows_of
+from ..shards.embeddings import open_rows, read_rows
 from ..shards.safe_io import Faulty, Limits
 from ..shards.sample import IMAGES, _captions, _object, _synthetic, _text
 from ..shards.sources import DECODES, Source
@@ -73,7 +73,7 @@ class StreamSpec(Spec, id_name='StreamSpec'):
             if value not in known:
                 listed = ', '.join(filter(None, known))
                 raise ValueError(
-                    f"{name}={value!r} is unknown.{near(value, known)} Known: {listed}"
+                    f"{name}={value!r} is unknown.{suggest(value, known)} Known: {listed}"
                 )
         if self.batch < 1 or self.context < 2 or self.side < 1:
             raise ValueError(
@@ -233,7 +233,7 @@ def _read_embeddings(
     width: int,  # D; 0 takes any
 ) -> list[np.ndarray]:  # `(D,)` of the view, of the caption, and of the synthetic one if chosen
     "The teacher embeddings of the chosen parts"
-    embeddings, key = opinions(members, captions, synthetic), position.key
+    embeddings, key = open_rows(members, captions, synthetic), position.key
     if embeddings is None or embeddings.image is None or 'text' not in embeddings.text:
         raise Faulty('missing', 'no teacher embeddings of the view or its captions')
     if key and key not in embeddings.text:
@@ -247,7 +247,7 @@ def _read_embeddings(
     ]
     if key:
         wanted.append((embeddings.text[key], position.synthetic))
-    return list(rows_of(wanted, width))
+    return list(read_rows(wanted, width))
 
 # %% ../../nbs/loaders/03_select.ipynb #52a0000c
 def read_sample(

@@ -21,13 +21,13 @@ from ..shards.index import Archives, Index, file_stamp, load_index
 from .batches import Batch, normalize_batch
 from ..core.runtime import cache_dir
 from .epoch_order import Mix, Order, Slot
-from ..core.files import is_local, name_of, shown
+from ..core.files import is_local, last_part, without_secrets
 from .select import Example, StreamSpec, Transform, choose, read_sample, render
 from ..shards.io import Skips
 from ..shards.safe_io import Faulty
 from ..shards.sources import Source, source_of
 from ..preprocessing.token_cache import TokenCache
-from ..core.processes import loyal
+from ..core.processes import end_with_parent
 
 # %% ../../nbs/loaders/04_stream.ipynb #17134f9a
 class Chunk(NamedTuple):
@@ -113,8 +113,8 @@ class Readers(Dataset):
                 continue
             if slot.i == 0 and len(index.keys) > count:
                 raise OSError(
-                    f"{name_of(url)!r} has {len(index.keys)} samples and its manifest says {count}."
-                    " Write the manifest again"
+                    f"{last_part(url)!r} has {len(index.keys)} samples and its manifest says "
+                    f"{count}. Write the manifest again"
                 )
             key, members = found
             try:
@@ -134,7 +134,7 @@ def _why_absent(index: Index, count: int) -> tuple[str, str]:  # reason, detail
 
 def _begin(worker: int) -> None:
     "A reading process ignores Ctrl-C and SIGTERM, ends with its parent, and uses one thread"
-    loyal()
+    end_with_parent()
     torch.set_num_threads(1)
 
 # %% ../../nbs/loaders/04_stream.ipynb #53a0000d
@@ -310,7 +310,7 @@ def _hash_files(groups: Sequence[Sequence[ShardEntry]]) -> str:  # ten hexadecim
     stamps = []
     for group in groups:
         for _, url, _ in group:
-            stamps.append(file_stamp(url, Path(shown(url)) if is_local(url) else None))
+            stamps.append(file_stamp(url, Path(without_secrets(url)) if is_local(url) else None))
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:10]
 
 # %% ../../nbs/loaders/04_stream.ipynb #d14457de
@@ -349,7 +349,7 @@ class Shards:
         "Ten hexadecimal digits that change with data, spec and the number of ranks"
         data = [[s.decode, s.augment and s.augment.to_dict()] for s in self.sources]
         for group in self.shards:
-            data += [[source, name_of(url), count] for source, url, count in group]
+            data += [[source, last_part(url), count] for source, url, count in group]
         text = json.dumps([self.spec.to_dict(), data, self.ranks[1]])
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -376,7 +376,7 @@ class Shards:
         return orders
 
     def _name(self, group: int, shard: int) -> str:
-        return name_of(self.shards[group][shard][1])
+        return last_part(self.shards[group][shard][1])
 
 # %% ../../nbs/loaders/04_stream.ipynb #53a00006
 def _check_sources(sources: Sequence[Source], spec: StreamSpec) -> None:

@@ -11,8 +11,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.runtime import whole
-from ..core.files import is_local, name_of, reading, shown
+from ..core.runtime import atomic_write
+from ..core.files import is_local, last_part, open_for_reading, without_secrets
 from .io import Skips, read_members
 
 # %% ../../nbs/shards/06_index.ipynb #66d1ae0d
@@ -35,7 +35,7 @@ def local_copy(
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = Path(memory) / 'copies' / f'{digest}.tar'
     if not path.exists():
-        with reading(url) as remote, whole(path) as part, open(part, 'wb') as out:
+        with open_for_reading(url) as remote, atomic_write(path) as part, open(part, 'wb') as out:
             shutil.copyfileobj(remote, out, 1 << 20)
         for oldest in sorted(path.parent.glob('*.tar'), key=os.path.getmtime)[:-COPIES]:
             oldest.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ def load_index(
         members.append({extension: list(place) for extension, place in places.items()})
     index = Index(keys, members, skips.to_dict())
     try:
-        with whole(cached) as part:
+        with atomic_write(cached) as part:
             part.write_text(json.dumps(index))
     except OSError:
         pass  # a cache folder that is not writable costs time, nothing else
@@ -122,8 +122,8 @@ class Archives:
         block = os.pread(file, last - first, first)
         if len(block) < last - first:
             raise OSError(
-                f"{name_of(shown(url))!r} has become shorter while it was read. Put the whole "
-                "file back and resume"
+                f"{last_part(without_secrets(url))!r} has become shorter while it was read. "
+                "Put the whole file back and resume"
             )
         return index.keys[i], {
             extension: block[start - first : start - first + length]

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..augment.pipeline import AugmentSpec
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..datasets.pairs import MAX_PIXELS, open_image
-from ..core.files import exists, join_url, list_shards, read_bytes, shown
+from ..core.files import exists, join_url, list_shards, read_bytes, without_secrets
 from .io import read_manifest
 from .safe_io import Faulty, read_json
-from .verify import about_of, entry_of, home_of
+from .verify import read_about, find_entry, manifest_folder
 
 # %% ../../nbs/shards/12_sources.ipynb #2af2bf4b
 DECODES = ('upright', 'plain')  # as this library reinforces; as the published generator did
@@ -31,7 +31,7 @@ def _check_decode(decode: str) -> None:
     "Raise ValueError for an unknown decode mode"
     if decode not in DECODES:
         raise ValueError(
-            f"Unknown decode mode {decode!r}.{near(decode, DECODES)} Known: {', '.join(DECODES)}"
+            f"Unknown decode mode {decode!r}.{suggest(decode, DECODES)} Known: {', '.join(DECODES)}"
         )
 
 
@@ -96,7 +96,7 @@ def read_config(
     place: str | Path,  # shards, as `list_shards` takes them
 ) -> AugmentSpec | None:  # None if there is no config.json
     "Read the published augmentation configuration beside shards"
-    path = join_url(home_of(place), 'config.json')
+    path = join_url(manifest_folder(place), 'config.json')
     if not exists(path):
         return None
     return AugmentSpec.from_config(read_json(read_bytes(path), 'config.json'))
@@ -110,15 +110,15 @@ def source_of(
     "Describe the shards of a place from the files beside them"
     if decode is not None:
         _check_decode(decode)
-    known, shards = about_of(place), list_shards(place)
+    known, shards = read_about(place), list_shards(place)
     ours = known.kind == 'ours'
-    about = read_manifest(home_of(place)).about if ours else {}
+    about = read_manifest(manifest_folder(place)).about if ours else {}
     upright = str(about.get('images', '')).startswith('upright')
     if ours and known.augment is None:
         upright = True
-    entries = [entry_of(shard, known.entries) for shard in shards]
+    entries = [find_entry(shard, known.entries) for shard in shards]
     return Source(
-        shown(place),
+        without_secrets(place),
         tuple(shards),
         augment or known.augment or read_config(place),
         tuple(name for name, _ in known.teachers),
