@@ -27,7 +27,13 @@ from ..preprocessing.transform import Pixels
 from .replay import read_size, view
 from ..shards.embeddings import open_rows, read_rows
 from ..shards.safe_io import Faulty, Limits
-from ..shards.sample import IMAGES, _captions, _object, _synthetic, _text
+from mobileclip_nb.shards.sample import (
+    IMAGES,
+    read_object_member,
+    read_text_member,
+    synthetic_captions,
+    true_captions,
+)
 from ..shards.sources import DECODES, Source
 from ..core.config import Spec
 from ..preprocessing.token_cache import TokenCache
@@ -259,10 +265,10 @@ def read_sample(
     "Read the parts of a sample that were chosen, or raise Faulty (MobileCLIP §3)"
     image = _find_image(members, spec.decode or source.decode, spec.min_side)
     several = b'"texts"' in members.get('json', b'')
-    meta = _object(members, 'json', Limits()) if several else {}
-    captions, synthetic = _captions(_text(members, 'txt'), meta), {}
+    meta = read_object_member(members, 'json', Limits()) if several else {}
+    captions, synthetic = true_captions(read_text_member(members, 'txt'), meta), {}
     if spec.synthetic or spec.rows:
-        synthetic = _synthetic(_object(members, 'syn.json', Limits()))
+        synthetic = synthetic_captions(read_object_member(members, 'syn.json', Limits()))
     caption = need.index(need.caption, len(captions))
     if not captions[caption].strip():
         raise Faulty('captions', 'an empty caption')
