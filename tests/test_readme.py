@@ -116,7 +116,7 @@ def test_network_block(tmp_path, shell_env):
     "The published name is resolved to its repository, and the weights found there are used"
     from mobileclip_nb.models.weights import save_weights
     from mobileclip_nb.models.factory import create_model
-    from mobileclip_nb.datasets.emoji import draw
+    from mobileclip_nb.datasets.emoji import draw_emoji
 
     (words,) = commands(marked('network'))
     name = words[words.index('--model') + 1]
@@ -128,7 +128,7 @@ def test_network_block(tmp_path, shell_env):
     at = folder / 'snapshots' / ('0' * 40)
     at.mkdir(parents=True)
     save_weights(model, at / 'open_clip_model.safetensors', 'open_clip', torch.float16)
-    Image.fromarray(draw('🚞', side=128)).save(tmp_path / 'picture.png')
+    Image.fromarray(draw_emoji('🚞', side=128)).save(tmp_path / 'picture.png')
     env = shell_env | dict(HF_HOME=str(tmp_path / 'hub'))
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -189,8 +189,8 @@ def git(*words, cwd):
 
 
 CODE = """import mobileclip_nb
-from mobileclip_nb.core.ledger import record
-print(record('run', {}, {}).code, mobileclip_nb.__file__)"""
+from mobileclip_nb.core.ledger import record_run
+print(record_run('run', {}, {}).code, mobileclip_nb.__file__)"""
 
 
 def recorded_code(folder):

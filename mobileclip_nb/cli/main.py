@@ -92,7 +92,7 @@ def model_of(
 ) -> Any:  # a model in eval mode, on its device
     "Make the model that a verb was asked to use, and make this process ready for it"
     from mobileclip_nb.models.factory import create_model
-    from mobileclip_nb.models.zoo import record
+    from mobileclip_nb.models.zoo import find_record
 
     device = ready_to_compute(args)
     if (
@@ -100,7 +100,7 @@ def model_of(
         and not Path(args.model).is_file()
         and not args.model.startswith('hf-hub:')
     ):
-        tags = list(record(args.model).weights)
+        tags = list(find_record(args.model).weights)
         args.weights = tags[0] if tags else None
     return create_model(args.model, args.weights, folded=True, device=device)
 

@@ -28,7 +28,7 @@ from mobileclip_nb.experiments.efficiency_run import (
 )
 from ..core.runtime import suggest
 from ..core.ledger import Run, append, read
-from ..core.ledger import record as run_record
+from ..core.ledger import record_run as run_record
 from ..core.plots import COLORS, figure, style
 
 # %% ../../nbs/experiments/01_efficiency.ipynb #22c7c1af

@@ -27,8 +27,8 @@ from ..loaders.compose import Slice
 from ..datasets.caption_noise import NoiseSpec, add_caption_noise
 from ..augment.operations import RandomResizedCrop
 from ..reinforce.run_local import reinforce
-from ..reinforce.recipe import recipe as reinforcement
-from ..shards.build import build
+from ..reinforce.recipe import find_reinforce_recipe as reinforcement
+from ..shards.build import build_shards
 from ..core.config import Spec
 from ..reinforce.teachers import load_ensemble
 from ..train.loop import TrainSpec, advance, judged, refresh_model, train
@@ -36,10 +36,10 @@ from ..train.objective import LossSpec
 from ..train.checkpoint import start_run
 from ..train.run import group
 from ..loaders.in_memory import ViewBatches, Views, ViewSpec, load_views
-from ..models.zoo import Record, build as build_model, record
+from ..models.zoo import Record, build as build_model, find_record
 
 # %% ../../nbs/experiments/00_efficiency_run.ipynb #4c8c1278
-_NANO = record('mobileclip_nano')
+_NANO = find_record('mobileclip_nano')
 STUDENT = _NANO.but(
     name='efficiency-student',
     text=_NANO.text.but(context=16, conv_blocks=0),
@@ -163,7 +163,7 @@ def prepare(
 ) -> Sets:
     "Build shards of emoji, reinforce them twice, and read both into memory"
     out, spec = Path(out), reinforcement('nano-emoji').but(n_augmentations=views)
-    build('emoji', out / 'plain', per_shard=200, limit=limit, progress=False)
+    build_shards('emoji', out / 'plain', per_shard=200, limit=limit, progress=False)
     for name, augment in (('mild', MILD), ('strong', spec.augment)):
         report = reinforce(out / 'plain', out / name, spec.but(augment=augment), progress=False)
         if not report.ok:

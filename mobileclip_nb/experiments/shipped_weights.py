@@ -24,7 +24,7 @@ from ..core.runtime import suggest, pick_device, sha256
 from ..datasets.emoji import HANDS, TEMPLATES, concepts, load_emoji
 from ..evaluate.retrieval import RetrievalEvaluator
 from ..train.freeze import freeze
-from ..core.ledger import append, code_version, read, record as run_record, spread
+from ..core.ledger import append, code_version, read, record_run as run_record, spread
 from ..shards.job import lock_folder
 from ..preprocessing.tokenizer import ids_in_use
 from ..train.data import need_two
@@ -46,7 +46,7 @@ from mobileclip_nb.train.recipe import (
 )
 from ..train.checkpoint import TrainSpec, load_run
 from ..train.statistics import is_lagging, norms_of
-from ..models.zoo import build, kept_ids, record
+from ..models.zoo import build, kept_ids, find_record
 
 # %% ../../nbs/experiments/02_shipped_weights.ipynb #181d907a
 def emoji_ids(
@@ -292,7 +292,7 @@ def make_weights(
     old = [x for x in read(ledger, run=name, scale=scale)] if ledger.exists() else []
     for i, seed in enumerate(seeds):
         r = recipe(name).at(scale, seed)
-        pixels = record(r.model).pixels
+        pixels = find_record(r.model).pixels
         out = (
             Path('runs') / f"{r.name}-{r.id}-{code_version().replace(':', '-')}"
         )  # other code is another run

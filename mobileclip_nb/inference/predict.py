@@ -30,7 +30,7 @@ from ..datasets.pairs import open_image
 from ..preprocessing.transform import Pixels, rgb
 from ..preprocessing.tokenizer import clean, encode, tokenize
 from ..core.processes import Prefetcher
-from ..models.zoo import Record, build, record
+from ..models.zoo import Record, build, find_record
 
 # %% ../../nbs/inference/00_predict.ipynb #202ff40a
 IMAGES = (
@@ -182,7 +182,7 @@ def _model(
         device = pick_device(device)
         if weights is None and is_place(model):
             return create_model(model, folded=True, device=device)
-        tags = record(str(model), weights).weights
+        tags = find_record(str(model), weights).weights
         tag = next(iter(tags), None) if weights is None else str(weights)
         if tag in tags:
             return _kept(str(model), tag, device)

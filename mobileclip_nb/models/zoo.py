@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOBILECLIP', 'MOBILECLIP2', 'BASE', 'CAUSAL', 'WIDE', 'MCT', 'PLAIN', 'PLAIN224', 'CLIP256', 'CLIP224', 'NANO_TEXT',
-           'TWEMOJI', 'NANO', 'ZOO', 'SIBLINGS', 'Record', 'kept_ids', 'list_models', 'record', 'Undrawn', 'image_spec',
-           'build']
+           'TWEMOJI', 'NANO', 'ZOO', 'SIBLINGS', 'Record', 'kept_ids', 'list_models', 'find_record', 'Undrawn',
+           'image_spec', 'build']
 
 # %% ../../nbs/models/05_zoo.ipynb #c35c25ce
 import re
@@ -207,7 +207,7 @@ def _bare(
     return re.sub(r'[^a-z0-9]', '', re.sub(r'-openclip$', '', name.lower()))
 
 
-def record(
+def find_record(
     name: str,  # in any spelling: `mobileclip_s0`, `MobileCLIP-B`, `apple/MobileCLIP2-S0`, ...
     tag: str | None = None,  # of weights; distinguishes models with one name in open_clip
 ) -> Record:  # from the zoo

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'TeacherSpec', 'Squashed', 'parse_preprocessing', 'check_gelu', 'Teacher', 'load_teacher', 'Ensemble',
-           'load_ensemble', 'join', 'split', 'joint_embeddings', 'embed_classes', 'accuracy', 'compare',
-           'TargetQuality', 'sweep_scales', 'best_scales']
+           'load_ensemble', 'join_embeddings', 'split', 'joint_embeddings', 'embed_classes', 'accuracy',
+           'compare_teachers', 'TargetQuality', 'sweep_scales', 'best_scales']
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #ba559872
 import math, pickle
@@ -26,7 +26,7 @@ from ..core.runtime import suggest
 from ..preprocessing.transform import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 from ..core.config import Spec
 from ..preprocessing.tokenizer import tokenize
-from ..models.zoo import record
+from ..models.zoo import find_record
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #b4d47149
 HOMES = ('hf-hub:', 'local-dir:')  # prefixes of places that hold a model with its weights
@@ -212,7 +212,7 @@ def _zoo(
 ) -> tuple[nn.Module, Pixels, Callable]:  # model, preprocessing, tokenizer
     "Load one of our models"
     if not spec.weights:
-        tags = ', '.join(map(repr, record(spec.model).weights))
+        tags = ', '.join(map(repr, find_record(spec.model).weights))
         raise ValueError(f"A teacher needs weights; {spec.model!r} has {tags}, or give a path")
     net = create_model(spec.model, spec.weights, folded=True, device=device)
     return net, net.record.pixels, partial(tokenize, context_length=net.record.context_length)
@@ -339,7 +339,7 @@ def load_ensemble(
     return Ensemble([load_teacher(s, device) for s in specs])
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #6a04cc9e
-def join(
+def join_embeddings(
     parts: Mapping[str, Tensor],  # name to `(B, D_k)`, in the order of teachers
 ) -> Tensor:  # `(B, D)`
     "Embeddings side by side, lengths unchanged, as shards store them (MobileCLIP, released data)"
@@ -350,7 +350,7 @@ def split(
     rows: Tensor,  # `(..., D)`
     widths: Sequence[int],  # D_k, their sum is D
 ) -> tuple[Tensor, ...]:  # `(..., D_k)` each
-    "Undo `join`"
+    "Undo `join_embeddings`"
     if rows.shape[-1] != sum(widths):
         raise ValueError(
             f"Rows are {rows.shape[-1]} wide and teachers {tuple(widths)} give {sum(widths)}; "
@@ -363,7 +363,9 @@ def joint_embeddings(
     parts: Mapping[str, Tensor],  # name to `(B, D_k)`
 ) -> Tensor:  # `(B, D)` unit vectors
     "The ensemble's embedding: unit vectors side by side, scaled to length 1"
-    return F.normalize(join({n: F.normalize(p, dim=-1) for n, p in parts.items()}), dim=-1)
+    return F.normalize(
+        join_embeddings({n: F.normalize(p, dim=-1) for n, p in parts.items()}), dim=-1
+    )
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #3a2bb0b6
 def embed_classes(
@@ -401,7 +403,7 @@ def accuracy(
     return float(((cosines >= best).sum(1) == 1).double().mean())
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #e871ae93
-def compare(
+def compare_teachers(
     image: Mapping[str, Tensor],  # teacher's name to `(B, D_k)`
     classes: Mapping[str, Tensor],  # teacher's name to `(C, D_k)`
     labels: Tensor | Sequence[int],  # `(B,)` classes

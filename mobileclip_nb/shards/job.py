@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DONE', 'FAILED', 'FATAL', 'file_size', 'find_shards', 'find_foreign_files', 'as_line', 'as_json', 'fingerprint_rows',
            'fingerprint_file', 'marker_url', 'read_marker', 'name_outputs', 'Job', 'marker', 'describe_error',
-           'mark_done', 'mark_failed', 'Survey', 'survey', 'LeftOut', 'Report', 'ShardJob', 'finish_job', 'read_report',
-           'check_apart', 'make_writable', 'lock_folder']
+           'mark_done', 'mark_failed', 'Survey', 'survey', 'LeftOut', 'ShardsReport', 'ShardJob', 'finish_job',
+           'read_report', 'check_apart', 'make_writable', 'lock_folder']
 
 # %% ../../nbs/shards/08_job.ipynb #6b210bea
 import errno, hashlib, json, os, re
@@ -268,7 +268,7 @@ class LeftOut(Exception):
 
 # %% ../../nbs/shards/08_job.ipynb #2c53f9ef
 @dataclass
-class Report:
+class ShardsReport:
     "What a job wrote, what it found finished, and how much it left out and why"
 
     verb: str  # `build` or `join`
@@ -393,9 +393,9 @@ def finish_job(
     job: ShardJob,  # with all its shards written or kept
     about: dict[str, Any],  # for the manifest
     tail: Iterable[dict[str, str]] = (),  # further lines on what was left out
-) -> Report:
+) -> ShardsReport:
     "Write the list of what was left out, the manifests, and the report"
-    report, entries = Report(job.verb, last_part(job.out), kept=job.kept), []
+    report, entries = ShardsReport(job.verb, last_part(job.out), kept=job.kept), []
     last = dict(left_out=chain(job.lines, tail), bytes=0, num_uids=0)
     with open_for_writing(join_url(job.out, 'left_out.jsonl')) as tmp, open(tmp, 'wb') as f:
         for found in chain(map(job.marker, job.names), [last]):
@@ -417,14 +417,14 @@ def finish_job(
 
 def read_report(
     job: ShardJob,
-) -> Report | None:  # None if something is left to do
+) -> ShardsReport | None:  # None if something is left to do
     "Read the report of a finished job whose files are all still there"
     url = join_url(job.out, 'report.json')
     record = json.loads(read_bytes(url)) if exists(url) else None
     files = [join_url(job.out, name) for name in (MANIFEST, PUBLISHED, 'left_out.jsonl')]
     if not record or not all(map(exists, files)) or not all(map(job.marker, record['names'])):
         return None
-    return Report(**record['report'] | dict(kept=record['report']['shards']))
+    return ShardsReport(**record['report'] | dict(kept=record['report']['shards']))
 
 # %% ../../nbs/shards/08_job.ipynb #4ac46c65
 # fmt: off

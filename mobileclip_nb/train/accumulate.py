@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..loaders.batches import Batch
 from .distributed import Ranks, current_ranks
-from .objective import ObjectiveSpec, Features, encode, loss_of
+from .objective import ObjectiveSpec, Features, encode_batch, loss_of
 
 # %% ../../nbs/train/12_accumulate.ipynb #c4c505a6
 def split_batch(
@@ -128,7 +128,7 @@ def accumulate_gradient(
     batch: Batch,  # the whole, on the model's device
     spec: ObjectiveSpec,
     parts: int,  # passes through the towers, 1 to B
-    encode: Callable[[nn.Module, Batch, ObjectiveSpec], Features] = encode,
+    encode: Callable[[nn.Module, Batch, ObjectiveSpec], Features] = encode_batch,
     loss_of: Callable[[Features, Batch, ObjectiveSpec, Ranks], NamedTuple] = loss_of,
 ) -> NamedTuple:  # the loss of the whole, without gradient: the backward pass is done
     "Loss and gradient of a large batch in parts (GradCache §3; BASIC §4)"

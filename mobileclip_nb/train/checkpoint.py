@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEST', 'TrainSpec', 'EMA', 'State', 'find_nonfinite', 'link_file', 'checkpoints', 'check_vacant',
-           'remove_old_checkpoints', 'save_state', 'read_state', 'load_run', 'find_best', 'step_of', 'restore_best',
-           'restore', 'find_run', 'start_run', 'trained_model']
+           'remove_old_checkpoints', 'save_state', 'read_checkpoint', 'load_run', 'find_best', 'step_of',
+           'restore_best', 'restore', 'find_run', 'start_run', 'trained_model']
 
 # %% ../../nbs/train/21_checkpoint.ipynb #84289ab4
 import copy, io, json, math, os, shutil, warnings
@@ -25,7 +25,7 @@ from .sync_norm import sync_norms
 from .objective import LossSpec
 from mobileclip_nb.train.sharding import (
     split_by_kind,
-    fill,
+    fill_shared_state,
     fill_optimizer,
     broadcast_bytes,
     is_share,
@@ -254,7 +254,7 @@ def save_state(
     remove_old_checkpoints(path, keep, milestones)
 
 # %% ../../nbs/train/21_checkpoint.ipynb #f8434df7
-def read_state(
+def read_checkpoint(
     path: str | Path,  # a `.pt` file
     said: bytes | None = None,  # its bytes, where they were already read
 ) -> dict[str, Any]:  # `spec`, `data`, `step`, `history`, `judged`, `model`, `opt`, `ema`
@@ -286,10 +286,10 @@ def load_run(
     "Read the newest checkpoint of a run that can be read"
     path, bad = Path(path), []
     if not path.is_dir():
-        return read_state(path)
+        return read_checkpoint(path)
     for p in checkpoints(path) or [path / 'state.pt']:
         try:
-            held = read_state(p)
+            held = read_checkpoint(p)
         except ValueError as e:
             bad.append(e)
             continue
@@ -376,10 +376,10 @@ def restore(
 ) -> State:  # the same object
     "Load a checkpoint of the same run into a state"
     _check_same_run(held, spec, data)
-    fill(state.model, held['model'])
+    fill_shared_state(state.model, held['model'])
     fill_optimizer(state.opt, held['opt'])
     if state.ema:
-        fill(state.ema.model, held['ema'])
+        fill_shared_state(state.ema.model, held['ema'])
     state.step, state.history, state.judged = held['step'], held['history'], held['judged']
     state.skips = held.get('skips', {})
     state.saved = held['step'] if held.get('file') == 'state.pt' else None
@@ -405,7 +405,7 @@ def find_run(
     device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
     file = broadcast_bytes((held or dict(file=''))['file'].encode(), ranks, device).decode()
     data = broadcast_bytes(data, ranks, device)
-    return read_state(out / file, data) if file else None
+    return read_checkpoint(out / file, data) if file else None
 
 # %% ../../nbs/train/21_checkpoint.ipynb #f39b2491
 def _working_copy(
@@ -460,5 +460,5 @@ def trained_model(
     if state.plain is None:
         return learned
     model = copy.deepcopy(state.plain).eval() if average else state.plain
-    fill(model, whole_state(learned.state_dict()))
+    fill_shared_state(model, whole_state(learned.state_dict()))
     return model

@@ -23,7 +23,7 @@ from ..preprocessing.transform import Pixels
 from ..experiments.shipped_weights import Fit, fit, from_run, heldout_judge
 from ..preprocessing.tokenizer import ids_in_use
 from .heldout import BEST_BY, evaluation_interval, make_report
-from .objective import encode, loss_of, with_teachers
+from .objective import encode_batch, loss_of, with_teachers
 from mobileclip_nb.train.recipe import (
     NOTE,
     PROMPTS,
@@ -35,7 +35,7 @@ from mobileclip_nb.train.recipe import (
     recipe,
 )
 from .checkpoint import TrainSpec
-from ..models.zoo import build, record
+from ..models.zoo import build, find_record
 
 # %% ../../nbs/train/41_finetune.ipynb #f1f6689d
 def started(
@@ -50,7 +50,7 @@ def started(
     if (Path(model) / NOTE).is_file():
         return from_run(model)[0]
     if weights is None and not Path(model).is_file() and not str(model).startswith('hf-hub:'):
-        weights = next(iter(record(str(model)).weights), None)
+        weights = next(iter(find_record(str(model)).weights), None)
     return create_model(model, weights)
 
 
@@ -146,7 +146,7 @@ class Keeping:
             old = self.start(batch.image, batch.text)
         asked = with_teachers(spec, (old.image.shape[1],), (old.scale.item(),), distill=self.weight)
         return loss_of(
-            encode(model, batch, asked),
+            encode_batch(model, batch, asked),
             batch._replace(image_emb=old.image, text_emb=old.text),
             asked,
             current_ranks(),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..loaders.batches import Batch, Batches, seeded
 from ..core.runtime import suggest
 from .distributed import Ranks, current_ranks
-from ..core.ledger import append, record
+from ..core.ledger import append, record_run
 from .optim import clamp_scale, lr_at, set_lr
 from .accumulate import accumulate_gradient, warn_of_parts
 from .log import Log, Pace
@@ -323,7 +323,9 @@ def written(
     "Append a run's line to a ledger"
     spec = run.spec.to_dict() | dict(batch=run.batch, data=run.data, ranks=run.world)
     device = next(run.raw.parameters()).device.type
-    append(ledger, record(name, spec, run.metrics, run.spec.seed, run.metrics['seconds'], device))
+    append(
+        ledger, record_run(name, spec, run.metrics, run.spec.seed, run.metrics['seconds'], device)
+    )
 
 # %% ../../nbs/train/22_loop.ipynb #0bc284de
 def refused(

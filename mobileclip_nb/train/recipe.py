@@ -24,9 +24,9 @@ from ..core.runtime import SCALES, suggest, seed_all, atomic_write
 from ..datasets.emoji import TEMPLATES
 from ..loaders.compose import Mixture, Slice, parts, shares
 from ..augment.operations import RandomResizedCrop
-from ..core.papers import published
+from ..core.papers import published_value
 from ..preprocessing.transform import Pixels
-from .paper_recipes import OTHERS, ROWS, Row
+from .paper_recipes import OTHERS, ROWS, PaperRecipe
 from ..loaders.ranged import Ranged
 from ..shards.job import file_size
 from ..shards.io import read_shard
@@ -52,7 +52,7 @@ from mobileclip_nb.train.data import (
 )
 from .objective import LossSpec, with_bias
 from .checkpoint import TrainSpec, checkpoints
-from ..models.zoo import Record, build, image_spec, kept_ids, record
+from ..models.zoo import Record, build, image_spec, kept_ids, find_record
 
 # %% ../../nbs/train/31_recipe.ipynb #6dd1e3a0
 @dataclass(frozen=True, repr=False)
@@ -109,17 +109,17 @@ def record_of(
     r: Recipe,
 ) -> Record:  # with the recipe's preprocessing
     "The record of the model that a recipe trains"
-    rec = OTHERS[r.model] if r.model in OTHERS else record(r.model)
+    rec = OTHERS[r.model] if r.model in OTHERS else find_record(r.model)
     return rec if r.pixels is None else rec.but(pixels=r.pixels)
 
 # %% ../../nbs/train/31_recipe.ipynb #8906c3c4
 def of_row(
-    row: Row,  # of `published.ROWS`
+    row: PaperRecipe,  # of `published.ROWS`
 ) -> Recipe:  # `full` is the published run; `nano` and `smoke` have fewer steps and smaller batches, and nothing else is changed
     "Make a recipe of a published training run (MobileCLIP Table 12; MobileCLIP2 Appendix A; scripts)"
     (clip, distill), rec = (
         row.weights,
-        OTHERS[row.model] if row.model in OTHERS else record(row.model),
+        OTHERS[row.model] if row.model in OTHERS else find_record(row.model),
     )
     fresh = DATACOMPDR.but(
         rand_augment=None,
@@ -535,7 +535,7 @@ def published_data(
     if data not in _SETS:
         return Held()
     *where, samples = _SETS[data]
-    return Held(int(samples), int(float(published(*where, 'size TB')[0].value) * 1e12))
+    return Held(int(samples), int(float(published_value(*where, 'size TB')[0].value) * 1e12))
 
 # %% ../../nbs/train/31_recipe.ipynb #e519cb95
 NOTE = 'recipe.json'

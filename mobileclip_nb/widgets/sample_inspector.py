@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..augment.pipeline import DATACOMPDR, AugmentSpec, apply, describe, unpack
+from ..augment.pipeline import DATACOMPDR, AugmentSpec, apply, describe_params, unpack
 from ..core.runtime import import_optional, atomic_write
 from ..datasets.pairs import open_image
 from ..core.files import is_local, without_secrets
@@ -116,7 +116,7 @@ def replay(
             View(
                 i,
                 apply(spec, original, params),
-                describe(params),
+                describe_params(params),
                 (cut[1], cut[0], cut[3], cut[2]) if cut else None,
             )
         )
