@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from ..core.runtime import atomic_write, cache_dir
 from .clip import CLIP
 from .factory import create_model
-from .zoo import Record, build, record
+from .zoo import Record, build, find_record
 from ..preprocessing.transform import Pixels
 
 # %% ../../nbs/models/09_open_clip_adapter.ipynb #4c414bbf
@@ -164,7 +164,7 @@ def write_configs(
     from open_clip import add_model_config
 
     for name, ours in names.items():
-        r = record(ours)
+        r = find_record(ours)
         cfg = dict(
             embed_dim=r.embed_dim,
             vision_cfg=dict(image_size=r.pixels.side),
@@ -254,7 +254,7 @@ def _replacement(
     ) -> nn.Module:
         if str(model_name) not in known:
             return original(model_name, pretrained, load_weights, precision, device, **options)
-        r = record(known[model_name])
+        r = find_record(known[model_name])
         return create_ours(r, pretrained, load_weights, precision, device, options)
 
     create_model.original, create_model.known = original, known

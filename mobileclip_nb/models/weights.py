@@ -29,7 +29,7 @@ from mobileclip_nb.models.key_maps import (
     unfold,
 )
 from .vit import ViTSpec
-from .zoo import Record, build, image_spec, record
+from .zoo import Record, build, image_spec, find_record
 
 # %% ../../nbs/models/07_weights.ipynb #9d4c4563
 SUFFIXES = ('.safetensors', '.pt', '.pth', '.bin')
@@ -272,7 +272,7 @@ def _resolve_location(
     "Find out which model a location holds; ValueError if it fits none or several"
     if str(location).startswith('hf-hub:'):
         try:
-            r = record('/'.join(str(location).split('/')[:2]))
+            r = find_record('/'.join(str(location).split('/')[:2]))
         except KeyError:
             pass  # not a repository of the zoo: its file tells the model
         else:
@@ -286,7 +286,7 @@ def _resolve_location(
             f"{str(location)!r} fits {' or '.join(names) or 'no model of the zoo'}; "
             f"name one: create_model(NAME, {str(location)!r})"
         )
-    return found._replace(record=_select_form(record(names[0]), found.state))
+    return found._replace(record=_select_form(find_record(names[0]), found.state))
 
 # %% ../../nbs/models/07_weights.ipynb #892e72ab
 def resolve(
@@ -298,7 +298,7 @@ def resolve(
     if weights is None and is_place(name):
         return _resolve_location(name, read)
     tag = None if weights is None else clean_tag(weights)
-    r = record(str(name), tag)
+    r = find_record(str(name), tag)
     if tag is None:
         return Found(r)
     if tag not in r.weights and not is_place(weights) and not Path(weights).exists():

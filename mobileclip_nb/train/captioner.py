@@ -50,7 +50,7 @@ from mobileclip_nb.reinforce.caption_sampling import (
 )
 from ..core.runtime import suggest, seed_all
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
-from ..core.ledger import append, record as run_record
+from ..core.ledger import append, record_run as run_record
 from ..losses.contrastive import clip_loss
 from ..datasets.caption_noise import draw_noisy_caption
 from ..datasets.pairs import read_pairs
