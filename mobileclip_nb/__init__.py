@@ -17,7 +17,7 @@ _HOME = dict(
     fold='blocks.reparam',
     predict='inference.predict',
     Prediction='inference.predict',
-    embed='inference.predict',
+    embed='inference.embed',
     Embeds='models.clip',
     register_open_clip='models.open_clip_adapter',
 )

@@ -109,7 +109,7 @@ def embed(
     args: argparse.Namespace,  # `folder`, `out`, `model`, `weights`, `device`, `threads`, `batch`, `json`
 ) -> int:  # exit status
     "Embed a folder of pictures"
-    from mobileclip_nb.inference.predict import embed as embed_folder
+    from mobileclip_nb.inference.embed import embed as embed_folder
 
     got = embed_folder(args.folder, args.out, model=model_of(args), batch=args.batch, progress=True)
     answer(
