@@ -5,7 +5,7 @@ import math, time
 import pytest, torch, torch.distributed as dist
 from torch import nn
 
-from mobileclip_nb.train.distributed import here
+from mobileclip_nb.train.distributed import current_ranks
 from mobileclip_nb.loaders.compose import Slice
 from mobileclip_nb.train import loop
 from mobileclip_nb.train.loop import plain
@@ -230,7 +230,7 @@ def early(ranks, out):
         Slice(data(), ranks.rank, ranks.world),
         JOINT.but(steps=6),
         out / 'best',
-        lambda m: dict(r1=float(here().rank)),
+        lambda m: dict(r1=float(current_ranks().rank)),
         2,
         progress=False,
         best='r1',

@@ -23,10 +23,10 @@ from mobileclip_nb.reinforce.captioner import (
     MOBILECLIP2,
     CaptionerSpec,
     build_coca,
-    config_of,
+    captioner_config,
     load_captioner,
-    places,
-    weights_place,
+    weight_places,
+    find_weights,
 )
 from mobileclip_nb.models.weights import clean_tag, fetch_hub, hub_names
 from mobileclip_nb.cli.main import main
@@ -128,14 +128,14 @@ def test_captioner_resolves(name):
     "The model is open_clip's, its weights are in a recorded repository, and its file is tried"
     (captioner,) = recipe(name).captioners
     assert captioner.model in open_clip.list_models()
-    place = weights_place(captioner)
+    place = find_weights(captioner)
     assert place.startswith('hf-hub:')
     repo = place.removeprefix('hf-hub:')
     assert FILES[repo].file in hub_names(repo)
     if not captioner.weights.startswith('hf-hub:'):
         cfg = open_clip.get_pretrained_cfg(captioner.model, captioner.weights)
         assert cfg['hf_hub'] == f'{repo}/'
-    cfg = config_of(captioner.model)
+    cfg = captioner_config(captioner.model)
     assert captioner.sampling.length <= cfg['text_cfg']['context_length']
     assert cfg['vision_cfg']['image_size'] == recipe(name).augment.side
 
@@ -163,13 +163,13 @@ def test_caption_keys_are_those_the_run_reads(name):
 @pytest.mark.parametrize('model', MOBILECLIP2)
 def test_captioner_of_mobileclip2_resolves(model):
     "Each of the 21 names leads to a repository, both public file names and a configuration"
-    place = weights_place(CaptionerSpec(model=model, weights='apple'))
+    place = find_weights(CaptionerSpec(model=model, weights='apple'))
     repo = place.removeprefix('hf-hub:')
     assert FILES[repo].file in hub_names(repo)
     assert README_FILE in hub_names(repo)
     context = int(re.search(r'context(\d+)$', model)[1])
     for positions in (context, context + 1):
-        assert config_of(model, positions)['text_cfg']['context_length'] == positions - 1
+        assert captioner_config(model, positions)['text_cfg']['context_length'] == positions - 1
 
 
 def test_unverified_names():
@@ -184,7 +184,7 @@ def test_unverified_names():
 def test_every_listing_is_used():
     "No repository stands in the table that nothing here would load"
     models = ('coca_ViT-B-32', 'coca_ViT-L-14', *MOBILECLIP2)
-    captioners = [p for m in models for p in places(m).values()]
+    captioners = [p for m in models for p in weight_places(m).values()]
     teachers = [repository(t) for name in RUNS for t in recipe(name).teachers]
     assert set(FILES) == {p.removeprefix('hf-hub:') for p in captioners} | set(teachers)
 
@@ -262,8 +262,8 @@ def hub(tmp_path, monkeypatch):
     torch.manual_seed(0)
     for name in RUNS:
         (captioner,) = recipe(name).captioners
-        coca = build_coca(config_of(captioner.model))
-        repo = weights_place(captioner).removeprefix('hf-hub:')
+        coca = build_coca(captioner_config(captioner.model))
+        repo = find_weights(captioner).removeprefix('hf-hub:')
         write_weights(coca, hub.add(repo, FILES[repo].file))
         for teacher in recipe(name).teachers:
             write_teacher(hub, teacher)
@@ -312,7 +312,7 @@ def test_recipe_runs(name, file, hub, tmp_path, capsys):
     "`mobileclip reinforce IN OUT --recipe NAME`, from names to a shard, with the real classes"
     spec = recipe(name)
     if file:  # the captioner's weights under the other public name
-        repo = weights_place(spec.captioners[0]).removeprefix('hf-hub:')
+        repo = find_weights(spec.captioners[0]).removeprefix('hf-hub:')
         hub.add(repo, FILES[repo].file).rename(hub.add(repo, file))
     source, out = tmp_path / 'in', tmp_path / 'out'
     source.mkdir()
@@ -382,7 +382,7 @@ def test_mobileclip2_captioner_under_either_file_name(tuned, file, hub):
     repo = f'{COCA}{tuned}'
     name = repo.removeprefix('apple/')
     context = int(name.rpartition('context')[2])
-    cfg = config_of(name, context)
+    cfg = captioner_config(name, context)
     write_weights(build_coca(cfg), hub.add(repo, file.format(repo=name)))
     assert load_captioner(name).context == context - 1
 
@@ -436,7 +436,7 @@ def test_error_without_network_names_what_was_looked_for(tmp_path, monkeypatch, 
     four_samples(source)
     for name in RUNS:
         assert main(['reinforce', str(source), str(tmp_path / name), '--recipe', name]) == 2
-        repo = weights_place(recipe(name).captioners[0]).removeprefix('hf-hub:')
+        repo = find_weights(recipe(name).captioners[0]).removeprefix('hf-hub:')
         said = capsys.readouterr().err
         assert all(part in said for part in (repo, *hub_names(repo), 'pass its path')), said
         assert not list((tmp_path / name).rglob('*.tar'))

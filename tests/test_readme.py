@@ -114,7 +114,8 @@ def test_make_block():
 
 def test_network_block(tmp_path, shell_env):
     "The published name is resolved to its repository, and the weights found there are used"
-    from mobileclip_nb.models.weights import create_model, save_weights
+    from mobileclip_nb.models.weights import save_weights
+    from mobileclip_nb.models.factory import create_model
     from mobileclip_nb.datasets.emoji import draw
 
     (words,) = commands(marked('network'))
@@ -236,7 +237,7 @@ class LiveBytes(TorchDispatchMode):
 def step_bytes(r, pairs, parts, world):
     "Peak bytes of one step of one rank, with `pairs` pairs in `parts` parts, by fake tensors"
     from mobileclip_nb.loaders.batches import Batch
-    from mobileclip_nb.train.optim import optimizer
+    from mobileclip_nb.train.optim import make_optimizer
     from mobileclip_nb.train import loop
     from mobileclip_nb.train.recipe import record_of
     from mobileclip_nb.models.zoo import build
@@ -248,7 +249,7 @@ def step_bytes(r, pairs, parts, world):
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
             model = build(rec).train()
-            opt = optimizer(model, spec)
+            opt = make_optimizer(model, spec)
             empty = Batch(*[None] * len(Batch._fields))
             teachers = {k: torch.zeros(pairs, width) for k in ('image_emb', 'text_emb', 'syn_emb')}
             tokens = {

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from mobileclip_nb.augment.pipeline import DATACOMPDR, pack, rng_for, sample as draw
 from mobileclip_nb.datasets.emoji import write_folder
 from mobileclip_nb.core.files import list_shards
-from mobileclip_nb.shards.build import build, look
+from mobileclip_nb.shards.build import build, inspect_image
 from mobileclip_nb.shards.io import read_shard, write_shard
 from mobileclip_nb.shards.join import join
 from mobileclip_nb.shards.verify import show, verify
@@ -33,7 +33,7 @@ def metadata(at, samples, per=12):
             meta={},
             synthetic=dict(syn_text=('a drawing',)),
             param_aug=tuple(
-                pack(DATACOMPDR, draw(DATACOMPDR, look(s.image)[1], rng_for(0, s.key, i)))
+                pack(DATACOMPDR, draw(DATACOMPDR, inspect_image(s.image)[1], rng_for(0, s.key, i)))
                 for i in range(2)
             ),
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.runtime import pick_device, set_threads
-from ..train.heldout import BEST_BY, judge_interval, report_to
+from ..train.heldout import BEST_BY, evaluation_interval, make_report
 from mobileclip_nb.train.options import (
     OPTIONS,
     WEIGHTS,
@@ -133,8 +133,8 @@ def train(
     if place == 'emoji':
         judge = emoji_judge(found.data.images.shape[1])
     elif run.held:
-        judge, every = heldout_judge(run.held), judge_interval(r.train.steps)
-        mark = dict(best=BEST_BY, report=report_to(beside_bar))
+        judge, every = heldout_judge(run.held), evaluation_interval(r.train.steps)
+        mark = dict(best=BEST_BY, report=make_report(beside_bar))
     mark |= dict(start=model, place=place, held_out=run.shares, device=device, say=beside_bar)
     done = fit(r, found, out, judge, every, args.resume, LEDGER, args.scale, **mark)
     weights, numbers = release(out, out / WEIGHTS, say=say), done.run.metrics
@@ -223,7 +223,7 @@ def teach_captioner(
 ) -> int:  # exit status
     "Teach a captioner a folder of pictures with captions"
     from mobileclip_nb.reinforce.captioner import load_captioner
-    from mobileclip_nb.train.captioner import finetune_captioner
+    from mobileclip_nb.train.captioner import FinetuneConfig, finetune_captioner
     from mobileclip_nb.train.recipe import load_data
 
     if args.held_out:
@@ -238,8 +238,7 @@ def teach_captioner(
         captioner,
         data,
         args.out,
-        args.steps or 200,
-        seed=args.seed or 0,
+        FinetuneConfig(steps=args.steps or 200, seed=args.seed or 0),
         resume=args.resume,
         say=say,
     )
@@ -277,16 +276,16 @@ def bench_latency(
     args: argparse.Namespace,  # `models`, `rounds`
 ) -> int:  # exit status
     "Print latency ratios against timm, and the cold start, side by side in one run"
-    from mobileclip_nb.bench.latency import against_timm, cold_start, table
+    from mobileclip_nb.bench.latency import compare_with_timm, time_cold_start, format_latencies
 
     found = {
-        f'{m}, {t} thread{"s"[: t - 1]}': against_timm(m, t, args.rounds)
+        f'{m}, {t} thread{"s"[: t - 1]}': compare_with_timm(m, t, args.rounds)
         for m in args.models
         for t in (1, 2)
-    } | {'cold start': cold_start(args.rounds)}
+    } | {'cold start': time_cold_start(args.rounds)}
     answer(
         {k: [l._asdict() for l in v] for k, v in found.items()},
-        '\n\n'.join(f'{k}\n\n{table(v)}' for k, v in found.items()),
+        '\n\n'.join(f'{k}\n\n{format_latencies(v)}' for k, v in found.items()),
         args.json,
     )
     return 0

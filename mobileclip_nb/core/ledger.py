@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from .runtime import SCALES, near, scale as scale_now
+from .runtime import SCALES, suggest, scale as scale_now
 from .config import Spec
 
 # %% ../../nbs/core/05_ledger.ipynb #481938b6
@@ -148,7 +148,9 @@ def record(
     "Make the record of a run; code, packages, host and time are found out"
     scale = scale or scale_now()
     if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is not one of {', '.join(SCALES)}.{near(scale, SCALES)}")
+        raise ValueError(
+            f"scale={scale!r} is not one of {', '.join(SCALES)}.{suggest(scale, SCALES)}"
+        )
     whole, spec_id = _identified(spec)
     if not started:
         start = datetime.now().timestamp() - seconds
@@ -248,7 +250,7 @@ def read(
     names = [f.name for f in dataclasses.fields(Run)]
     for name in filters:
         if name not in names:
-            suggestion = near(name, names)
+            suggestion = suggest(name, names)
             raise TypeError(f"A run has no field {name!r}.{suggestion} It has: {', '.join(names)}.")
     if not path.exists():
         raise FileNotFoundError(f"No ledger {str(path)!r} yet; the first finished run creates it")
@@ -326,7 +328,7 @@ def table(
         known |= set(run.metrics) | {f'spec.{name}' for name in run.spec}
     for column in columns:
         if runs and column not in known:
-            raise KeyError(f"No run has {column!r}.{near(column, known)}")
+            raise KeyError(f"No run has {column!r}.{suggest(column, known)}")
     return markdown_table(columns, [[_value(run, column) for column in columns] for run in runs])
 
 # %% ../../nbs/core/05_ledger.ipynb #dccdfbf4
@@ -351,7 +353,7 @@ def spread(
             values.setdefault(run.run, []).append(run.metrics[metric])
     if not values:
         known = {name for run in runs for name in run.metrics}
-        raise KeyError(f"No run has the metric {metric!r}.{near(metric, known)}")
+        raise KeyError(f"No run has the metric {metric!r}.{suggest(metric, known)}")
     return {
         name: Spread(fmean(numbers), stdev(numbers) if len(numbers) > 1 else None, len(numbers))
         for name, numbers in values.items()

@@ -11,7 +11,7 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from .runtime import near
+from .runtime import suggest
 
 # %% ../../nbs/core/06_papers.ipynb #4362022e
 class Cell(NamedTuple):
@@ -66,7 +66,7 @@ def published(
         known = list(dict.fromkeys(getattr(c, field) for c in found))
         if name not in known:
             listed = ', '.join(known[:12]) + (', ...' if len(known) > 12 else '')
-            raise KeyError(f"No {field} {name!r} here.{near(name, known)} There is: {listed}.")
+            raise KeyError(f"No {field} {name!r} here.{suggest(name, known)} There is: {listed}.")
         found = [c for c in found if getattr(c, field) == name]
     return found
 
@@ -95,7 +95,7 @@ def _checked_model(
     "Raise `KeyError` for a model without published numbers"
     if name not in known:
         raise KeyError(
-            f"No published numbers for {name!r}.{near(name, known)} There are: {', '.join(known)}."
+            f"No published numbers for {name!r}.{suggest(name, known)} There are: {', '.join(known)}."
         )
     return name
 

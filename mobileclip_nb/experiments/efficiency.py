@@ -26,7 +26,7 @@ from mobileclip_nb.experiments.efficiency_run import (
     run,
     run_early,
 )
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..core.ledger import Run, append, read
 from ..core.ledger import record as run_record
 from ..core.plots import COLORS, figure, style
@@ -167,7 +167,7 @@ def curves(
 ) -> Curves | None:  # None if there is no such run
     "Collect an arm's curves over seeds"
     if arm not in ARMS:
-        raise KeyError(f"No arm {arm!r}.{near(arm, ARMS)} There are {', '.join(ARMS)}")
+        raise KeyError(f"No arm {arm!r}.{suggest(arm, ARMS)} There are {', '.join(ARMS)}")
     found = [
         x
         for x in runs

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from ..augment.pipeline import AugmentSpec
-from ..core.runtime import near, seed_all, whole
+from ..core.runtime import suggest, seed_all, atomic_write
 from ..datasets.emoji import load_emoji
 from ..evaluate.retrieval import retrieval
-from ..evaluate.zeroshot import image_rows
-from ..train.distributed import here
+from ..evaluate.zeroshot import embed_images
+from ..train.distributed import current_ranks
 from ..loaders.compose import Slice
-from ..datasets.caption_noise import NoiseSpec, noised
+from ..datasets.caption_noise import NoiseSpec, add_caption_noise
 from ..augment.operations import RandomResizedCrop
 from ..reinforce.run_local import reinforce
 from ..reinforce.recipe import recipe as reinforcement
@@ -33,7 +33,7 @@ from ..core.config import Spec
 from ..reinforce.teachers import load_ensemble
 from ..train.loop import TrainSpec, advance, judged, refresh_model, train
 from ..train.objective import LossSpec
-from ..train.checkpoint import begin
+from ..train.checkpoint import start_run
 from ..train.run import group
 from ..loaders.in_memory import ViewBatches, Views, ViewSpec, load_views
 from ..models.zoo import Record, build as build_model, record
@@ -107,7 +107,7 @@ class EfficiencySpec(Spec, id_name='EfficiencySpec'):
         share = dict(smoke=4 / self.train.steps, nano=0.5, full=1.0)
         if scale not in share:
             raise ValueError(
-                f"No scale {scale!r}.{near(scale, share)} There are {', '.join(share)}"
+                f"No scale {scale!r}.{suggest(scale, share)} There are {', '.join(share)}"
             )
         steps = round(self.train.steps * share[scale]) * self.longer
         return self.but(
@@ -193,7 +193,7 @@ def seen(
 ) -> Views:  # what this run learns from
     "Choose views, spoil captions, drop what the arm does not use"
     v = sets.strong if spec.arm.strong else sets.mild
-    captions = noised(
+    captions = add_caption_noise(
         [c[0] for c in v.captions], NoiseSpec(spec.noise, seed=spec.seed), v.keys
     ).captions
     v = v.with_captions(captions, torch.stack([sets.rows[c] for c in captions]))
@@ -267,7 +267,7 @@ def run(
     progress: bool = False,  # draw a progress bar
 ) -> dict[str, float]:  # metrics, the curve among them
     "Train one student, judging it as it learns"
-    source, ask, ranks = batches(sets, spec), ask or judge(), here()
+    source, ask, ranks = batches(sets, spec), ask or judge(), current_ranks()
     t = spec.train.but(seed=spec.seed, loss=loss_for(spec.arm, source.data))
     done = train(
         student(spec.seed),
@@ -287,7 +287,7 @@ def mean_cosine(
     images: Any,  # uint8 `(N, S, S, 3)`, at least two
 ) -> float:  # -1–1
     "Mean cosine between different pictures: the square of the sum of unit rows holds them all twice"
-    rows = image_rows(model, images).double()
+    rows = embed_images(model, images).double()
     n = len(rows)
     return ((rows.sum(0).square().sum() - n) / (n * (n - 1))).item()
 
@@ -309,7 +309,7 @@ def run_early(
     def ask(model: nn.Module) -> dict[str, float]:
         return dict(heldout_r1=recall(model)['heldout_r1'], cosine=mean_cosine(model, pictures))
 
-    state = begin(student(spec.seed), t, source.id)
+    state = start_run(student(spec.seed), t, source.id)
     with torch.random.fork_rng():
         for batch in source.since(0):
             advance(state, batch, t)
@@ -343,7 +343,7 @@ def one_rank(
             EfficiencySpec.from_dict(json.loads(spec)), read_sets(folder, int(views)), judge(n)
         )
     if os.environ['RANK'] == '0':
-        with whole(answer) as tmp:
+        with atomic_write(answer) as tmp:
             tmp.write_text(json.dumps(found), encoding='utf-8')
 
 

@@ -20,12 +20,12 @@ from torch import nn
 from ..loaders.batches import Batch, PairData
 from ..models.weights import save_weights
 from ..models.clip import CLIP
-from ..core.runtime import near, pick_device, sha256
+from ..core.runtime import suggest, pick_device, sha256
 from ..datasets.emoji import HANDS, TEMPLATES, concepts, load_emoji
-from ..evaluate.retrieval import Judge
+from ..evaluate.retrieval import RetrievalEvaluator
 from ..train.freeze import freeze
 from ..core.ledger import append, code_version, read, record as run_record, spread
-from ..shards.folder import alone
+from ..shards.job import lock_folder
 from ..preprocessing.tokenizer import ids_in_use
 from ..train.data import need_two
 from ..train.loop import Trained, refresh_model, train
@@ -61,25 +61,25 @@ def emoji_ids(
 def emoji_judge(
     side: int = 64,  # pixels
     splits: Sequence[str] = ('train', 'heldout', 'shift'),  # which to judge
-) -> Judge:  # call it with a model in eval mode
+) -> RetrievalEvaluator:  # call it with a model in eval mode
     "The judge for emoji: retrieval both ways on each split"
-    return Judge({s: load_emoji(s, side=side) for s in splits}, equal_texts=True)
+    return RetrievalEvaluator({s: load_emoji(s, side=side) for s in splits}, equal_texts=True)
 
 
 def seen_judge(
     side: int = 64,  # pixels
     skin_tones: bool = True,  # among variants with skin tones too
-) -> Judge:  # call it with a model in eval mode
+) -> RetrievalEvaluator:  # call it with a model in eval mode
     "The judge for teachers: retrieval in either hand among all concepts, every one of which they learned from"
     splits = {f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}
-    return Judge(splits, equal_texts=True)
+    return RetrievalEvaluator(splits, equal_texts=True)
 
 
 def heldout_judge(
     held: PairData,  # pictures kept out of training
-) -> Judge:  # call it with a model in eval mode
+) -> RetrievalEvaluator:  # call it with a model in eval mode
     "Retrieval on the held-out part of a folder; a caption of two pictures is right for both"
-    return Judge({'heldout': held}, limit=-1, equal_texts=True)
+    return RetrievalEvaluator({'heldout': held}, limit=-1, equal_texts=True)
 
 # %% ../../nbs/experiments/02_shipped_weights.ipynb #6bf0c51e
 class Fit(NamedTuple):
@@ -131,7 +131,7 @@ def fit(
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
     with (
-        alone(str(out)) if out else nullcontext()
+        lock_folder(str(out)) if out else nullcontext()
     ):  # two runs in one folder would overwrite each other's checkpoints
         if out:
             write_note(out, Note(r, model.record, place, started, held_out))
@@ -191,12 +191,12 @@ def from_run(
     "Make the model that a run has come to"
     if which not in ('ema', 'raw'):
         raise ValueError(
-            f"No weights {which!r} in a run.{near(which, ('ema', 'raw'))} There are ema and raw."
+            f"No weights {which!r} in a run.{suggest(which, ('ema', 'raw'))} There are ema and raw."
         )
     out = Path(out)
     if not out.exists():
         raise FileNotFoundError(
-            f"No run at {str(out)!r}.{near(out.name, [p.name for p in out.parent.glob('*/')])} Give the folder that `mobileclip train` or `fit` wrote (by default below runs/), or one of its .pt files"
+            f"No run at {str(out)!r}.{suggest(out.name, [p.name for p in out.parent.glob('*/')])} Give the folder that `mobileclip train` or `fit` wrote (by default below runs/), or one of its .pt files"
         )
     note, held = read_note(out if out.is_dir() else out.parent), load_run(out)
     average = which == 'ema' and held['ema'] is not None
@@ -357,7 +357,7 @@ def make_all(
     for name in only:
         if name not in SHIPPED:
             raise KeyError(
-                f"{name!r} makes no shipped file.{near(name, SHIPPED)} There are {', '.join(SHIPPED)}."
+                f"{name!r} makes no shipped file.{suggest(name, SHIPPED)} There are {', '.join(SHIPPED)}."
             )
         made.append(folder / SHIPPED[name])
         if name.startswith('coca'):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..datasets.pairs import Pairs, open_image
 from ..preprocessing.transform import center_square
-from ..augment.fast_operations import looked_up
+from ..augment.fast_operations import look_up_values
 from ..core.config import Spec
 from ..preprocessing.tokenizer import tokenize
 
@@ -261,7 +261,7 @@ def normalized(
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean={mean} and std={std} must have three numbers each, one a channel")
     table = ((torch.arange(256) / 255)[:, None] - torch.tensor(mean)) / torch.tensor(std)
-    return torch.from_numpy(looked_up(images.numpy(), table.numpy())).permute(0, 3, 1, 2)
+    return torch.from_numpy(look_up_values(images.numpy(), table.numpy())).permute(0, 3, 1, 2)
 
 
 def as_input(

@@ -30,7 +30,7 @@ from mobileclip_nb.loaders.batches import (
     seeded,
     tokenized,
 )
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..shards.io import Skips, read_shard
 from ..shards.safe_io import Faulty
 from ..shards.sample import Sample
@@ -99,7 +99,7 @@ class Views(Seen):
         for w in which:
             if w not in self.names and w not in range(len(self.names)):
                 raise KeyError(
-                    f"No teacher {w!r}.{near(str(w), self.names)} There are {', '.join(self.names) or 'none'}"
+                    f"No teacher {w!r}.{suggest(str(w), self.names)} There are {', '.join(self.names) or 'none'}"
                 )
         k = [w if isinstance(w, int) else self.names.index(w) for w in which]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from ..augment.pipeline import AugmentSpec, Params, apply
 from ..augment.operations import OPS
 from ..datasets.pairs import MAX_PIXELS
-from ..augment.fast_operations import fast
+from ..augment.fast_operations import perform_fast
 from ..preprocessing.resize import resample
 from ..shards.safe_io import Faulty
 from ..shards.sources import decoded
@@ -168,7 +168,7 @@ def _rest(x: np.ndarray, augment: AugmentSpec, params: Params, gain: float) -> n
         if name == 'rand_augment':
             fill = op.fill if isinstance(op.fill, tuple) else (op.fill or 0,) * 3
             for i, m in params[name]:
-                x = fast(
+                x = perform_fast(
                     x,
                     OPS[i],
                     m * gain if OPS[i].startswith('Translate') else m,

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..augment.pipeline import AugmentSpec, Params, rng_for, sample as drawn, unpack
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..augment.operations import RandomResizedCrop
 from ..preprocessing.transform import Pixels
 from .replay import size_of, view
-from ..shards.embeddings import opinions, rows_of
+from ..shards.embeddings import open_rows, read_rows
 from ..shards.safe_io import Faulty, Limits
 from ..shards.sample import IMAGES, _captions, _object, _synthetic, _text
 from ..shards.sources import DECODES, Source
@@ -71,7 +71,7 @@ class StreamSpec(Spec, id_name='StreamSpec'):
         ):
             if (v := getattr(self, name)) not in known:
                 raise ValueError(
-                    f"{name}={v!r} is not known.{near(v, known)} Known: {', '.join(filter(None, known))}"
+                    f"{name}={v!r} is not known.{suggest(v, known)} Known: {', '.join(filter(None, known))}"
                 )
         if self.batch < 1 or self.context < 2 or self.side < 1:
             raise ValueError(
@@ -217,7 +217,7 @@ def taken(
     augment, params, a, views = _params(
         members, lambda: size_of(blob, decode), source, spec, lambda n: at(n, 0), rng
     )
-    told = opinions(members, captions, synthetic) if spec.rows else None
+    told = open_rows(members, captions, synthetic) if spec.rows else None
     if spec.rows and (
         told is None or told.image is None or 'text' not in told.text or k and k not in told.text
     ):
@@ -230,7 +230,7 @@ def taken(
         if spec.rows
         else []
     )
-    seen, *rows = [*(rows_of(wanted, sum(source.widths)) if wanted else []), None, None, None]
+    seen, *rows = [*(read_rows(wanted, sum(source.widths)) if wanted else []), None, None, None]
     true, said = (captions[c], rows[0]), (synthetic[k][j], rows[1]) if k else None
     if spec.mix is not None:
         true, said = said if u[4] < spec.mix else true, None

@@ -21,13 +21,13 @@ from ..shards.index import Archives, Index, index_of, stamp
 from .batches import Batch, normalized
 from ..core.runtime import cache_dir
 from .epoch_order import Mix, Order, Slot
-from ..core.files import is_local, name_of, shown
+from ..core.files import is_local, last_part, without_secrets
 from .select import StreamSpec, Taken, taken
 from ..shards.io import Skips
 from ..shards.safe_io import Faulty
 from ..shards.sources import Source, source_of
 from ..preprocessing.token_cache import TokenCache
-from ..core.processes import loyal
+from ..core.processes import end_with_parent
 
 # %% ../../nbs/loaders/04_stream.ipynb #17134f9a
 class Chunk(NamedTuple):
@@ -88,7 +88,7 @@ class Readers(Dataset):
                 continue
             if slot.i == 0 and len(archives[url][0].keys) > n:
                 raise OSError(
-                    f"{name_of(url)!r} has {len(archives[url][0].keys)} samples and its manifest says {n}. Write the manifest again"
+                    f"{last_part(url)!r} has {len(archives[url][0].keys)} samples and its manifest says {n}. Write the manifest again"
                 )
             try:
                 rows.append(taken(*got, slot.epoch, self.sources[number], self.spec, tokens))
@@ -117,7 +117,7 @@ def _absent(index: Index, n: int) -> tuple[str, str]:  # reason, detail
 
 def _begin(worker: int) -> None:
     "A reading process leaves it to the loop to answer Ctrl-C and SIGTERM, ends with it, and computes on one thread"
-    loyal()
+    end_with_parent()
     torch.set_num_threads(1)
 
 # %% ../../nbs/loaders/04_stream.ipynb #eda3c0d8
@@ -280,7 +280,7 @@ def _groups(
 def _files(groups: Sequence[Sequence[tuple[int, str, int]]]) -> str:  # ten hexadecimal digits
     "Digest of where shards lie, and of their sizes and dates where they lie here"
     said = [
-        stamp(url, Path(shown(url)) if is_local(url) else None)
+        stamp(url, Path(without_secrets(url)) if is_local(url) else None)
         for group in groups
         for _, url, _ in group
     ]
@@ -347,7 +347,7 @@ class Shards:
     def id(self) -> str:
         "Ten hexadecimal digits that change with data, spec and the number of ranks"
         data = [[s.decode, s.augment and s.augment.to_dict()] for s in self.sources] + [
-            [n, name_of(u), k] for group in self.shards for n, u, k in group
+            [n, last_part(u), k] for group in self.shards for n, u, k in group
         ]
         return hashlib.sha256(
             json.dumps([self.spec.to_dict(), data, self.ranks[1]]).encode()
@@ -382,7 +382,7 @@ class Shards:
         ]
 
     def _name(self, g: int, shard: int) -> str:
-        return name_of(self.shards[g][shard][1])
+        return last_part(self.shards[g][shard][1])
 
 # %% ../../nbs/loaders/04_stream.ipynb #9530e1e7
 class Stream(Shards):

@@ -11,8 +11,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.runtime import whole
-from ..core.files import is_local, name_of, reading, shown
+from ..core.runtime import atomic_write
+from ..core.files import is_local, last_part, open_for_reading, without_secrets
 from .io import Skips, read_members
 
 # %% ../../nbs/shards/06_index.ipynb #66d1ae0d
@@ -33,7 +33,7 @@ def on_disk(
         return path
     path = Path(memory) / 'copies' / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar'
     if not path.exists():
-        with reading(url) as f, whole(path) as tmp, open(tmp, 'wb') as out:
+        with open_for_reading(url) as f, atomic_write(path) as tmp, open(tmp, 'wb') as out:
             shutil.copyfileobj(f, out, 1 << 20)
         for old in sorted(path.parent.glob('*.tar'), key=os.path.getmtime)[:-COPIES]:
             old.unlink(missing_ok=True)
@@ -79,7 +79,7 @@ def index_of(
         members.append({e: list(at) for e, at in found.items()})
     index = Index(keys, members, skips.to_dict())
     try:
-        with whole(kept) as tmp:
+        with atomic_write(kept) as tmp:
             tmp.write_text(json.dumps(index))
     except OSError:
         pass  # a place that cannot be written to costs time, nothing else
@@ -123,7 +123,7 @@ class Archives:
         block = os.pread(file, last - first, first)
         if len(block) < last - first:
             raise OSError(
-                f"{name_of(shown(url))!r} has become shorter while it was read. Put the whole file back and resume"
+                f"{last_part(without_secrets(url))!r} has become shorter while it was read. Put the whole file back and resume"
             )
         return index.keys[i], {e: block[a - first : a - first + n] for e, (a, n) in places.items()}
 

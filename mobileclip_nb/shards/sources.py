@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..augment.pipeline import AugmentSpec
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..datasets.pairs import MAX_PIXELS, open_image
-from ..core.files import exists, join_url, list_shards, read_bytes, shown
+from ..core.files import exists, join_url, list_shards, read_bytes, without_secrets
 from .io import read_manifest
 from .safe_io import Faulty, read_json
-from .verify import about_of, entry_of, home_of
+from .verify import read_about, find_entry, manifest_folder
 
 # %% ../../nbs/shards/12_sources.ipynb #2af2bf4b
 DECODES = ('upright', 'plain')  # as this library reinforces; as the published generator did
@@ -40,7 +40,7 @@ def decoded(
             raise Faulty('decode', str(e).split(">': ", 1)[-1]) from e
     if decode != 'plain':
         raise ValueError(
-            f"No way to decode called {decode!r}.{near(decode, DECODES)} Known: {', '.join(DECODES)}"
+            f"No way to decode called {decode!r}.{suggest(decode, DECODES)} Known: {', '.join(DECODES)}"
         )
     try:
         with Image.open(io.BytesIO(blob)) as im:
@@ -86,7 +86,7 @@ def config_beside(
     place: str | Path,  # shards, as `list_shards` takes them
 ) -> AugmentSpec | None:  # None if there is no config.json
     "Read the published configuration that lies beside shards"
-    at = join_url(home_of(place), 'config.json')
+    at = join_url(manifest_folder(place), 'config.json')
     return AugmentSpec.from_config(read_json(read_bytes(at), 'config.json')) if exists(at) else None
 
 
@@ -96,8 +96,8 @@ def source_of(
     decode: str | None = None,  # one of `DECODES`, instead of what the manifest says
 ) -> Source:
     "Look at a place and tell what it is"
-    known, shards = about_of(place), list_shards(place)
-    about = read_manifest(home_of(place)).about if known.kind == 'ours' else {}
+    known, shards = read_about(place), list_shards(place)
+    about = read_manifest(manifest_folder(place)).about if known.kind == 'ours' else {}
     said = about.get('teachers', ())
     way = (
         'upright'
@@ -108,11 +108,11 @@ def source_of(
     )
     if decode is not None and decode not in DECODES:
         raise ValueError(
-            f"No way to decode called {decode!r}.{near(decode, DECODES)} Known: {', '.join(DECODES)}"
+            f"No way to decode called {decode!r}.{suggest(decode, DECODES)} Known: {', '.join(DECODES)}"
         )
-    entries = [entry_of(s, known.entries) for s in shards]
+    entries = [find_entry(s, known.entries) for s in shards]
     return Source(
-        shown(place),
+        without_secrets(place),
         tuple(shards),
         augment or known.augment or config_beside(place),
         tuple(n for n, _ in known.teachers),

@@ -15,15 +15,15 @@ import torch
 from torch import nn, Tensor
 
 from ..loaders.batches import Batch
-from ..models.weights import create_model
+from ..models.factory import create_model
 from ..models.clip import CLIP
 from .freeze import thaw
-from .distributed import here
+from .distributed import current_ranks
 from ..preprocessing.transform import Pixels
 from ..experiments.shipped_weights import Fit, fit, from_run, heldout_judge
 from ..preprocessing.tokenizer import ids_in_use
-from .heldout import BEST_BY, judge_interval, report_to
-from .objective import encode, loss_of, taught
+from .heldout import BEST_BY, evaluation_interval, make_report
+from .objective import encode, loss_of, with_teachers
 from mobileclip_nb.train.recipe import (
     NOTE,
     PROMPTS,
@@ -144,12 +144,12 @@ class Keeping:
         self.start.to(batch.image.device)
         with torch.no_grad():
             old = self.start(batch.image, batch.text)
-        asked = taught(spec, (old.image.shape[1],), (old.scale.item(),), distill=self.weight)
+        asked = with_teachers(spec, (old.image.shape[1],), (old.scale.item(),), distill=self.weight)
         return loss_of(
             encode(model, batch, asked),
             batch._replace(image_emb=old.image, text_emb=old.text),
             asked,
-            here(),
+            current_ranks(),
         )
 
 # %% ../../nbs/train/41_finetune.ipynb #be142253
@@ -201,8 +201,8 @@ def finetune(
     if before:
         before(begun, found, r)
     if run.held and judge is None:
-        judge, every = heldout_judge(run.held), judge_interval(r.train.steps)
-        more |= dict(best=BEST_BY, report=report_to(say))
+        judge, every = heldout_judge(run.held), evaluation_interval(r.train.steps)
+        more |= dict(best=BEST_BY, report=make_report(say))
     more |= dict(place=str(data), start=copy.deepcopy(begun), started=start_name(model))
     more |= dict(objective=Keeping(begun, keep) if keep else None, say=say)
     done = fit(r, found, out, judge, every, resume, ledger, scale, progress, device, **more)

@@ -20,29 +20,35 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 from ..loaders.batches import Batch, Batches, seeded
-from ..core.runtime import near
-from .distributed import Ranks, here
+from ..core.runtime import suggest
+from .distributed import Ranks, current_ranks
 from ..core.ledger import append, record
 from .optim import clamp_scale, lr_at, set_lr
-from .accumulate import accumulated, warn_of_parts
+from .accumulate import accumulate_gradient, warn_of_parts
 from .log import Log, Pace
-from .objective import objective as plain, online
-from .sharding import anybody, average_rest, clip_whole, from_first, mean_over
+from .objective import objective as plain, load_online
+from mobileclip_nb.train.sharding import (
+    any_rank,
+    average_rest,
+    clip_gradient,
+    broadcast_bytes,
+    mean_over_ranks,
+)
 from mobileclip_nb.train.checkpoint import (
     BEST,
     State,
     TrainSpec,
-    begin,
+    start_run,
     find_best,
-    linked,
+    link_file,
     load_run,
     restore_best,
     save_state,
-    spoiled,
-    usable,
+    find_nonfinite,
+    trained_model,
 )
 from .statistics import BATCHES, Recomputed, is_lagging, recompute_statistics
-from .memory import compiled, recomputed
+from .memory import compile_towers, checkpoint_activations
 
 # %% ../../nbs/train/22_loop.ipynb #7c416edf
 class Step(NamedTuple):
@@ -64,16 +70,16 @@ def step(
     | None = None,  # what is called in the model's place: the model wrapped for several ranks
 ) -> Step:
     "Change the model by one update (MobileCLIP Table 12)"
-    net, ranks = model if net is None else net, here()
+    net, ranks = model if net is None else net, current_ranks()
     opt.zero_grad(set_to_none=True)
     if spec.accumulate > 1:
-        loss = accumulated(net, batch, spec, spec.accumulate)
+        loss = accumulate_gradient(net, batch, spec, spec.accumulate)
     else:
         loss = objective(net, batch, spec)
         loss.total.backward()
     average_rest(model, ranks)
-    norm = clip_whole(model, spec.clip)
-    loss = type(loss)(*mean_over(torch.stack([v.detach() for v in loss]), ranks))
+    norm = clip_gradient(model, spec.clip)
+    loss = type(loss)(*mean_over_ranks(torch.stack([v.detach() for v in loss]), ranks))
     if not torch.isfinite(loss.total + norm):
         raise FloatingPointError(
             f"the loss is {loss.total.item():.4g} and the norm of its gradient {norm.item():.4g}"
@@ -129,7 +135,7 @@ def advance(
     objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple] = plain,
 ) -> dict[str, float]:  # the new row of the log
     "Change a state by one step and write it into the log"
-    start, lr, rank = time.perf_counter(), lr_at(state.step, spec), here().rank
+    start, lr, rank = time.perf_counter(), lr_at(state.step, spec), current_ranks().rank
     torch.manual_seed(
         seeded(spec.seed, 'step', state.step, *([rank] if rank else [])).initial_seed()
     )
@@ -184,7 +190,7 @@ def survive(
         raise FloatingPointError(
             f"Step {state.step}: {e}, at lr={lr_at(state.step, spec):.3g} and scale={state.model.logit_scale.exp().item():.3g}. "
             f"The batch is batch_at({state.step})"
-            + (f" of rank {here().rank}" if here().world > 1 else "")
+            + (f" of rank {current_ranks().rank}" if current_ranks().world > 1 else "")
             + f", pictures {rows}, ... "
             + (
                 f"The weights before the update (statistics have moved already) are in {out.name}/nonfinite.pt. "
@@ -216,7 +222,12 @@ def judged(
     | None = None,  # judged in place of the run's model; given on every rank or on none
 ) -> dict[str, float]:  # with `step`; stands in the state, too
     "Ask `judge` in eval mode, without gradient"
-    model, ranks, found, failed = fresh.model if fresh else usable(state), here(), {}, None
+    model, ranks, found, failed = (
+        fresh.model if fresh else trained_model(state),
+        current_ranks(),
+        {},
+        None,
+    )
     training, device = model.training, next(state.model.parameters()).device
     try:
         with torch.no_grad():
@@ -225,7 +236,7 @@ def judged(
         failed = e
     finally:
         model.train(training)
-    if anybody(failed is not None, ranks, device):
+    if any_rank(failed is not None, ranks, device):
         save()
         raise failed or ConnectionError(
             f"Rank {ranks.rank} stops because the judge failed on the first rank, whose own message says why"
@@ -234,7 +245,7 @@ def judged(
     state.judged.append(
         dict(
             step=state.step,
-            **json.loads(from_first(json.dumps(found).encode(), ranks, device)),
+            **json.loads(broadcast_bytes(json.dumps(found).encode(), ranks, device)),
             **how,
         )
     )
@@ -254,14 +265,14 @@ def mark_best(
         save()
         there = ', '.join(k for k in row if k != 'step') or 'none at all'
         raise KeyError(
-            f"No metric {metric!r} to tell the best checkpoint by.{near(metric, row)} There are: {there}"
+            f"No metric {metric!r} to tell the best checkpoint by.{suggest(metric, row)} There are: {there}"
         )
     if find_best(state.judged, metric) is not row:
         return
     save()
-    if out is None or here().rank:
+    if out is None or current_ranks().rank:
         return
-    linked(out / 'state.pt', out / BEST)
+    link_file(out / 'state.pt', out / BEST)
     say(f'best so far: {metric} {row[metric]:.4g} after step {row["step"]}, kept as {BEST}')
 
 # %% ../../nbs/train/22_loop.ipynb #38d9d4b5
@@ -354,7 +365,7 @@ def prepared(
     if not spec.loss.online:
         return found, spec
     pixels = getattr(getattr(model, 'record', None), 'pixels', None)
-    asking = online(
+    asking = load_online(
         spec.loss,
         *((pixels.mean, pixels.std) if pixels else ()),
         device=str(next(model.parameters()).device),
@@ -372,14 +383,14 @@ def windows(
     say: Callable[[str], None] = lambda text: None,  # told from which step a run goes on
 ) -> tuple[tqdm, Log]:  # both are contexts; with several ranks the first one's are open
     "Open the bar and the log of a run"
-    first = here().rank == 0
+    first = current_ranks().rank == 0
     if state.step and first:
         say(
             f'goes on from step {state.step} of {spec.steps}'
             if state.step < spec.steps
             else f'all {spec.steps} steps are made already'
         )
-    warning = warn_of_parts(state.model, spec.accumulate, pairs // here().world)
+    warning = warn_of_parts(state.model, spec.accumulate, pairs // current_ranks().world)
     if first and warning:
         say(warning)
     bar = tqdm(
@@ -428,13 +439,13 @@ def stopped(
     )
     if failed:
         failed.add_note(f"The run is {where}")
-    if not anybody(failed is not None, here(), device):
+    if not any_rank(failed is not None, current_ranks(), device):
         return KeyboardInterrupt(where)
     return failed or (
         KeyboardInterrupt(where)
         if wished
         else ConnectionError(
-            f"Rank {here().rank} lost another one's data, whose own message says why; {where}"
+            f"Rank {current_ranks().rank} lost another one's data, whose own message says why; {where}"
         )
     )
 
@@ -448,7 +459,7 @@ def first_save_due(
     start, saved = clock(), state.saved
 
     def is_due() -> bool:
-        return here().rank == 0 and state.saved == saved and clock() - start >= seconds
+        return current_ranks().rank == 0 and state.saved == saved and clock() - start >= seconds
 
     return is_due
 
@@ -462,7 +473,7 @@ def agree(
     "Whether any rank says yes to either, by one collective"
     if ranks.world == 1:
         return stop, save
-    flags = mean_over(torch.tensor([float(stop), float(save)], device=device), ranks).tolist()
+    flags = mean_over_ranks(torch.tensor([float(stop), float(save)], device=device), ranks).tolist()
     return flags[0] > 0, flags[1] > 0
 
 # %% ../../nbs/train/22_loop.ipynb #7edf794a
@@ -525,7 +536,9 @@ class Refresher:
         if not self.wanted:
             return None
         if self.step != self.state.step:
-            self.held = refresh_model(usable(self.state), self.batches, self.spec, self.state.step)
+            self.held = refresh_model(
+                trained_model(self.state), self.batches, self.spec, self.state.step
+            )
             self.step = self.state.step
         return self.held
 
@@ -556,7 +569,7 @@ class Evaluator:
         row = judged(self.state, self.judge, saver.save, fresh)
         if log:
             log.judged(row)
-        if self.report and self.state.history and not here().rank:
+        if self.report and self.state.history and not current_ranks().rank:
             self.report(self.state.history[-1], row)
         if self.best:
             mark_best(self.state, self.best, saver.out, saver.save, self.say)
@@ -575,14 +588,17 @@ def make_steps(
     "Make the steps that are left"
     spec, ranks, before, device = (
         saver.spec,
-        here(),
+        current_ranks(),
         dict(state.skips),
         next(state.model.parameters()).device,
     )
     pairs = batches.batch * ranks.world
     stream, asked = prepared(state.model, batches, spec, state.step)
     bar, log = windows(state, spec, pairs, saver.out, progress, watch, evaluator.say)
-    inside = recomputed(state.model, spec.checkpointing), compiled(state.model, spec.compile)
+    inside = (
+        checkpoint_activations(state.model, spec.checkpointing),
+        compile_towers(state.model, spec.compile),
+    )
     with torch.random.fork_rng(), patient() as wishes, inside[0], inside[1], log, bar:
         while state.step < spec.steps:
             start, (batch, failed) = time.perf_counter(), fetched(stream, wishes)
@@ -611,13 +627,13 @@ def end_run(
     fresh: Recomputed | None,  # the model to use, where it is not the run's own
 ) -> Trained:
     "What a run has come to; every rank must ask"
-    if lost := spoiled(state):
+    if lost := find_nonfinite(state):
         raise FloatingPointError(
             f"The run has ended with numbers that are not finite in {lost}. Try a lower lr"
         )
-    ready = usable(state).eval() if fresh is None else fresh.model
-    raw = usable(state, False).eval()
-    new, world = state.step - saver.begun, here().world
+    ready = trained_model(state).eval() if fresh is None else fresh.model
+    raw = trained_model(state, False).eval()
+    new, world = state.step - saver.begun, current_ranks().world
     return Trained(
         ready,
         raw,
@@ -664,12 +680,12 @@ def train(
     clock: Callable[[], float] = time.monotonic,  # for `first_save` alone
 ) -> Trained:
     "Train in place, with checkpoints, judgement and a log; resumes to the same numbers (MobileCLIP Table 12)"
-    out, first = Path(out) if out else None, here().rank == 0
+    out, first = Path(out) if out else None, current_ranks().rank == 0
     if best and not judge:
         raise ValueError(
             f"best={best!r} names a metric, and there is no judge to measure it. Give one, or leave best out"
         )
-    state = begin(model, possible(spec, batches.batch, objective), batches.id, out, resume)
+    state = start_run(model, possible(spec, batches.batch, objective), batches.id, out, resume)
     saver = Saver(state, spec, batches.id, out, save_every, keep, milestones)
     if statistics is None:
         statistics = objective is plain and is_lagging(state.model, spec, spec.steps)

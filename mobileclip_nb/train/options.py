@@ -257,7 +257,7 @@ def ready(
 ) -> None:
     "Raise an error before data are read where a folder holds another run, or files not ours"
     from mobileclip_nb.train.recipe import NOTE
-    from mobileclip_nb.train.checkpoint import checkpoints, vacant
+    from mobileclip_nb.train.checkpoint import checkpoints, check_vacant
 
     if not out:
         return
@@ -270,7 +270,7 @@ def ready(
         )
     if was is not None and r is not None:
         _same(out, was, r, str(data or r.data), how, start)
-    vacant(out, resume)
+    check_vacant(out, resume)
     if was is None or WEIGHTS not in there:
         return
     if not saved:

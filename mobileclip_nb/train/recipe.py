@@ -20,7 +20,7 @@ import torch
 from ..augment.pipeline import DATACOMPDR
 from ..loaders.batches import Batches, BatchSpec, PairData
 from ..models.clip import CLIP
-from ..core.runtime import SCALES, near, seed_all, whole
+from ..core.runtime import SCALES, suggest, seed_all, atomic_write
 from ..datasets.emoji import TEMPLATES
 from ..loaders.compose import Mixture, Slice, parts, shares
 from ..augment.operations import RandomResizedCrop
@@ -28,7 +28,7 @@ from ..core.papers import published
 from ..preprocessing.transform import Pixels
 from .paper_recipes import OTHERS, ROWS, Row
 from ..loaders.ranged import Ranged
-from ..shards.build import size_of
+from ..shards.job import file_size
 from ..shards.io import read_shard
 from ..shards.sources import source_of
 from ..core.config import Spec, plain
@@ -88,7 +88,7 @@ class Recipe(Spec, id_name='Recipe'):
         "This recipe at a size, with a seed"
         if scale not in SCALES:
             raise ValueError(
-                f"No scale {scale!r}.{near(scale, SCALES)} There are {', '.join(SCALES)}."
+                f"No scale {scale!r}.{suggest(scale, SCALES)} There are {', '.join(SCALES)}."
             )
         steps, seed = getattr(self, scale), self.train.seed if seed is None else seed
         batch = (
@@ -216,7 +216,9 @@ def recipe(
 ) -> Recipe:  # as it stands in the table
     "Look up a recipe; an unknown name is refused with the nearest known one"
     if name not in RECIPES:
-        raise KeyError(f"No recipe {name!r}.{near(name, RECIPES)} There are {', '.join(RECIPES)}.")
+        raise KeyError(
+            f"No recipe {name!r}.{suggest(name, RECIPES)} There are {', '.join(RECIPES)}."
+        )
     return RECIPES[name]
 
 # %% ../../nbs/train/31_recipe.ipynb #4fb075e3
@@ -507,7 +509,7 @@ def held_by(
     def one(s: Any) -> Held:
         if (d := getattr(s, 'data', None)) is not None:
             return Held(len(d.images), d.images.numel())
-        return Held(s.total, sum(size_of(u) for o in s.sources for u in o.shards))
+        return Held(s.total, sum(file_size(u) for o in s.sources for u in o.shards))
 
     all_ = [one(s) for s in opened(found)]
 
@@ -634,7 +636,7 @@ def write_note(
     at = Path(out) / NOTE
     if at.is_file() and (Path(out) / 'state.pt').exists():
         same_run(out, note)
-    with whole(at) as tmp:
+    with atomic_write(at) as tmp:
         tmp.write_text(
             json.dumps(plain(note._asdict()), indent=1, sort_keys=True) + '\n', encoding='utf-8'
         )

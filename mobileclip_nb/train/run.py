@@ -21,10 +21,10 @@ import torch.distributed as dist
 from ..loaders.batches import Batch, PairData
 from ..models.clip import CLIP
 from ..core.runtime import pick_device
-from .distributed import Ranks, here
-from .heldout import BEST_BY, judge_interval, report_to
+from .distributed import Ranks, current_ranks
+from .heldout import BEST_BY, evaluation_interval, make_report
 from .loop import Trained, train
-from .sharding import from_first
+from .sharding import broadcast_bytes
 from mobileclip_nb.train.recipe import (
     NOTE,
     Note,
@@ -40,7 +40,7 @@ from mobileclip_nb.train.recipe import (
     price,
     write_note,
 )
-from .checkpoint import TrainSpec, vacant
+from .checkpoint import TrainSpec, check_vacant
 
 # %% ../../nbs/train/40_run.ipynb #4256bf1f
 def own_device(
@@ -59,7 +59,7 @@ def group(
 ) -> Iterator[Ranks]:  # `(0, 1)` without torchrun
     "Join the processes that torchrun has started, and leave them at the end"
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
-        yield here()
+        yield current_ranks()
         return
     cuda = device.startswith('cuda')
     if cuda:
@@ -72,7 +72,7 @@ def group(
             f"The ranks cannot meet at {where} ({str(e).splitlines()[0][:160]}). Start them by torchrun, and choose another port if this one is in use: torchrun --master-port"
         ) from e
     try:
-        yield here()
+        yield current_ranks()
     except RuntimeError as e:
         if not any(s in str(e) for s in ('onnection', 'gloo', 'NCCL', 'imed out')):
             raise
@@ -104,7 +104,7 @@ def measured(
     timed = SimpleNamespace(batch=found.batch, id=found.id, since=since)
     train(model, timed, short, progress=False, statistics=False)
     times.append(time.perf_counter())
-    return found.batch * here().world / median(b - a for a, b in zip(times[1:], times[2:]))
+    return found.batch * current_ranks().world / median(b - a for a, b in zip(times[1:], times[2:]))
 
 
 def price_here(
@@ -142,7 +142,7 @@ def trained(
         resume, place = bool(more.get('resume')), str(data or r.data)
         tell = say if first else lambda text: None
         if out and first:
-            vacant(out, resume)  # before data are read, which may take long
+            check_vacant(out, resume)  # before data are read, which may take long
         note = _note(out, resume, ranks)
         how = how._replace(note=note, ranks=tuple(ranks), workers=workers)
         run = open_run(r, place, how._replace(say=tell, progress=progress and first))
@@ -157,8 +157,8 @@ def trained(
             asked = r if how.is_old else run.recipe
             write_note(out, Note(asked, model.record, place, held_out=run.shares))
         if run.held and judge:
-            more |= dict(judge=judge(run.held), judge_every=judge_interval(r.train.steps))
-            more |= dict(best=BEST_BY, report=report_to(tell))
+            more |= dict(judge=judge(run.held), judge_every=evaluation_interval(r.train.steps))
+            more |= dict(best=BEST_BY, report=make_report(tell))
         more |= dict(progress=progress, name=r.name, say=tell)
         return train(model, run.source, r.train, out, **more)
 
@@ -172,5 +172,5 @@ def _note(
         said = (Path(out) / NOTE).read_bytes()
     if ranks.world > 1:
         where = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-        said = from_first(said, ranks, where)
+        said = broadcast_bytes(said, ranks, where)
     return as_note(said.decode()) if said else None

@@ -15,47 +15,42 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..loaders.batches import Batch
-from .distributed import Ranks, here
-from ..losses.contrastive import exact
-from .sync_norm import over_ranks, synced
-from .accumulate import pieces
+from .distributed import Ranks, current_ranks
+from ..losses.contrastive import to_full_precision
+from .sync_norm import sum_over_ranks, sync_norms
+from .accumulate import split_batch
 from .objective import encode
-from .sharding import anybody
+from .sharding import any_rank
 
 # %% ../../nbs/train/13_statistics.ipynb #95502d44
 class Sums:
-    "Sums over batches from which a channel's mean and variance follow; a hook before a normalization"
+    "Sums over batches for a channel's mean and variance; a forward pre-hook of a normalization"
 
     def __init__(
         self,
         channels: int,
     ):
-        self.held = torch.zeros(
-            1 + 2 * channels, dtype=torch.float64
-        )  # values a channel, their sum, the sum of their squares
+        # Values a channel, their sum, the sum of their squares.
+        self.held = torch.zeros(1 + 2 * channels, dtype=torch.float64)
 
     def __call__(
         self,
-        norm: nn.Module,  # in train mode, or nothing is counted
+        norm: nn.Module,  # in train mode, or nothing is added
         inputs: tuple[Tensor, ...],  # `(B, C, ...)`
     ) -> None:
-        "Count one batch"
+        "Add one batch"
         if not norm.training:
             return
-        x = exact(inputs[0])
+        x = to_full_precision(inputs[0])
         n = x.numel() // x.shape[1]
-        var, mean = (
-            v.cpu().double() for v in torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        )
-        self.held += torch.cat(
-            [torch.tensor([n], dtype=torch.float64), n * mean, n * (var + mean.square())]
-        )
+        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        var, mean = var.cpu().double(), mean.cpu().double()
+        count = torch.tensor([n], dtype=torch.float64)
+        self.held += torch.cat([count, n * mean, n * (var + mean.square())])
 
     def moments(
         self,
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # float64 `(C,)` each; the variance divided by n-1, as torch's running one is
+    ) -> tuple[Tensor, Tensor]:  # float64 `(C,)` each; the variance is unbiased, as torch's is
         "Mean and variance of each channel"
         n, (first, second) = self.held[0], self.held[1:].view(2, -1)
         mean = first / n
@@ -66,11 +61,11 @@ BATCHES = 10  # of each rank, by default
 
 
 class Run(Protocol):
-    "The part of a run's spec that is read here"
+    "The fields of a run's spec that are read here"
 
     precision: str  # of the towers
     accumulate: int  # parts of a batch
-    frozen_norm: bool  # statistics stay as they are
+    frozen_norm: bool  # statistics are fixed
     sync_norm: bool  # statistics over all ranks
 
 
@@ -78,68 +73,64 @@ class Recomputed(NamedTuple):
     "A model to be evaluated"
 
     model: nn.Module  # in eval mode
-    batches: (
-        int  # that its statistics were computed over, of all ranks; 0 where it has none that move
-    )
+    batches: int  # behind its statistics, over all ranks; 0 where none were recomputed
 
 
 def norms_of(
     model: nn.Module,
 ) -> dict[str, nn.Module]:  # by name
-    "The batch normalizations of a model that hold statistics"
+    "The batch normalizations of a model that have running statistics"
     return {
         n: m
         for n, m in model.named_modules()
         if isinstance(m, _BatchNorm) and m.running_mean is not None
     }
 
-
+# %% ../../nbs/train/13_statistics.ipynb #55d10002
 def _next_batches(
     batches: Iterable[Batch], n: int, ranks: Ranks, device: torch.device
 ) -> Iterator[Batch]:
     "Exactly n batches, or an error on every rank"
-    found = iter(batches)
+    source = iter(batches)
     for k in range(n):
+        batch, failed = None, None
         try:
-            batch, failed = next(found), None
+            batch = next(source)
         except StopIteration:
-            batch, failed = (
-                None,
-                EOFError(
-                    f"The source has {k} batches, and statistics were asked for over {n}. Ask for fewer"
-                ),
+            failed = EOFError(
+                f"The source has {k} batches, and statistics were asked for over {n}. Ask for fewer"
             )
         except Exception as e:
-            batch, failed = None, e
-        if anybody(failed is not None, ranks, device):
+            failed = e
+        if any_rank(failed is not None, ranks, device):
             raise failed or ConnectionError(
-                f"Rank {ranks.rank} lost another one's data, whose own message says why"
+                f"Rank {ranks.rank} stops because another rank's data failed; see its message"
             )
         yield batch
 
 # %% ../../nbs/train/13_statistics.ipynb #fa6a024f
 @torch.no_grad()
 def recompute_statistics(
-    model: nn.Module,  # whole and the same on every rank; is left alone
+    model: nn.Module,  # whole and the same on every rank; unchanged
     batches: Iterable[Batch],  # of this rank, on the model's device
     spec: Run,  # of the run that made the model
     n: int = BATCHES,  # of each rank
 ) -> Recomputed:
-    "Copy a model, with normalization statistics over n batches in place of the running ones (Precise-BN)"
-    new, ranks = copy.deepcopy(model).eval(), here()
+    "Copy a model with normalization statistics over n batches (Precise-BN, arXiv 2105.07576 §3)"
+    new, ranks = copy.deepcopy(model).eval(), current_ranks()
     if not norms_of(new) or spec.frozen_norm:
         return Recomputed(new, 0)
     work = copy.deepcopy(new)
     if spec.sync_norm:
-        work = synced(work)
+        work = sync_norms(work)
     sums = {name: Sums(m.num_features) for name, m in norms_of(work).items()}
     for name, m in norms_of(work).items():
         m.train().register_forward_pre_hook(sums[name])
     device = next(work.parameters()).device
     for batch in _next_batches(batches, n, ranks, device):
-        for part in pieces(batch, spec.accumulate):
+        for part in split_batch(batch, spec.accumulate):
             encode(work, part, spec)
-    total = over_ranks(torch.cat([s.held for s in sums.values()]).to(device)).cpu()
+    total = sum_over_ranks(torch.cat([s.held for s in sums.values()]).to(device)).cpu()
     for s, held in zip(sums.values(), total.split([len(s.held) for s in sums.values()])):
         s.held = held
     moved = {name: s.moments() for name, s in sums.items() if s.held[0]}
@@ -150,7 +141,7 @@ def recompute_statistics(
     return Recomputed(new, n * ranks.world if moved else 0)
 
 # %% ../../nbs/train/13_statistics.ipynb #b88d0026
-MEMORIES = 10  # a run of fewer has statistics that lag; measured, see `experiments/01_efficiency`
+MEMORIES = 10  # a run of fewer than MEMORIES / momentum steps lags; measured in `experiments/01_efficiency`
 
 
 def is_lagging(
