@@ -91,7 +91,7 @@ def model_of(
     args: argparse.Namespace,  # `model`, `weights`, `device`, `threads`
 ) -> Any:  # a model in eval mode, on its device
     "Make the model that a verb was asked to use, and make this process ready for it"
-    from mobileclip_nb.models.weights import create_model
+    from mobileclip_nb.models.factory import create_model
     from mobileclip_nb.models.zoo import record
 
     device = ready_to_compute(args)
@@ -171,16 +171,23 @@ def split_scores(
     equal_texts: bool = False,  # a caption of another image is right, too, if the words are the same
 ) -> dict[str, Any]:  # the fields of `Retrieval`, and those of `Scores` after `zeroshot_`
     "Retrieval and zero-shot scores of one split, from one pass over its images"
-    from mobileclip_nb.evaluate.retrieval import both_ways, count_shared, positives
-    from mobileclip_nb.evaluate.zeroshot import classifier, image_rows, text_rows, top_scores
+    from mobileclip_nb.evaluate.retrieval import score_retrieval, count_shared, find_positives
+    from mobileclip_nb.evaluate.zeroshot import (
+        build_classifier,
+        embed_images,
+        embed_texts,
+        top_scores,
+    )
     from mobileclip_nb.inference.predict import default_batch
 
     first = [c[0] for c in captions]
     names = {c: i for i, c in enumerate(dict.fromkeys(first))}
-    rows = image_rows(model, images, batch or default_batch(model), progress=True)
-    zero = top_scores(rows @ classifier(model, list(names), templates), [names[c] for c in first])
-    flat, right = positives([list(c) for c in captions], equal_texts)
-    found = both_ways(rows, text_rows(model, flat), right)._asdict()
+    rows = embed_images(model, images, batch or default_batch(model), progress=True)
+    zero = top_scores(
+        rows @ build_classifier(model, list(names), templates), [names[c] for c in first]
+    )
+    flat, right = find_positives([list(c) for c in captions], equal_texts)
+    found = score_retrieval(rows, embed_texts(model, flat), right)._asdict()
     found |= {f'zeroshot_{k}': v for k, v in zero._asdict().items()}
     return found | dict(shared_captions=count_shared(captions), equal_texts=equal_texts)
 
@@ -256,7 +263,7 @@ def claim_for_demo(
     scale: str,  # of the demo
 ) -> None:
     "Mark a folder as the demo's, or raise an error if it holds what this demo would replace and did not make"
-    from mobileclip_nb.core.runtime import whole
+    from mobileclip_nb.core.runtime import atomic_write
 
     note, now, had = out / DEMO, dict(made_by='mobileclip demo', scale=scale), None
     if note.exists():
@@ -274,7 +281,7 @@ def claim_for_demo(
         raise ValueError(
             f"{str(out)!r} holds {', '.join(there)} ({what}), which the demo at scale {scale} would replace; choose another --out, or remove them"
         )
-    with whole(note) as tmp:
+    with atomic_write(note) as tmp:
         tmp.write_text(json.dumps(now), encoding='utf-8')
 
 # %% ../../nbs/cli/03_main.ipynb #4b7e10d2
@@ -283,9 +290,9 @@ def live(
     folder: Path,  # to run in
 ) -> None:
     "Run a notebook, and pass on what it prints and its progress bars as they come"
-    from mobileclip_nb.core.runtime import need
+    from mobileclip_nb.core.runtime import import_optional
 
-    nbclient = need('nbclient', 'lab')
+    nbclient = import_optional('nbclient', 'lab')
 
     class Client(nbclient.NotebookClient):
         "A client that shows streams at once"
@@ -313,11 +320,11 @@ def demo(
     args: argparse.Namespace,  # `out`, `scale`, `json`
 ) -> int:  # exit status
     "Run the demo notebook; keep it and an HTML page"
-    from mobileclip_nb.core.runtime import need, whole
+    from mobileclip_nb.core.runtime import import_optional, atomic_write
 
-    nbformat, nbconvert = need('nbformat', 'lab'), need('nbconvert', 'lab')
+    nbformat, nbconvert = import_optional('nbformat', 'lab'), import_optional('nbconvert', 'lab')
     for package, extra in DEMO_NEEDS.items():
-        need(package, extra)  # now, not in mid-notebook
+        import_optional(package, extra)  # now, not in mid-notebook
     out, path = Path(args.out), demo_notebook()
     claim_for_demo(out, args.scale)
     os.environ |= dict(SCALE=args.scale, MOBILECLIP_RUNS=str(out.resolve()))
@@ -326,10 +333,10 @@ def demo(
     live(nb, path.parent)
     for c in nb.cells:
         c.outputs = [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
-    with whole(out / 'demo.ipynb') as tmp:
+    with atomic_write(out / 'demo.ipynb') as tmp:
         nbformat.write(nb, tmp)
     page, _ = nbconvert.HTMLExporter().from_notebook_node(nb)
-    with whole(out / 'demo.html') as tmp:
+    with atomic_write(out / 'demo.html') as tmp:
         tmp.write_text(page, encoding='utf-8')
     answer(
         dict(notebook=str(out / 'demo.ipynb'), page=str(out / 'demo.html')),

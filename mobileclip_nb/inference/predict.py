@@ -22,14 +22,15 @@ from torch import Tensor
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ..models.weights import create_model, is_place
-from ..models.clip import CLIP
+from ..core.processes import Prefetcher
 from ..core.runtime import pick_device
 from ..datasets.pairs import open_image
-from ..preprocessing.transform import Pixels, rgb
-from ..preprocessing.tokenizer import clean, encode, tokenize
-from ..core.processes import Ahead
+from ..models.clip import CLIP
+from ..models.factory import create_model
+from ..models.weights import is_place
 from ..models.zoo import Record, build, record
+from ..preprocessing.tokenizer import clean, encode, tokenize
+from ..preprocessing.transform import Pixels, rgb
 
 # %% ../../nbs/inference/00_predict.ipynb #202ff40a
 # fmt: off
@@ -277,7 +278,7 @@ def embed_in_batches(
     source = _prepare(todo, pixels, batch or default_batch(model), on_error)
     disable = None if progress else True  # None: no bar where standard error is no terminal
     bar = tqdm(total=len(todo), unit=' images', disable=disable, delay=2, leave=False)
-    with Ahead(source, 2) as prepared, bar:
+    with Prefetcher(source, 2) as prepared, bar:
         for part in prepared:
             with torch.inference_mode():
                 x = pixels.normalize(part.squares).to(parameter.device, parameter.dtype)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'WEB', 'names_of', 'good_captions', 'noisy_caption', 'emoji_captions', 'CocaLoss', 'coca_loss',
-           'CaptionRecipe', 'normalize_images', 'caption_scores', 'emoji_scores', 'CaptionFit', 'RunConfig',
+           'CaptionRecipe', 'prepare_images', 'caption_scores', 'emoji_scores', 'CaptionFit', 'RunConfig',
            'fit_captioner', 'make_captioner', 'extend_vocabulary', 'FinetuneConfig', 'finetune_captioner']
 
 # %% ../../nbs/train/42_captioner.ipynb #3db40808
@@ -230,7 +230,7 @@ class CaptionRecipe(Spec, id_name='CaptionRecipe'):
         return self.but(first=sized(self.first), second=sized(self.second), seed=seed)
 
 # %% ../../nbs/train/42_captioner.ipynb #b010fa69
-def normalize_images(
+def prepare_images(
     images: Tensor,  # uint8 `(B, S, S, 3)`
     pixels: Pixels = NANO_PIXELS,  # of the same side
 ) -> Tensor:  # float `(B, 3, S, S)`
@@ -257,7 +257,7 @@ def caption_scores(
     captions = []
     for x in images.split(batch):
         rows = sample_captions(
-            model, model._encode_image(normalize_images(x))[1], [''] * len(x), vocab, GREEDY
+            model, model._encode_image(prepare_images(x))[1], [''] * len(x), vocab, GREEDY
         )
         captions += [f' {decode_text(vocab, r[0])} ' for r in rows]
     exact, named, words = [], [], []
@@ -285,7 +285,7 @@ def _sampled_scores(
 ) -> dict[str, float]:
     "How often sampled captions name the image, and their diversity"
     rows = sample_captions(
-        model, model._encode_image(normalize_images(images))[1], keys, vocab, Sampling()
+        model, model._encode_image(prepare_images(images))[1], keys, vocab, Sampling()
     )
     captions = [[decode_text(vocab, r) for r in rs] for rs in rows]
     right = []
