@@ -113,7 +113,7 @@ class Order(Layout):
                 n -= good
                 continue
             for slot in self.window_slots(epoch, number, low, high):
-                if self.bad.get((slot.shard, slot.i), epoch + 1) <= epoch:
+                if self.bad and self.bad.get(slot[:2], epoch + 1) <= epoch:
                     continue
                 if n:
                     n -= 1
