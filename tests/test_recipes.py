@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mobileclip_nb.blocks.reparam import count_parameters
 from mobileclip_nb.models.clip import CLIP
 from mobileclip_nb.models.mci import MCi
 from mobileclip_nb.train.paper_recipes import ROWS
@@ -101,7 +102,7 @@ def test_published_recipe(name, shards):
     whole = recipe(name).at('full')
     with torch.device('meta'):
         model = build(record_of(whole), empty=True)
-    assert sum(p.numel() for p in model.parameters()) > 50e6
+    assert count_parameters(model) > 50e6
     cost = price(whole, 12.8e6 / 1.3 / 3600, published_data(whole.data), 'Table 4d, eight A100')
     assert (
         cost.samples == ROWS[name].steps * ROWS[name].batch

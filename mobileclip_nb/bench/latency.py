@@ -11,6 +11,7 @@ import statistics, subprocess, sys, time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..core.ledger import markdown_table
 from ..core.runtime import suggest
 
 # %% ../../nbs/bench/00_latency.ipynb #0546c3f7
@@ -67,14 +68,12 @@ def format_latencies(
 ) -> str:  # Markdown
     "Latencies as a table, ratios with their quartiles"
     base = next((f.name for f in found if f.ratio == f.ratio_p25 == f.ratio_p75 == 1), 'the base')
-    lines = [
-        f'| | median ms | fastest ms | time over that of {base} [quartiles] |',
-        '|---|---|---|---|',
-    ]
+    columns = ['', 'median ms', 'fastest ms', f'time over that of {base} [quartiles]']
+    rows = []
     for f in found:
         ratio = f'{f.ratio:.2f} [{f.ratio_p25:.2f}–{f.ratio_p75:.2f}]'
-        lines.append(f'| {f.name} | {f.ms_p50:.2f} | {f.ms_min:.2f} | {ratio} |')
-    return '\n'.join(lines)
+        rows.append([f.name, f'{f.ms_p50:.2f}', f'{f.ms_min:.2f}', ratio])
+    return markdown_table(columns, rows)
 
 # %% ../../nbs/bench/00_latency.ipynb #aaa6618a
 def time_encoders(

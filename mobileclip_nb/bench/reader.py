@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..shards.index import Archives
 from ..augment.pipeline import DATACOMPDR, pack, rng_for, sample as drawn, unpack
+from ..core.ledger import markdown_table
 from ..core.runtime import import_optional
 from ..datasets.emoji import load_emoji
 from ..augment.operations import OPS
@@ -344,12 +345,14 @@ class Report(NamedTuple):
             own='ours, own form',
             approximate='ours, published form, approximate',
         )
-        lines = ['| path | samples/s a core | ratio | ms by part |', '|---|---|---|---|']
-        lines += [
-            f"| {names.get(r.path, 'ours, ' + r.path.replace(',', ' form,'))} | {r.samples_s:.0f} | {r.ratio:.2f} | {', '.join(f'{k} {v:.2f}' for k, v in sorted(r.ms.items(), key=lambda x: -x[1]))} |"
-            for r in self.results
-        ]
-        lines += [
+        rows = []
+        for result in self.results:
+            name = names.get(result.path, 'ours, ' + result.path.replace(',', ' form,'))
+            parts = sorted(result.ms.items(), key=lambda part: -part[1])
+            ms = ', '.join(f'{part} {value:.2f}' for part, value in parts)
+            rows.append([name, f'{result.samples_s:.0f}', f'{result.ratio:.2f}', ms])
+        lines = [
+            markdown_table(['path', 'samples/s a core', 'ratio', 'ms by part'], rows),
             '',
             f'exact: {self.exact.equal} of {self.exact.compared} views are byte by byte those of the published replay',
             f'approximate: mean difference {self.approximate.mean:.2f} of 255, PSNR {self.approximate.psnr:.1f} dB, cosine of a teacher\'s rows {self.approximate.cosine:.4f} on average, {self.approximate.least:.4f} at worst',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONV', 'NORM', 'same_padding', 'ConvNorm', 'require_eval', 'affine', 'fold_bn', 'identity_kernel', 'build_conv_like',
-           'fold', 'copy_folded', 'randomize_']
+           'fold', 'copy_folded', 'randomize_', 'count_parameters']
 
 # %% ../../nbs/blocks/00_reparam.ipynb #634382c6
 import copy
@@ -178,3 +178,10 @@ def randomize_(
             z = 0.3 * z
         t.copy_(z)
     return module
+
+# %% ../../nbs/blocks/00_reparam.ipynb #e10a5f38
+def count_parameters(
+    module: nn.Module,
+) -> int:  # numbers; a parameter that two modules share counts once
+    "Count the parameters of a module; buffers are not counted"
+    return sum(p.numel() for p in module.parameters())

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from filelock import lock_descriptor
+
 from .runtime import SCALES, suggest, scale as scale_now
 from .config import Spec
 
@@ -176,11 +178,7 @@ def _lock(
 ) -> None:
     "Wait for the lock of a file, where the system has locks; closing the file releases it"
     try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        lock_descriptor(fd, poll_interval=0.005)
     except OSError:
         pass  # a file system without locks
 

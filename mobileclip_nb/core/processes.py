@@ -101,7 +101,7 @@ def end_with_parent() -> None:
     if parent is None:
         raise RuntimeError(
             "Only a process that multiprocessing started has a parent to end with; "
-            "call loyal() in a worker"
+            "call end_with_parent() in a worker"
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, 'sigtimedwait'):

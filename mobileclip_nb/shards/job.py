@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from filelock import FileLock, Timeout
 
 from mobileclip_nb.core.files import (
     exists,
@@ -252,7 +253,8 @@ def survey(
     other = [j.name for j in skipped if j.source and done[j.name]['source'] not in ('', j.source)]
     if other:
         raise ValueError(
-            f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, were made from "
+            f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, "
+            f"were made from "
             f"other inputs of the same name. Choose another folder; or, if the input was "
             f"corrected, remove those shards there and run again"
         )
@@ -310,7 +312,8 @@ def _begun(
         had = None
     if not isinstance(had, dict):
         raise ValueError(
-            f"{without_secrets(place)!r} does not say what job was begun here, so its folder is not used; "
+            f"{without_secrets(place)!r} does not say what job was begun here, "
+            f"so its folder is not used; "
             f"choose an empty folder"
         )
     known = 'place' in had and (not is_local(had['place']) or exists(had['place']))
@@ -343,7 +346,8 @@ class ShardJob:
         foreign = find_foreign_files(out) if had is None else ''
         if foreign:
             raise ValueError(
-                f"{last_part(out)} holds {foreign}, which is not of this job; choose an empty folder"
+                f"{last_part(out)} holds {foreign}, which is not of this job; "
+                f"choose an empty folder"
             )
         if had is not None:
             _check_same(out, had, job)
@@ -428,7 +432,9 @@ def read_report(
 
 # %% ../../nbs/shards/08_job.ipynb #4ac46c65
 # fmt: off
-FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}  # the next shard would fail too
+FATAL = {  # the next shard would fail too
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR,
+}
 # fmt: on
 
 
@@ -453,8 +459,9 @@ def check_apart(
     above = any(_real(shard).startswith(target) for shard in shards.values())
     if below or above:
         raise ValueError(
-            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} lie in each other; what comes out "
-            f"would go in again. Choose an output folder of its own"
+            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r}"
+            f" lie in each other; what comes out would go in again. "
+            f"Choose an output folder of its own"
         )
 
 
@@ -475,20 +482,20 @@ def make_writable(folder: str) -> None:
 @contextmanager
 def lock_folder(out: str) -> Iterator[None]:
     "Hold the lock of a local folder and remove the temporary files of killed runs"
-    try:
-        import fcntl
-    except ImportError:
-        fcntl = None
-    if not is_local(out) or not fcntl:
+    if not is_local(out):
         yield
         return
-    with open(Path(out.removeprefix('file://'), '.lock'), 'w') as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another run is writing to {without_secrets(out)!r}. "
-                f"Wait until it ends, or choose another folder"
-            ) from None
+    path = Path(out.removeprefix('file://'), '.lock')
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Another run is writing to {without_secrets(out)!r}. "
+            f"Wait until it ends, or choose another folder"
+        ) from None
+    try:
         remove_partial(out)
         yield
+    finally:
+        lock.release()
