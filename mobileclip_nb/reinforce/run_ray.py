@@ -20,7 +20,8 @@ from ..core.runtime import import_optional
 from ..core.files import without_secrets
 from ..shards.job import Job, mark_failed
 from .run_local import Loader, ReinforceReport, run_jobs, stream
-from .recipe import ReinforceSpec, load_models
+from .recipe import ReinforceSpec
+from .annotate import load_models
 from ..shards.tar import tar_file
 from ..shards.sample import Sample, to_members
 from ..core.processes import Event
