@@ -185,8 +185,8 @@ def reinforce_on_ray(
     for place in (src, out):
         if str(place).startswith('memory:'):
             raise ValueError(
-                f"{without_secrets(place)!r} is in the memory of this process, and actors are other "
-                "processes; use files or a store that all can reach"
+                f"{without_secrets(place)!r} is in the memory of this process, "
+                "and actors are other processes; use files or a store that all can reach"
             )
     # actors have other working folders, so local paths become absolute
     places = [str(p) if '://' in str(p) else str(Path(p).absolute()) for p in (src, out)]

@@ -252,7 +252,8 @@ def survey(
     other = [j.name for j in skipped if j.source and done[j.name]['source'] not in ('', j.source)]
     if other:
         raise ValueError(
-            f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, were made from "
+            f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, "
+            "were made from "
             f"other inputs of the same name. Choose another folder; or, if the input was "
             f"corrected, remove those shards there and run again"
         )
@@ -310,7 +311,8 @@ def _begun(
         had = None
     if not isinstance(had, dict):
         raise ValueError(
-            f"{without_secrets(place)!r} does not say what job was begun here, so its folder is not used; "
+            f"{without_secrets(place)!r} does not say what job was begun here, "
+            "so its folder is not used; "
             f"choose an empty folder"
         )
     known = 'place' in had and (not is_local(had['place']) or exists(had['place']))
@@ -343,7 +345,8 @@ class ShardJob:
         foreign = find_foreign_files(out) if had is None else ''
         if foreign:
             raise ValueError(
-                f"{last_part(out)} holds {foreign}, which is not of this job; choose an empty folder"
+                f"{last_part(out)} holds {foreign}, which is not of this job; "
+                "choose an empty folder"
             )
         if had is not None:
             _check_same(out, had, job)
@@ -453,7 +456,8 @@ def check_apart(
     above = any(_real(shard).startswith(target) for shard in shards.values())
     if below or above:
         raise ValueError(
-            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} lie in each other; what comes out "
+            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} "
+            "lie in each other; what comes out "
             f"would go in again. Choose an output folder of its own"
         )
 
