@@ -359,8 +359,7 @@ def weight_places(
         examples = ', '.join(list_captioners()[:4])
         raise KeyError(
             f"No captioner {model!r}.{suggest(model, list_captioners())}"
-            f" There are {examples}, ...; "
-            "list_captioners() has them all"
+            f" There are {examples}, ...; list_captioners() has them all"
         )
     if model == 'coca_nano':
         return dict(emoji='package:weights/coca_nano.emoji.safetensors')
