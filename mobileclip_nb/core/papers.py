@@ -95,7 +95,8 @@ def _checked_model(
     "Raise `KeyError` for a model without published numbers"
     if name not in known:
         raise KeyError(
-            f"No published numbers for {name!r}.{suggest(name, known)} There are: {', '.join(known)}."
+            f"No published numbers for {name!r}.{suggest(name, known)} "
+            f"There are: {', '.join(known)}."
         )
     return name
 

@@ -358,8 +358,8 @@ def weight_places(
     if model not in list_captioners():
         examples = ', '.join(list_captioners()[:4])
         raise KeyError(
-            f"No captioner {model!r}.{suggest(model, list_captioners())} There are {examples}, ...; "
-            "list_captioners() has them all"
+            f"No captioner {model!r}.{suggest(model, list_captioners())}"
+            f" There are {examples}, ...; list_captioners() has them all"
         )
     if model == 'coca_nano':
         return dict(emoji='package:weights/coca_nano.emoji.safetensors')

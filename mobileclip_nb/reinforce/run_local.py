@@ -7,6 +7,7 @@ __all__ = ['RECIPE', 'DROPS', 'Loader', 'stream', 'check_recipe', 'run_worker', 
            'check_weights', 'run_jobs', 'reinforce']
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #494b94cb
+import json, time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -14,10 +15,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+
 import torch
 from tqdm import tqdm
-import json, time
 
+# %% ../../nbs/reinforce/05_run_local.ipynb #5c7bc18b
 from mobileclip_nb.core.files import (
     exists,
     is_local,
@@ -29,15 +31,16 @@ from mobileclip_nb.core.files import (
 )
 from ..core.ledger import packages
 from ..core.processes import Event, Prefetcher, peak_mb, run_processes
-from mobileclip_nb.reinforce.recipe import (
+from .recipe import ReinforceSpec, list_differences
+from mobileclip_nb.reinforce.annotate import (
     Dropped,
     Models,
-    ReinforceSpec,
     reinforce_samples,
     cut_chunks,
-    list_differences,
     load_models,
 )
+
+# %% ../../nbs/reinforce/05_run_local.ipynb #6d8cd29c
 from mobileclip_nb.shards.io import (
     Entry,
     Manifest,
@@ -111,7 +114,7 @@ def _compute(
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #9c43a428
 RECIPE = 'recipe.json'
-_OTHER = 'invalid'  # reason of a sample that the writer rejects without naming one
+_OTHER = 'refused'  # stored in markers: a sample that the writer rejects without a reason
 DROPS = 100  # dropped samples that a marker names; beyond that they are only counted
 
 
@@ -228,7 +231,8 @@ def _stored_recipe(place: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return ReinforceSpec.from_dict(old['recipe']).to_dict(), old.get('packages', {})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(
-            f"{without_secrets(place)!r} cannot be read by this version ({e}). Choose another folder"
+            f"{without_secrets(place)!r} cannot be read by this version ({e}). "
+            "Choose another folder"
         ) from e
 
 
@@ -242,15 +246,16 @@ def check_recipe(
     if not exists(place):
         if found := find_foreign_files(out):
             raise ValueError(
-                f"The folder {without_secrets(out)!r} holds {found} and no {RECIPE}, so its recipe is "
-                "unknown. Choose an empty folder"
+                f"The folder {without_secrets(out)!r} holds {found} and no {RECIPE}, "
+                "so its recipe is unknown. Choose an empty folder"
             )
         write_bytes(place, as_json(now))
         return []
     there, versions = _stored_recipe(place)
     if lines := list_differences(there | dict(name=''), spec.to_dict() | dict(name='')):
         raise ValueError(
-            f"The folder {without_secrets(out)!r} was made by another recipe: {'; '.join(lines[:9])}. "
+            f"The folder {without_secrets(out)!r} was made by another recipe: "
+            f"{'; '.join(lines[:9])}. "
             "Choose another folder for this recipe, or continue there with the old one"
         )
     return [
@@ -379,8 +384,8 @@ def check_weights(out: str, done: dict[str, dict[str, Any]], now: dict[str, str]
     for name, m in done.items():
         if lines := list_differences(m.get('weights', {}), now):
             raise ValueError(
-                f"{name!r} in {without_secrets(out)!r} was made with other weights under the same names "
-                f"({'; '.join(lines)}). Choose another folder"
+                f"{name!r} in {without_secrets(out)!r} was made with other weights "
+                f"under the same names ({'; '.join(lines)}). Choose another folder"
             )
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #4bd4b200
@@ -389,13 +394,14 @@ def _stopped(
 ) -> BaseException:  # to raise
     "The error of an interrupted run: the progress, and how to continue"
     finished = report.done + report.skipped
-    far = f'{finished} of {todo + report.skipped} shards in {without_secrets(out)!r} are done and stay'
+    folder = without_secrets(out)
+    far = f'{finished} of {todo + report.skipped} shards in {folder!r} are done and stay'
     if isinstance(e, KeyboardInterrupt):
         return KeyboardInterrupt(f'stopped: {far}; the same command goes on with the rest')
     cause = getattr(e, "strerror", None) or e
     return OSError(
         getattr(e, 'errno', None),
-        f'cannot go on writing to {without_secrets(out)!r} ({cause}); {far}. '
+        f'cannot go on writing to {folder!r} ({cause}); {far}. '
         'Make room or change the permissions, and run the same again',
     )
 
@@ -469,8 +475,8 @@ def reinforce(
     for place in (src, out):
         if workers > 1 and str(place).startswith('memory:'):
             raise ValueError(
-                f"{without_secrets(place)!r} is in the memory of this process, and {workers} workers are "
-                "other processes; use workers=1, or files"
+                f"{without_secrets(place)!r} is in the memory of this process, "
+                f"and {workers} workers are other processes; use workers=1, or files"
             )
 
     def here(jobs: Sequence[Job]) -> Iterator[Event]:

@@ -20,7 +20,8 @@ from ..core.runtime import import_optional
 from ..core.files import without_secrets
 from ..shards.job import Job, mark_failed
 from .run_local import Loader, ReinforceReport, run_jobs, stream
-from .recipe import ReinforceSpec, load_models
+from .recipe import ReinforceSpec
+from .annotate import load_models
 from ..shards.tar import tar_file
 from ..shards.sample import Sample, to_members
 from ..core.processes import Event
@@ -184,8 +185,8 @@ def reinforce_on_ray(
     for place in (src, out):
         if str(place).startswith('memory:'):
             raise ValueError(
-                f"{without_secrets(place)!r} is in the memory of this process, and actors are other "
-                "processes; use files or a store that all can reach"
+                f"{without_secrets(place)!r} is in the memory of this process, "
+                "and actors are other processes; use files or a store that all can reach"
             )
     # actors have other working folders, so local paths become absolute
     places = [str(p) if '://' in str(p) else str(Path(p).absolute()) for p in (src, out)]

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'TeacherSpec', 'Squashed', 'parse_preprocessing', 'check_gelu', 'Teacher', 'load_teacher', 'Ensemble',
-           'load_ensemble', 'join_embeddings', 'split', 'joint_embeddings', 'embed_classes', 'accuracy',
-           'compare_teachers', 'TargetQuality', 'sweep_scales', 'best_scales']
+           'load_ensemble', 'join_embeddings', 'split']
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #ba559872
 import math, pickle
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -357,112 +356,3 @@ def split(
             "these rows come from other teachers"
         )
     return torch.split(rows, list(widths), dim=-1)
-
-
-def joint_embeddings(
-    parts: Mapping[str, Tensor],  # name to `(B, D_k)`
-) -> Tensor:  # `(B, D)` unit vectors
-    "The ensemble's embedding: unit vectors side by side, scaled to length 1"
-    return F.normalize(
-        join_embeddings({n: F.normalize(p, dim=-1) for n, p in parts.items()}), dim=-1
-    )
-
-# %% ../../nbs/reinforce/02_teachers.ipynb #3a2bb0b6
-def embed_classes(
-    teacher: Teacher | Ensemble,  # one or several models
-    names: Sequence[str],  # C classes
-    templates: Sequence[str] = ('{}',),  # each with one pair of braces
-) -> dict[str, Tensor]:  # teacher's name to `(C, D_k)` unit vectors
-    "Embeddings of class names, averaged over templates (CLIP §3.1.4)"
-    ensemble = teacher if isinstance(teacher, Ensemble) else Ensemble([teacher])
-    if bad := [t for t in templates if t.count('{}') != 1]:
-        raise ValueError(f"The template {bad[0]!r} needs exactly one {{}} for the name")
-    parts = [ensemble.text([t.replace('{}', n) for n in names]) for t in templates]
-    means = {name: torch.stack([p[name] for p in parts]).mean(0) for name in ensemble.names}
-    return {name: F.normalize(mean, dim=-1) for name, mean in means.items()}
-
-
-def accuracy(
-    image: Tensor,  # `(B, D)` embeddings
-    classes: Tensor,  # `(C, D)` embeddings
-    labels: Tensor | Sequence[int],  # `(B,)` classes
-) -> float:  # share of images whose class is first, 0–1
-    "Zero-shot accuracy of embeddings; a tie counts as an error (CLIP §3.1)"
-    labels, cosines = torch.as_tensor(labels).long(), image @ classes.T
-    if labels.shape != cosines.shape[:1]:
-        n = len(cosines)
-        raise ValueError(f"{n} images need {n} labels, one each; got {tuple(labels.shape)}")
-    if not len(labels):
-        raise ValueError("No images to evaluate")
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise ValueError(
-            f"Labels reach from {labels.min()} to {labels.max()}; "
-            f"with {len(classes)} classes they are 0 to {len(classes) - 1}"
-        )
-    best = cosines.gather(1, labels[:, None])
-    return float(((cosines >= best).sum(1) == 1).double().mean())
-
-# %% ../../nbs/reinforce/02_teachers.ipynb #e871ae93
-def compare_teachers(
-    image: Mapping[str, Tensor],  # teacher's name to `(B, D_k)`
-    classes: Mapping[str, Tensor],  # teacher's name to `(C, D_k)`
-    labels: Tensor | Sequence[int],  # `(B,)` classes
-) -> dict[str, float]:  # teacher's name to accuracy, 0–1; with more than one, `ensemble` too
-    "Zero-shot accuracy of each teacher and of the ensemble (MobileCLIP Table 14)"
-    scores = {name: accuracy(image[name], classes[name], labels) for name in image}
-    if len(image) > 1:
-        shared = {name: classes[name] for name in image}
-        scores['ensemble'] = accuracy(joint_embeddings(image), joint_embeddings(shared), labels)
-    return scores
-
-# %% ../../nbs/reinforce/02_teachers.ipynb #0ffa9da7
-class TargetQuality(NamedTuple):
-    "Targets of a teacher at one logit scale, measured"
-
-    teacher: str  # name, or `ensemble`
-    scale: float  # logit scale
-    nll: float  # of the true partner, nats
-    entropy: float  # of the targets, nats
-
-
-def _targets(image: Tensor, text: Tensor, scale: float) -> Tensor:  # `(2, B, B)` probabilities
-    "Targets of images among texts and of texts among images"
-    logits = scale * image.double() @ text.double().T
-    return torch.stack([logits.softmax(1), logits.T.softmax(1)])
-
-
-def _reading(teacher: str, scale: float, p: Tensor) -> TargetQuality:
-    "Measure targets `(2, B, B)`"
-    nll = -float(p.diagonal(dim1=1, dim2=2).clamp_min(1e-300).log().mean())
-    return TargetQuality(teacher, scale, nll, float(torch.special.entr(p).sum(-1).mean()))
-
-# %% ../../nbs/reinforce/02_teachers.ipynb #ea0cf8bf
-def sweep_scales(
-    image: Mapping[str, Tensor],  # teacher's name to `(B, D_k)` unit vectors
-    text: Mapping[str, Tensor],  # teacher's name to `(B, D_k)`; row `i` belongs to image `i`
-    scales: Sequence[float] = (10.0, 20.0, 30.0, 50.0, 60.0, 70.0, 100.0, 150.0),  # to try
-) -> list[TargetQuality]:  # by teacher, then scale
-    "Measure the targets of teachers at several logit scales (MobileCLIP2 Table 3)"
-    for name in image:
-        if image[name].shape != text[name].shape:
-            raise ValueError(
-                f"{name}: {len(image[name])} images and {len(text[name])} texts; "
-                "a sweep needs pairs"
-            )
-    readings = [_reading(n, s, _targets(image[n], text[n], s)) for n in image for s in scales]
-    if len(image) > 1:
-        for s in scales:
-            mean = sum(_targets(image[n], text[n], s) for n in image) / len(image)
-            readings.append(_reading('ensemble', s, mean))
-    return readings
-
-
-def best_scales(
-    readings: Sequence[TargetQuality],  # of a sweep
-) -> dict[str, TargetQuality]:  # by teacher
-    "The scale of each teacher with the lowest nll"
-    lowest = {}
-    for r in readings:
-        if r.teacher not in lowest or r.nll < lowest[r.teacher].nll:
-            lowest[r.teacher] = r
-    return lowest

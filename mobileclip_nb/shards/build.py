@@ -254,7 +254,8 @@ def recognize_source(
     picture = next((p for p in Path(text).rglob('*') if p.suffix.lower() in SUFFIXES), None)
     if picture:
         raise ValueError(
-            f"{last_part(text)} holds pictures ({picture.name}) and shards ({last_part(found[0])}), "
+            f"{last_part(text)} holds pictures ({picture.name}) "
+            f"and shards ({last_part(found[0])}), "
             f"and we do not guess which you mean: give {last_part(text)}/*.tar, or move the shards "
             f"elsewhere, and an output folder likewise"
         )

@@ -141,7 +141,8 @@ def recompute_statistics(
     return Recomputed(new, n * ranks.world if moved else 0)
 
 # %% ../../nbs/train/13_statistics.ipynb #b88d0026
-MEMORIES = 10  # a run of fewer than MEMORIES / momentum steps lags; measured in `experiments/01_efficiency`
+# a run of fewer than MEMORIES / momentum steps lags; measured in `experiments/01_efficiency`
+MEMORIES = 10
 
 
 def is_lagging(
