@@ -7,14 +7,15 @@ __all__ = ['Params', 'KINDS', 'DATACOMPDR', 'rng_for', 'Pipeline', 'AugmentSpec'
            'describe_params', 'RangeAugment']
 
 # %% ../../nbs/augment/01_pipeline.ipynb #c04781b6
-import hashlib, json, math, random, reprlib
+import json, math, random, reprlib
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
-from ..core.runtime import suggest
+from ..core.errors import suggest
+from ..core.runtime import digest_keys
 from mobileclip_nb.augment.operations import (
     OPS,
     RANGES,
@@ -46,8 +47,8 @@ def rng_for(
     index: int,  # of the augmentation, from 0
 ) -> random.Random:  # newly made
     "Generator of one augmentation: the same in any worker, order or retry"
-    identity = json.dumps([int(seed), str(key), int(index)])
-    return random.Random(int.from_bytes(hashlib.sha256(identity.encode()).digest()))
+    digest = digest_keys(int(seed), str(key), int(index))
+    return random.Random(int.from_bytes(digest, 'big'))
 
 # %% ../../nbs/augment/01_pipeline.ipynb #62304f39
 KINDS = dict(

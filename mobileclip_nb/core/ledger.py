@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from .runtime import SCALES, suggest, scale as scale_now
-from .config import Spec
+from .config import SCALES, scale as scale_now, Spec
+from .errors import suggest
 
 # %% ../../nbs/core/05_ledger.ipynb #481938b6
 def _package_folder() -> Path:

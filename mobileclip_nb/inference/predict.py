@@ -25,7 +25,9 @@ from tqdm import tqdm
 from ..models.weights import is_place
 from ..models.factory import create_model
 from ..models.clip import CLIP
-from ..core.runtime import import_optional, pick_device, atomic_write
+from ..core.runtime import pick_device
+from ..core.files import atomic_write
+from ..core.errors import import_optional
 from ..datasets.pairs import open_image
 from ..preprocessing.transform import Pixels, rgb
 from ..preprocessing.tokenizer import clean, encode, tokenize

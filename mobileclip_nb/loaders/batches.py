@@ -23,6 +23,7 @@ from ..datasets.pairs import Pairs, open_image
 from ..preprocessing.transform import center_square
 from ..augment.fast_operations import look_up_values
 from ..core.config import Spec
+from ..core.runtime import digest_keys
 from ..preprocessing.tokenizer import tokenize
 
 # %% ../../nbs/loaders/01_batches.ipynb #c51e69b3
@@ -110,10 +111,8 @@ def seeded(
     *where: str | int,  # what is drawn, and when
 ) -> torch.Generator:  # on the CPU
     "A generator that depends on nothing but its arguments"
-    text = json.dumps([seed, *where])
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
-    )
+    digest = digest_keys(seed, *where)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
 
 # %% ../../nbs/loaders/01_batches.ipynb #318cc010
 @dataclass(frozen=True, repr=False)

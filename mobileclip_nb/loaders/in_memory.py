@@ -30,9 +30,9 @@ from mobileclip_nb.loaders.batches import (
     seeded,
     tokenized,
 )
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from ..shards.io import Skips, read_shard
-from ..shards.safe_io import Faulty
+from ..core.errors import Faulty
 from ..shards.sample import Sample
 from ..shards.sources import Source, decode_image, source_of
 from ..preprocessing.tokenizer import tokenize

@@ -18,7 +18,7 @@ from ..augment.operations import OPS
 from ..datasets.pairs import MAX_PIXELS
 from ..augment.fast_operations import perform_fast
 from ..preprocessing.resize import resample
-from ..shards.safe_io import Faulty
+from ..core.errors import Faulty
 from ..shards.sources import decode_image
 
 # %% ../../nbs/loaders/02_replay.ipynb #747447d4

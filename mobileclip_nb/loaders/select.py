@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..augment.pipeline import AugmentSpec, Params, rng_for, sample as drawn, unpack
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from ..augment.operations import RandomResizedCrop
 from ..preprocessing.transform import Pixels
 from .replay import size_of, view
 from ..shards.embeddings import open_rows, read_rows
-from ..shards.safe_io import Faulty, Limits
+from ..shards.safe_io import Limits
+from ..core.errors import Faulty
 from mobileclip_nb.shards.sample import (
     IMAGES,
     true_captions,

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..shards.index import Archives, Index, index_of, stamp
 from .batches import Batch, normalized
-from ..core.runtime import cache_dir
+from ..core.files import cache_dir
 from .epoch_order import Mix, Order, Slot
 from ..core.files import is_local, last_part, without_secrets
 from .select import StreamSpec, Taken, taken
 from ..shards.io import Skips
-from ..shards.safe_io import Faulty
+from ..core.errors import Faulty
 from ..shards.sources import Source, source_of
 from ..preprocessing.token_cache import TokenCache
 from ..core.processes import end_with_parent

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 
-from ..core.runtime import atomic_write, cache_dir
+from ..core.files import atomic_write, cache_dir
 from .clip import CLIP
 from .factory import create_model
 from .zoo import Record, ZOO, build, find_record

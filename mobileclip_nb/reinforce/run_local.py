@@ -54,13 +54,12 @@ from mobileclip_nb.shards.job import (
     as_json,
     check_apart,
     find_foreign_files,
-    lock_folder,
-    make_writable,
     mark_done,
     mark_failed,
     name_outputs,
     survey,
 )
+from ..core.files import lock_folder, make_writable
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #988782a3
 class _Piece(NamedTuple):

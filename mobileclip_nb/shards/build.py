@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core.runtime import suggest, import_optional
+from ..core.errors import suggest, import_optional, Faulty
 from ..datasets.emoji import attribution, load_emoji
 from ..datasets.caption_noise import NoiseSpec
 from ..datasets.pairs import SUFFIXES, open_image, read_pairs
@@ -34,7 +34,7 @@ from mobileclip_nb.shards.job import (
     find_shards,
     file_size,
 )
-from .safe_io import Faulty, Limits, read_json
+from .safe_io import Limits, read_json
 from .sample import Sample
 from ..core.config import Spec
 

@@ -6,13 +6,12 @@
 __all__ = ['DONE', 'FAILED', 'FATAL', 'file_size', 'find_shards', 'find_foreign_files', 'as_line', 'as_json', 'fingerprint_rows',
            'fingerprint_file', 'marker_url', 'read_marker', 'name_outputs', 'Job', 'marker', 'describe_error',
            'mark_done', 'mark_failed', 'Survey', 'survey', 'LeftOut', 'ShardsReport', 'ShardJob', 'finish_job',
-           'read_report', 'check_apart', 'make_writable', 'lock_folder']
+           'read_report', 'check_apart']
 
 # %% ../../nbs/shards/08_job.ipynb #6b210bea
 import errno, hashlib, json, os, re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -456,39 +455,3 @@ def check_apart(
             f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} lie in each other; what comes out "
             f"would go in again. Choose an output folder of its own"
         )
-
-
-def make_writable(folder: str) -> None:
-    "Create a local folder, or raise OSError if it cannot be written to"
-    path = Path(folder.removeprefix('file://'))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / '.lock').touch()
-    except OSError as e:
-        raise type(e)(
-            e.errno,
-            f"cannot write to {without_secrets(folder)!r} ({e.strerror}); choose another folder or "
-            f"change its permissions",
-        ) from None
-
-# %% ../../nbs/shards/08_job.ipynb #dc6421a2
-@contextmanager
-def lock_folder(out: str) -> Iterator[None]:
-    "Hold the lock of a local folder and remove the temporary files of killed runs"
-    try:
-        import fcntl
-    except ImportError:
-        fcntl = None
-    if not is_local(out) or not fcntl:
-        yield
-        return
-    with open(Path(out.removeprefix('file://'), '.lock'), 'w') as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another run is writing to {without_secrets(out)!r}. "
-                f"Wait until it ends, or choose another folder"
-            ) from None
-        remove_partial(out)
-        yield

@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..augment.pipeline import AugmentSpec
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from ..datasets.pairs import MAX_PIXELS, open_image
 from ..core.files import exists, join_url, list_shards, read_bytes, without_secrets
 from .io import read_manifest
-from .safe_io import Faulty, read_json
+from .safe_io import read_json
+from ..core.errors import Faulty
 from .verify import read_about, find_entry, manifest_folder
 
 # %% ../../nbs/shards/12_sources.ipynb #2af2bf4b

@@ -48,7 +48,8 @@ from mobileclip_nb.reinforce.caption_sampling import (
     encode_texts,
     decode_text,
 )
-from ..core.runtime import suggest, seed_all
+from ..core.runtime import seed_all
+from ..core.errors import suggest
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
 from ..core.ledger import append, record_run as run_record
 from ..losses.contrastive import clip_loss
