@@ -12,7 +12,8 @@ from mobileclip_nb.augment.pipeline import DATACOMPDR
 from mobileclip_nb.reinforce.captioner import CaptionerSpec
 from mobileclip_nb.core.files import read_bytes, write_bytes
 from mobileclip_nb.reinforce.run_local import reinforce
-from mobileclip_nb.reinforce.recipe import Models, ReinforceSpec, find_reinforce_recipe
+from mobileclip_nb.reinforce.recipe import ReinforceSpec, find_reinforce_recipe
+from mobileclip_nb.reinforce.annotate import Models
 from mobileclip_nb.shards.io import read_manifest, read_shard, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.reinforce.teachers import TeacherSpec

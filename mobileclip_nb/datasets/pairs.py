@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core.errors import suggest
+from ..core.runtime.errors import suggest
 from ..core.ledger import markdown_table
 
 # %% ../../nbs/datasets/00_pairs.ipynb #36ab6c61

@@ -29,7 +29,7 @@ from mobileclip_nb.augment.pipeline import (
     unpack,
 )
 from .captioner import CaptionerSpec, load_captioner
-from ..core.errors import suggest
+from ..core.runtime.errors import suggest
 from ..datasets.pairs import open_image
 from ..shards.sample import Sample, StoreSpec
 from ..core.config import Spec

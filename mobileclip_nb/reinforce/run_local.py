@@ -29,13 +29,12 @@ from mobileclip_nb.core.files import (
 )
 from ..core.ledger import packages
 from ..core.processes import Event, Prefetcher, peak_mb, run_processes
-from mobileclip_nb.reinforce.recipe import (
+from .recipe import ReinforceSpec, list_differences
+from mobileclip_nb.reinforce.annotate import (
     Dropped,
     Models,
-    ReinforceSpec,
     reinforce_samples,
     cut_chunks,
-    list_differences,
     load_models,
 )
 from mobileclip_nb.shards.io import (

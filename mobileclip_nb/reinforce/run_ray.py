@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.errors import import_optional
+from ..core.runtime.errors import import_optional
 from ..core.files import without_secrets
 from ..shards.job import Job, mark_failed
 from .run_local import Loader, ReinforceReport, run_jobs, stream
-from .recipe import ReinforceSpec, load_models
+from .recipe import ReinforceSpec
+from .annotate import load_models
 from ..shards.tar import tar_file
 from ..shards.sample import Sample, to_members
 from ..core.processes import Event

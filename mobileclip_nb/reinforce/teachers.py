@@ -22,7 +22,7 @@ from torch import nn, Tensor
 
 from ..models.weights import is_place
 from ..models.factory import create_model
-from ..core.errors import suggest
+from ..core.runtime.errors import suggest
 from ..preprocessing.transform import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 from ..core.config import Spec
 from ..preprocessing.tokenizer import tokenize

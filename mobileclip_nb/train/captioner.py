@@ -49,7 +49,7 @@ from mobileclip_nb.reinforce.caption_sampling import (
     decode_text,
 )
 from ..core.runtime import seed_all
-from ..core.errors import suggest
+from ..core.runtime.errors import suggest
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
 from ..core.ledger import append, record_run as run_record
 from ..losses.contrastive import clip_loss
