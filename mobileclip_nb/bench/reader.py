@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..shards.index import Archives
 from ..augment.pipeline import DATACOMPDR, pack, rng_for, sample as drawn, unpack
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from ..datasets.emoji import load_emoji
 from ..augment.operations import OPS
 from ..loaders.replay import jpeg_head, upper_rows, view

@@ -290,7 +290,7 @@ def live(
     folder: Path,  # to run in
 ) -> None:
     "Run a notebook, and pass on what it prints and its progress bars as they come"
-    from mobileclip_nb.core.runtime.errors import import_optional
+    from mobileclip_nb.core.errors import import_optional
 
     nbclient = import_optional('nbclient', 'lab')
 
@@ -321,7 +321,7 @@ def demo(
 ) -> int:  # exit status
     "Run the demo notebook; keep it and an HTML page"
     from mobileclip_nb.core.files import atomic_write
-    from mobileclip_nb.core.runtime.errors import import_optional
+    from mobileclip_nb.core.errors import import_optional
 
     nbformat, nbconvert = import_optional('nbformat', 'lab'), import_optional('nbconvert', 'lab')
     for package, extra in DEMO_NEEDS.items():

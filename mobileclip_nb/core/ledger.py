@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from .config import SCALES, scale as scale_now, Spec
-from .runtime.errors import suggest
+from .errors import suggest
 
 # %% ../../nbs/core/05_ledger.ipynb #481938b6
 def _package_folder() -> Path:

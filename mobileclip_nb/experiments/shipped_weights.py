@@ -22,7 +22,7 @@ from ..models.weights import save_weights
 from ..models.clip import CLIP
 from ..core.runtime import pick_device
 from ..core.files import sha256
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..datasets.emoji import HANDS, TEMPLATES, concepts, load_emoji
 from ..evaluate.retrieval import RetrievalEvaluator
 from ..train.freeze import freeze

@@ -18,23 +18,23 @@ from tqdm import tqdm
 from typing import NamedTuple
 
 from ..augment.pipeline import unpack
-from ..core.runtime.errors import Faulty, suggest
+from ..core.errors import Faulty, suggest
 from mobileclip_nb.loaders.batches import (
     Batch,
     BatchChoice,
     BatchSpec,
     Batches,
-    Jitter,
-    STILL,
     pick_captions,
     seeded,
     tokenize_captions,
 )
+from ..augment.jitter import Jitter, STILL
 from .select import Transform
 from ..preprocessing.tokenizer import tokenize
 from ..shards.io import Skips, read_shard
 from ..shards.sample import Sample
-from ..shards.sources import Source, decode_image, source_of
+from ..shards.sources import Source, source_of
+from ..preprocessing.images import decode_image
 
 # %% ../../nbs/loaders/05_in_memory.ipynb #be909af0
 @dataclass(frozen=True, eq=False)

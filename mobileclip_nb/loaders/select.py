@@ -22,7 +22,7 @@ from mobileclip_nb.augment.pipeline import (
     unpack,
 )
 from ..core.config import Spec
-from ..core.runtime.errors import Faulty, suggest
+from ..core.errors import Faulty, suggest
 from .replay import read_size, view
 from ..preprocessing.token_cache import TokenCache
 from ..preprocessing.transform import Pixels
@@ -35,7 +35,8 @@ from mobileclip_nb.shards.sample import (
     synthetic_captions,
     true_captions,
 )
-from ..shards.sources import DECODES, Source
+from ..shards.sources import Source
+from ..preprocessing.images import DECODES
 
 # %% ../../nbs/loaders/03_select.ipynb #8f0e2fda
 PLAIN = AugmentSpec(

@@ -29,8 +29,8 @@ from mobileclip_nb.augment.pipeline import (
     unpack,
 )
 from .captioner import CaptionerSpec, load_captioner
-from ..core.runtime.errors import suggest
-from ..datasets.pairs import open_image
+from ..core.errors import suggest
+from ..preprocessing.images import open_image
 from ..shards.sample import Sample, StoreSpec
 from ..core.config import Spec
 from .teachers import TeacherSpec, load_ensemble

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from ..core.files import without_secrets
 from ..shards.job import Job, mark_failed
 from .run_local import Loader, ReinforceReport, run_jobs, stream

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'TeacherSpec', 'Squashed', 'parse_preprocessing', 'check_gelu', 'Teacher', 'load_teacher', 'Ensemble',
-           'load_ensemble', 'join_embeddings', 'split', 'joint_embeddings', 'embed_classes', 'accuracy',
-           'compare_teachers', 'TargetQuality', 'sweep_scales', 'best_scales']
+           'load_ensemble', 'join_embeddings', 'joint_embeddings', 'embed_classes', 'accuracy', 'compare_teachers',
+           'TargetQuality', 'sweep_scales', 'best_scales']
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #ba559872
 import math, pickle
@@ -22,7 +22,7 @@ from torch import nn, Tensor
 
 from ..models.weights import is_place
 from ..models.factory import create_model
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..preprocessing.transform import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 from ..core.config import Spec
 from ..preprocessing.tokenizer import tokenize
@@ -344,19 +344,6 @@ def join_embeddings(
 ) -> Tensor:  # `(B, D)`
     "Embeddings side by side, lengths unchanged, as shards store them (MobileCLIP, released data)"
     return torch.cat(list(parts.values()), dim=-1)
-
-
-def split(
-    rows: Tensor,  # `(..., D)`
-    widths: Sequence[int],  # D_k, their sum is D
-) -> tuple[Tensor, ...]:  # `(..., D_k)` each
-    "Undo `join_embeddings`"
-    if rows.shape[-1] != sum(widths):
-        raise ValueError(
-            f"Rows are {rows.shape[-1]} wide and teachers {tuple(widths)} give {sum(widths)}; "
-            "these rows come from other teachers"
-        )
-    return torch.split(rows, list(widths), dim=-1)
 
 
 def joint_embeddings(

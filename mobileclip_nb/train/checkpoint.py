@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..core.files import atomic_write
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from .freeze import PARTS, freeze
 from .distributed import current_ranks
 from .optim import OptimSpec, make_optimizer

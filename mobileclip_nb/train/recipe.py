@@ -23,7 +23,7 @@ from ..models.clip import CLIP
 from ..core.runtime import seed_all
 from ..core.files import atomic_write
 from ..core.config import SCALES
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..datasets.emoji import TEMPLATES
 from ..loaders.compose import Mixture, Slice, parts, shares
 from ..augment.operations import RandomResizedCrop
