@@ -52,7 +52,7 @@ def __getattr__(name):
     elif name in _HOME:
         value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
     else:
-        from mobileclip_nb.core.runtime import suggest
+        from mobileclip_nb.core.errors import suggest
 
         raise AttributeError(f"mobileclip_nb has no {name!r}.{suggest(name, __all__)}")
     globals()[name] = value

@@ -22,7 +22,8 @@ from mobileclip_nb.shards.io import (
     write_manifests,
     write_shard,
 )
-from mobileclip_nb.shards.safe_io import Faulty, Limits
+from mobileclip_nb.shards.safe_io import Limits
+from mobileclip_nb.core.errors import Faulty
 from mobileclip_nb.shards.sample import (
     Sample,
     StoreSpec,

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Params', 'KINDS', 'DATACOMPDR', 'rng_for', 'Pipeline', 'AugmentSpec', 'sample', 'apply', 'pack', 'unpack',
-           'describe_params', 'RangeAugment']
+           'describe_params']
 
 # %% ../../nbs/augment/01_pipeline.ipynb #c04781b6
-import hashlib, json, math, random, reprlib
+import json, random, reprlib
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
-from ..core.runtime import suggest
+from ..core.errors import suggest
+from ..core.runtime import digest_keys
 from mobileclip_nb.augment.operations import (
     OPS,
     RANGES,
@@ -31,7 +32,6 @@ from mobileclip_nb.augment.operations import (
     ToRGB,
     ToTensor,
     Uint8,
-    draw_integer,
 )
 from ..core.config import Spec, plain
 
@@ -46,8 +46,8 @@ def rng_for(
     index: int,  # of the augmentation, from 0
 ) -> random.Random:  # newly made
     "Generator of one augmentation: the same in any worker, order or retry"
-    identity = json.dumps([int(seed), str(key), int(index)])
-    return random.Random(int.from_bytes(hashlib.sha256(identity.encode()).digest()))
+    digest = digest_keys(int(seed), str(key), int(index))
+    return random.Random(int.from_bytes(digest, 'big'))
 
 # %% ../../nbs/augment/01_pipeline.ipynb #62304f39
 KINDS = dict(
@@ -294,77 +294,3 @@ def describe_params(
         elif name == 'random_erase' and v[0] >= 0:
             words.append(f'erase {v[3]}x{v[2]} at ({v[1]}, {v[0]})')
     return ', '.join(words) or 'as it is'
-
-# %% ../../nbs/augment/01_pipeline.ipynb #999a0317
-def _scale_around(
-    x: np.ndarray,  # `(H, W, 3)` float32
-    center: np.ndarray,  # of the scaling: the mean of each channel, or 0
-    u: float,  # sampled, -1 to 1
-    share: float,  # three times the squared error that one operation may cost
-) -> np.ndarray:
-    "Scale the distance from a center so that its expected squared error is `share`/3"
-    reach = math.sqrt(share / max(float(np.square(x - center).mean()), 1e-6))
-    return center + (x - center) * np.float32(1 + u * min(0.9, reach))
-
-
-def _sample_strength(
-    name: str,  # of the operation
-    rng: random.Random,  # advanced
-) -> list[Any]:  # name, strength relative to the range, and the seed of noise
-    "Sample the strength of one operation"
-    if name == 'noise':
-        return [name, rng.random(), draw_integer(rng, 1 << 32)]
-    return [name, 2 * rng.random() - 1]
-
-
-def _mse(
-    psnr: float,  # decibels
-) -> float:  # of pixel values 0–255
-    "Mean squared error of a peak signal-to-noise ratio"
-    return 255**2 / 10 ** (psnr / 10)
-
-# %% ../../nbs/augment/01_pipeline.ipynb #40f10012
-@dataclass(frozen=True, repr=False)
-class RangeAugment(Spec, id_name='RangeAugment'):
-    "Brightness, contrast and noise of a chosen strength, for the student (RangeAugment §3)"
-
-    psnr: tuple[float, ...] = (40.0, 20.0)  # target at the first step and at the last, decibels
-    ops: tuple[str, ...] = ('brightness', 'contrast', 'noise')  # which may act
-    p: float = 0.5  # share of images that each changes, above 0
-
-    def __post_init__(self) -> None:
-        known = ('brightness', 'contrast', 'noise')
-        for o in self.ops:
-            if o not in known:
-                hint = f"{suggest(o, known)} Known: {', '.join(known)}"
-                raise ValueError(f"RangeAugment has no operation {o!r}.{hint}")
-        if not (len(self.psnr) == 2 and min(self.psnr) > 0 and 0 < self.p <= 1 and self.ops):
-            raise ValueError(
-                f"RangeAugment: psnr={self.psnr} must be two decibels above 0, "
-                f"p={self.p} a share above 0, and ops not empty"
-            )
-
-    def scheduled(self, step: int, steps: int) -> float:
-        "The target at `step` of `steps`, decibels"
-        start, end = map(_mse, self.psnr)
-        t = min(max(step / max(steps, 1), 0.0), 1.0)
-        return 10 * math.log10(255**2 / (end + (start - end) * (1 + math.cos(math.pi * t)) / 2))
-
-    def sample(self, rng: random.Random, psnr: float) -> Params:
-        "Sample which operations act, in which order, and how far out in their ranges"
-        shuffled = sorted(self.ops, key=lambda _: rng.random())
-        drawn = [_sample_strength(name, rng) for name in shuffled if rng.random() < self.p]
-        return dict(psnr=psnr, ops=drawn)
-
-    def apply(self, image: Image.Image, params: Params) -> Image.Image:
-        "Apply what was sampled; the size is unchanged"
-        x = np.asarray(image, np.float32)
-        share = 3 * 255**2 / 10 ** (params['psnr'] / 10) / (self.p * len(self.ops))
-        for name, u, *seed in params['ops']:
-            if name == 'noise':
-                normal = np.random.default_rng(seed[0]).standard_normal(x.shape, np.float32)
-                x = x + np.float32(u * math.sqrt(share)) * normal
-            else:
-                center = x.mean((0, 1)) if name == 'contrast' else np.float32(0)
-                x = _scale_around(x, center, u, share)
-        return Image.fromarray(np.clip(np.rint(x), 0, 255).astype(np.uint8))

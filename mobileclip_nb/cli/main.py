@@ -263,7 +263,7 @@ def claim_for_demo(
     scale: str,  # of the demo
 ) -> None:
     "Mark a folder as the demo's, or raise an error if it holds what this demo would replace and did not make"
-    from mobileclip_nb.core.runtime import atomic_write
+    from mobileclip_nb.core.files import atomic_write
 
     note, now, had = out / DEMO, dict(made_by='mobileclip demo', scale=scale), None
     if note.exists():
@@ -290,7 +290,7 @@ def live(
     folder: Path,  # to run in
 ) -> None:
     "Run a notebook, and pass on what it prints and its progress bars as they come"
-    from mobileclip_nb.core.runtime import import_optional
+    from mobileclip_nb.core.errors import import_optional
 
     nbclient = import_optional('nbclient', 'lab')
 
@@ -320,7 +320,8 @@ def demo(
     args: argparse.Namespace,  # `out`, `scale`, `json`
 ) -> int:  # exit status
     "Run the demo notebook; keep it and an HTML page"
-    from mobileclip_nb.core.runtime import import_optional, atomic_write
+    from mobileclip_nb.core.files import atomic_write
+    from mobileclip_nb.core.errors import import_optional
 
     nbformat, nbconvert = import_optional('nbformat', 'lab'), import_optional('nbconvert', 'lab')
     for package, extra in DEMO_NEEDS.items():

@@ -19,7 +19,8 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..core.runtime import cache_dir, suggest, import_optional, atomic_write
+from ..core.files import cache_dir, atomic_write
+from ..core.errors import suggest, import_optional
 from .caption_noise import NoiseSpec, add_caption_noise
 
 # %% ../../nbs/datasets/02_emoji.ipynb #176530ec

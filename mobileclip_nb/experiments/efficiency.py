@@ -26,7 +26,7 @@ from mobileclip_nb.experiments.efficiency_run import (
     run,
     run_early,
 )
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from ..core.ledger import Run, append, read
 from ..core.ledger import record_run as run_record
 from ..core.plots import COLORS, figure, style

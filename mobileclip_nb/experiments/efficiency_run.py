@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from ..augment.pipeline import AugmentSpec
-from ..core.runtime import suggest, seed_all, atomic_write
+from ..core.runtime import seed_all
+from ..core.files import atomic_write
+from ..core.errors import suggest
 from ..datasets.emoji import load_emoji
 from ..evaluate.retrieval import retrieval
 from ..evaluate.zeroshot import embed_images

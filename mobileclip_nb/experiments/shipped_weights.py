@@ -20,12 +20,14 @@ from torch import nn
 from ..loaders.batches import Batch, PairData
 from ..models.weights import save_weights
 from ..models.clip import CLIP
-from ..core.runtime import suggest, pick_device, sha256
+from ..core.runtime import pick_device
+from ..core.files import sha256
+from ..core.errors import suggest
 from ..datasets.emoji import HANDS, TEMPLATES, concepts, load_emoji
 from ..evaluate.retrieval import RetrievalEvaluator
 from ..train.freeze import freeze
 from ..core.ledger import append, code_version, read, record_run as run_record, spread
-from ..shards.job import lock_folder
+from ..core.files import lock_folder
 from ..preprocessing.tokenizer import ids_in_use
 from ..train.data import need_two
 from ..train.loop import Trained, refresh_model, train

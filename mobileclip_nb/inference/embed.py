@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.runtime import atomic_write, import_optional, pick_device
+from ..core.runtime import pick_device
+from ..core.files import atomic_write
+from ..core.errors import import_optional
 from mobileclip_nb.inference.predict import (
     IMAGES,
     check_positive,

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 import warnings
 
+from ..core.files import atomic_write
 from ..core.processes import Prefetcher
 from ..core.runtime import pick_device
-from ..datasets.pairs import open_image
+from ..core.errors import import_optional
+from ..preprocessing.images import open_image
 from ..models.clip import CLIP
 from ..models.factory import create_model
 from ..models.weights import is_place

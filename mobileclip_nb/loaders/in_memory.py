@@ -11,32 +11,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing import NamedTuple
 
 from ..augment.pipeline import unpack
+from ..core.errors import Faulty, suggest
 from mobileclip_nb.loaders.batches import (
-    STILL,
     Batch,
     BatchChoice,
-    Batches,
     BatchSpec,
-    Jitter,
+    Batches,
     pick_captions,
     seeded,
     tokenize_captions,
 )
-from ..core.runtime import suggest
+from ..augment.jitter import Jitter, STILL
 from .select import Transform
-from ..shards.io import Skips, read_shard
-from ..shards.safe_io import Faulty
-from ..shards.sample import Sample
-from ..shards.sources import Source, decode_image, source_of
 from ..preprocessing.tokenizer import tokenize
+from ..shards.io import Skips, read_shard
+from ..shards.sample import Sample
+from ..shards.sources import Source, source_of
+from ..preprocessing.images import decode_image
 
 # %% ../../nbs/loaders/05_in_memory.ipynb #be909af0
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..augment.pipeline import RangeAugment, rng_for
+from ..augment.pipeline import rng_for
+from ..augment.range_augment import RangeAugment
 from .batches import Batch
 
 # %% ../../nbs/loaders/07_ranged.ipynb #61881e86

@@ -15,11 +15,11 @@ from PIL import Image
 
 from ..augment.pipeline import AugmentSpec, Params, apply
 from ..augment.operations import OPS
-from ..datasets.pairs import MAX_PIXELS
+from ..preprocessing.images import MAX_PIXELS
 from ..augment.fast_operations import perform_fast
 from ..preprocessing.resize import resample
-from ..shards.safe_io import Faulty
-from ..shards.sources import decode_image
+from ..core.errors import Faulty
+from ..preprocessing.images import decode_image
 
 # %% ../../nbs/loaders/02_replay.ipynb #747447d4
 class Head(NamedTuple):

@@ -7,13 +7,13 @@ __all__ = ['PLAIN', 'StreamSpec', 'Choice', 'choose', 'stored', 'match_keys', 'C
            'Transform', 'Example', 'render']
 
 # %% ../../nbs/loaders/03_select.ipynb #a9f05cac
-import hashlib, json, random, re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
 import numpy as np
+import hashlib, json, random, re
 from PIL import Image
 
+from ..augment.operations import RandomResizedCrop
 from mobileclip_nb.augment.pipeline import (
     AugmentSpec,
     Params,
@@ -21,12 +21,13 @@ from mobileclip_nb.augment.pipeline import (
     sample as draw_params,
     unpack,
 )
-from ..core.runtime import suggest
-from ..augment.operations import RandomResizedCrop
-from ..preprocessing.transform import Pixels
+from ..core.config import Spec
+from ..core.errors import Faulty, suggest
 from .replay import read_size, view
+from ..preprocessing.token_cache import TokenCache
+from ..preprocessing.transform import Pixels
 from ..shards.embeddings import open_rows, read_rows
-from ..shards.safe_io import Faulty, Limits
+from ..shards.safe_io import Limits
 from mobileclip_nb.shards.sample import (
     IMAGES,
     read_object_member,
@@ -34,9 +35,8 @@ from mobileclip_nb.shards.sample import (
     synthetic_captions,
     true_captions,
 )
-from ..shards.sources import DECODES, Source
-from ..core.config import Spec
-from ..preprocessing.token_cache import TokenCache
+from ..shards.sources import Source
+from ..preprocessing.images import DECODES
 
 # %% ../../nbs/loaders/03_select.ipynb #8f0e2fda
 PLAIN = AugmentSpec(

@@ -11,23 +11,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..shards.index import Archives, Index, file_stamp, load_index
-from .batches import Batch, normalize_batch
-from ..core.runtime import cache_dir
-from .epoch_order import Mix, Order, Slot
-from ..core.files import is_local, last_part, without_secrets
-from .select import Example, StreamSpec, Transform, choose, read_sample, render
-from ..shards.io import Skips
-from ..shards.safe_io import Faulty
-from ..shards.sources import Source, source_of
-from ..preprocessing.token_cache import TokenCache
+from ..core.files import cache_dir, is_local, last_part, without_secrets
 from ..core.processes import end_with_parent
+from ..core.errors import Faulty
+from .batches import Batch, normalize_batch
+from .epoch_order import Mix, Order, Slot
+from .select import Example, StreamSpec, Transform, choose, read_sample, render
+from ..preprocessing.token_cache import TokenCache
+from ..shards.index import Archives, Index, file_stamp, load_index
+from ..shards.io import Skips
+from ..shards.sources import Source, source_of
 
 # %% ../../nbs/loaders/04_stream.ipynb #17134f9a
 class Chunk(NamedTuple):

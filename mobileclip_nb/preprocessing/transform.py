@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.runtime import suggest
-from ..datasets.pairs import to_upright_rgb
+from ..core.errors import suggest
+from .images import to_upright_rgb
 from ..core.config import Spec
 
 # %% ../../nbs/preprocessing/02_transform.ipynb #daf01763

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'GREEDY', 'ABBREVIATIONS', 'Vocab', 'encode_texts', 'decod
            'keep_probable', 'sample_tokens', 'caption_uniforms', 'clean_caption', 'Diversity', 'diversity']
 
 # %% ../../nbs/reinforce/00_caption_sampling.ipynb #7309e9ab
-import hashlib, json, random, re
+import random, re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,8 +16,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from ..core.config import Spec
+from ..core.runtime import digest_keys
 from ..preprocessing.tokenizer import EOT, PAD, SOT, VOCAB, decode, ids_in_use, tokenize
 
 # %% ../../nbs/reinforce/00_caption_sampling.ipynb #40f25edf
@@ -201,8 +202,8 @@ def caption_uniforms(
     n: int,  # how many numbers
 ) -> list[float]:  # uniform, 0–1
     "Uniform numbers of one caption, a function of the arguments alone"
-    name = json.dumps([seed, key, index]).encode()
-    rng = random.Random(int.from_bytes(hashlib.sha256(name).digest()[:8], 'big'))
+    digest = digest_keys(seed, key, index)
+    rng = random.Random(int.from_bytes(digest[:8], 'big'))
     return [rng.random() for _ in range(n)]
 
 # %% ../../nbs/reinforce/00_caption_sampling.ipynb #c30ad6f4

@@ -11,8 +11,13 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.runtime import atomic_write
-from ..core.files import is_local, last_part, open_for_reading, without_secrets
+from mobileclip_nb.core.files import (
+    atomic_write,
+    is_local,
+    last_part,
+    open_for_reading,
+    without_secrets,
+)
 from .io import Skips, read_members
 
 # %% ../../nbs/shards/06_index.ipynb #66d1ae0d

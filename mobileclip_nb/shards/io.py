@@ -25,7 +25,8 @@ from mobileclip_nb.core.files import (
     write_bytes,
     open_for_writing,
 )
-from .safe_io import REASONS, Faulty, Limits, read_json
+from .safe_io import Limits, read_json
+from ..core.errors import REASONS, Faulty
 from mobileclip_nb.shards.tar import (
     END,
     RECORD,

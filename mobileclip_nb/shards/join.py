@@ -30,7 +30,8 @@ from mobileclip_nb.shards.job import (
     read_report,
     file_size,
 )
-from .safe_io import Faulty, read_json
+from .safe_io import read_json
+from ..core.errors import Faulty
 from .tar import read_tar, split_name
 from .sample import Sample, from_members, to_members
 

@@ -14,9 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..core.runtime import suggest
+from ..core.errors import suggest, Faulty
 from mobileclip_nb.shards.safe_io import (
-    Faulty,
     Limits,
     check_finite,
     reject_literal,

@@ -10,7 +10,8 @@ import re, tarfile
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
-from .safe_io import Faulty, Limits
+from .safe_io import Limits
+from ..core.errors import Faulty
 
 # %% ../../nbs/shards/01_tar.ipynb #257b7807
 BLOCK = 512  # bytes

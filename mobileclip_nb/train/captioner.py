@@ -20,15 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from mobileclip_nb.loaders.batches import (
-    Batch,
-    Batches,
-    BatchSpec,
-    Jitter,
-    PairData,
-    from_pairs,
-    pair_data,
-)
+from ..loaders.batches import Batch, Batches, BatchSpec, PairData, from_pairs, pair_data
+from ..augment.jitter import Jitter
 from mobileclip_nb.reinforce.captioner import (
     ATTRIBUTION,
     NANO,
@@ -48,7 +41,8 @@ from mobileclip_nb.reinforce.caption_sampling import (
     encode_texts,
     decode_text,
 )
-from ..core.runtime import suggest, seed_all
+from ..core.runtime import seed_all
+from ..core.errors import suggest
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
 from ..core.ledger import append, record_run as run_record
 from ..losses.contrastive import clip_loss

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.runtime import suggest, atomic_write
+from ..core.files import atomic_write
+from ..core.errors import suggest
 from .freeze import PARTS, freeze
 from .distributed import current_ranks
 from .optim import OptimSpec, make_optimizer

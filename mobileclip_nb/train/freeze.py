@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'hold_still', 'freeze', 'thaw']
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.runtime import suggest
+from ..core.errors import suggest
 
 # %% ../../nbs/train/00_freeze.ipynb #570dcebd
 PARTS = {

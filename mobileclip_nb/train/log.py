@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ..core.runtime import suggest, import_optional, atomic_write
+from ..core.files import atomic_write
+from ..core.errors import suggest, import_optional
 
 # %% ../../nbs/train/20_log.ipynb #b98ed271
 class Sink(Protocol):

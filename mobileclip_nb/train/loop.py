@@ -20,7 +20,7 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 from ..loaders.batches import Batch, Batches, seeded
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from .distributed import Ranks, current_ranks
 from ..core.ledger import append, record_run
 from .optim import clamp_scale, lr_at, set_lr

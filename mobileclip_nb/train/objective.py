@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..loaders.batches import Batch
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from mobileclip_nb.losses.distillation import (
     CaptionBatch,
     add_parts,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..core.runtime import SCALES
+from ..core.config import SCALES
 from ..core.config import Spec
 
 # %% ../../nbs/train/43_options.ipynb #c7608ff3

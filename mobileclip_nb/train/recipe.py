@@ -20,7 +20,10 @@ import torch
 from ..augment.pipeline import DATACOMPDR
 from ..loaders.batches import Batches, BatchSpec, PairData
 from ..models.clip import CLIP
-from ..core.runtime import SCALES, suggest, seed_all, atomic_write
+from ..core.runtime import seed_all
+from ..core.files import atomic_write
+from ..core.config import SCALES
+from ..core.errors import suggest
 from ..datasets.emoji import TEMPLATES
 from ..loaders.compose import Mixture, Slice, parts, shares
 from ..augment.operations import RandomResizedCrop

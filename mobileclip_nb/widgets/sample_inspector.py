@@ -17,8 +17,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..augment.pipeline import DATACOMPDR, AugmentSpec, apply, describe_params, unpack
-from ..core.runtime import import_optional, atomic_write
-from ..datasets.pairs import open_image
+from ..core.files import atomic_write
+from ..core.errors import import_optional
+from ..preprocessing.images import open_image
 from ..core.files import is_local, without_secrets
 from ..core.plots import COLORS, GRAY, figure, png, style
 from ..shards.io import list_shards, read_shard
