@@ -295,9 +295,9 @@ def bench_reader(
     args: argparse.Namespace,  # `samples`, `rounds`, `side`, `views`, `batch`
 ) -> int:  # exit status
     "Print how many samples a second are read from shards, side by side with the published way"
-    from mobileclip_nb.bench.reader import run
+    from mobileclip_nb.bench.reader import measure_readers
 
-    found = run(args.samples, args.rounds, args.side, args.views, batch=args.batch)
+    found = measure_readers(args.samples, args.rounds, args.side, args.views, batch=args.batch)
     answer(
         dict(
             results=[r._asdict() for r in found.results],
