@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..core.runtime import suggest, atomic_write
@@ -75,7 +76,7 @@ class TrainSpec(OptimSpec, id_name='TrainSpec'):
             )
 
 # %% ../../nbs/train/21_checkpoint.ipynb #0e9850a2
-class EMA:
+class EMA(ModelEmaV3):
     "Exponential moving average of a model's weights and statistics, itself a model in eval mode"
 
     def __init__(
@@ -83,22 +84,21 @@ class EMA:
         model: nn.Module,  # is copied
         decay: float,  # share of the old average kept at each step, 0–1
     ):
-        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+        # Tensor by tensor, since whole tensors and shares do not fit into one `foreach` call
+        super().__init__(model, decay, foreach=False)
+        self.requires_grad_(False)
 
-    @torch.no_grad()
-    def update(
+    @property
+    def model(self) -> nn.Module:
+        "The average"
+        return self.module
+
+    def get_decay(
         self,
-        model: nn.Module,  # after an update
         step: int,  # counted from 0
-    ) -> None:
-        "Move the average towards `model`"
-        keep, new = min(self.decay, (1 + step) / (10 + step)), model.state_dict()
-        for name, old in self.model.state_dict().items():
-            old, now = own_part(old), own_part(new[name])
-            if old.is_floating_point():
-                old.lerp_(now, 1 - keep)
-            else:
-                old.copy_(now)
+    ) -> float:  # share of the old average kept at this step
+        "The decay of a step, which grows from 1/10 to `decay`"
+        return min(self.decay, (1 + step) / (10 + step))
 
 # %% ../../nbs/train/21_checkpoint.ipynb #b9975748
 @dataclass
