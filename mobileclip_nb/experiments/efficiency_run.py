@@ -32,7 +32,7 @@ from ..shards.build import build_shards
 from ..core.config import Spec
 from ..reinforce.teachers import load_ensemble
 from ..train.loop import TrainSpec, advance, judged, refresh_model, train
-from ..train.objective import LossSpec
+from ..train.config import LossSpec
 from ..train.checkpoint import start_run
 from ..train.run import group
 from ..loaders.in_memory import ViewBatches, Views, ViewSpec, load_views

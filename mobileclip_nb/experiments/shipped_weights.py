@@ -23,7 +23,7 @@ from ..models.clip import CLIP
 from ..core.runtime import suggest, pick_device, sha256
 from ..datasets.emoji import HANDS, TEMPLATES, concepts, load_emoji
 from ..evaluate.retrieval import RetrievalEvaluator
-from ..train.freeze import freeze
+from ..train.optim import freeze
 from ..core.ledger import append, code_version, read, record_run as run_record, spread
 from ..shards.job import lock_folder
 from ..preprocessing.tokenizer import ids_in_use
@@ -44,7 +44,8 @@ from mobileclip_nb.train.recipe import (
     recipe,
     write_note,
 )
-from ..train.checkpoint import TrainSpec, load_run
+from ..train.checkpoint import load_run
+from ..train.config import TrainSpec
 from ..train.statistics import is_lagging, norms_of
 from ..models.zoo import build, kept_ids, find_record
 

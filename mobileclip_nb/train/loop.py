@@ -27,17 +27,11 @@ from .optim import clamp_scale, lr_at, set_lr
 from .accumulate import accumulate_gradient, warn_of_parts
 from .log import Log, Pace
 from .objective import objective as plain, load_online
-from mobileclip_nb.train.sharding import (
-    any_rank,
-    average_rest,
-    clip_gradient,
-    broadcast_bytes,
-    mean_over_ranks,
-)
+from .sharding import average_rest, clip_gradient
+from .distributed import any_rank, broadcast_bytes, mean_over_ranks
 from mobileclip_nb.train.checkpoint import (
     BEST,
     State,
-    TrainSpec,
     start_run,
     find_best,
     link_file,
@@ -47,6 +41,7 @@ from mobileclip_nb.train.checkpoint import (
     find_nonfinite,
     trained_model,
 )
+from .config import TrainSpec
 from .statistics import BATCHES, Recomputed, is_lagging, recompute_statistics
 from .memory import compile_towers, checkpoint_activations
 

@@ -50,8 +50,10 @@ from mobileclip_nb.train.data import (
     old_batch,
     reader_count,
 )
-from .objective import LossSpec, with_bias
-from .checkpoint import TrainSpec, checkpoints
+from .objective import with_bias
+from .config import LossSpec
+from .checkpoint import checkpoints
+from .config import TrainSpec
 from ..models.zoo import Record, build, image_spec, kept_ids, find_record
 
 # %% ../../nbs/train/31_recipe.ipynb #6dd1e3a0
