@@ -1,6 +1,6 @@
 "Two processes against one: the same loss, the same gradients, the same curve. Only real processes can show it."
 
-import hashlib, math, os, socket, time
+import hashlib, math, socket, time
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,19 +14,21 @@ from mobileclip_nb.loaders.batches import Batch, Batches, BatchSpec, pair_data
 from mobileclip_nb.augment.jitter import STILL
 from mobileclip_nb.blocks.reparam import randomize_
 from mobileclip_nb.models.clip import CLIP
-from mobileclip_nb.train.freeze import freeze
+from mobileclip_nb.train.optim import freeze
 from mobileclip_nb.train.distributed import gather, current_ranks, gather_rows
 from mobileclip_nb.models.mci import MCI, MCi
 from mobileclip_nb.loaders.compose import Mixture, Slice
-from mobileclip_nb.train.optim import OptimSpec, clamp_scale, lr_at, make_optimizer, set_lr
+from mobileclip_nb.train.optim import clamp_scale, lr_at, make_optimizer, set_lr
+from mobileclip_nb.train.config import OptimSpec
 from mobileclip_nb.loaders.ranged import Ranged
 from mobileclip_nb.loaders.stream import Stream
-from mobileclip_nb.train.sync_norm import SyncNorm2d, sync_norms
+from mobileclip_nb.train.distributed import SyncNorm2d, sync_norms
 from mobileclip_nb.models.text_repmixer import TextRepMixer
 from mobileclip_nb.preprocessing.tokenizer import tokenize
 from mobileclip_nb.models.text_transformer import TextSpec
 from mobileclip_nb.train.accumulate import accumulate_gradient
-from mobileclip_nb.train.objective import LossSpec, objective, with_bias
+from mobileclip_nb.train.objective import objective, with_bias
+from mobileclip_nb.train.config import LossSpec
 
 LIMIT = 400  # seconds a pair of processes may take; then they are ended
 WIDTHS = (5, 7)
@@ -252,40 +254,19 @@ def worker(rank, world, port, out):
 
 
 def pair(target, *args, world=2, limit=LIMIT):
-    "Run `target(rank, world, port, ...)` in fresh processes; what takes too long or fails is ended and told"
+    "Run `target(rank, world, port, ...)` in new processes; an error in one, or the time limit, ends all of them"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    was = os.environ.get('OMP_NUM_THREADS')
-    os.environ['OMP_NUM_THREADS'] = '1'
-    context = mp.get_context('spawn')
-    ps = [
-        context.Process(target=target, args=(r, world, port, *args), daemon=True)
-        for r in range(world)
-    ]
+    started = mp.spawn(target, (world, port, *args), nprocs=world, join=False, daemon=True)
+    end = time.monotonic() + limit
     try:
-        for p in ps:
-            p.start()
-        end = time.monotonic() + limit
-        while (
-            any(p.is_alive() for p in ps)
-            and time.monotonic() < end
-            and not any(p.exitcode for p in ps)
-        ):
-            time.sleep(0.05)
-        codes = [p.exitcode for p in ps]
+        while not started.join(max(end - time.monotonic(), 0)):
+            assert time.monotonic() < end, f'still running after {limit} s'
     finally:
-        for p in ps:
-            if p.is_alive():
-                p.terminate()
+        for p in started.processes:
+            p.kill()
             p.join(10)
-        if was is None:
-            del os.environ['OMP_NUM_THREADS']
-        else:
-            os.environ['OMP_NUM_THREADS'] = was
-    assert codes == [0] * world, (
-        f'processes ended with {codes} (None: still running after {limit} s)'
-    )
 
 
 @pytest.fixture(scope='module')
@@ -376,6 +357,18 @@ def test_gather(both):
 
 def _hang(rank, world, port):
     time.sleep(60) if rank else None
+
+
+def _fail(rank, world, port):
+    if rank:
+        raise ValueError('rank 1 fails')
+    time.sleep(60)
+
+
+def test_an_error_ends_all():
+    "The error of one process is raised here, and the other one does not run on"
+    with pytest.raises(mp.ProcessRaisedException, match='rank 1 fails'):
+        pair(_fail, limit=60)
 
 
 def test_limits_bite():

@@ -18,7 +18,8 @@ from functools import partial
 
 from mobileclip_nb.train.loop import TrainSpec, plain, train as train_
 from mobileclip_nb.train.checkpoint import checkpoints, load_run
-from mobileclip_nb.train.objective import LossSpec, load_online
+from mobileclip_nb.train.objective import load_online
+from mobileclip_nb.train.config import LossSpec
 from mobileclip_nb.train.run import group
 
 OLD = Path(__file__).parent / 'fixtures/v1'
@@ -87,6 +88,7 @@ def same(a, b):
 
 
 # Processes of our own: a server imports everything once and forks, so that a start costs milliseconds.
+# `torch.multiprocessing.spawn` would end a rank when the other fails, and `test_a_rank_fails` reads what both report.
 def server():
     s = multiprocessing.get_context('forkserver')
     s.set_forkserver_preload(['test_train'])

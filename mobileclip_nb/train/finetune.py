@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from ..loaders.batches import Batch
 from ..models.factory import create_model
 from ..models.clip import CLIP
-from .freeze import thaw
+from .optim import thaw
 from .distributed import current_ranks
 from ..preprocessing.transform import Pixels
 from ..experiments.shipped_weights import Fit, fit, from_run, heldout_judge
@@ -34,7 +34,7 @@ from mobileclip_nb.train.recipe import (
     open_run,
     recipe,
 )
-from .checkpoint import TrainSpec
+from .config import TrainSpec
 from ..models.zoo import build, find_record
 
 # %% ../../nbs/train/41_finetune.ipynb #f1f6689d

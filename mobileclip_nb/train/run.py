@@ -24,7 +24,7 @@ from ..core.runtime import pick_device
 from .distributed import Ranks, current_ranks
 from .heldout import BEST_BY, evaluation_interval, make_report
 from .loop import Trained, train
-from .sharding import broadcast_bytes
+from .distributed import broadcast_bytes
 from mobileclip_nb.train.recipe import (
     NOTE,
     Note,
@@ -40,7 +40,8 @@ from mobileclip_nb.train.recipe import (
     price,
     write_note,
 )
-from .checkpoint import TrainSpec, check_vacant
+from .checkpoint import check_vacant
+from .config import TrainSpec
 
 # %% ../../nbs/train/40_run.ipynb #4256bf1f
 def own_device(
