@@ -35,7 +35,7 @@ lab: .venv/with-emoji,train,reinforce,lab,dev
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 weights: .venv/with-emoji,train,lab
-	OMP_NUM_THREADS=1 $(BIN)/python -c 'from mobileclip_nb.recipes import make_all; make_all()'
+	OMP_NUM_THREADS=1 $(BIN)/python -c 'from mobileclip_nb.experiments.shipped_weights import make_all; make_all()'
 
 notebooks: .venv/with-emoji,train,reinforce,lab,dev
 	SCALE=nano MOBILECLIP_RUNS='$(CURDIR)/results' $(BIN)/python tests/store.py

@@ -8,18 +8,18 @@ Importing this package loads nothing heavy: a name is fetched from its module th
 """
 
 _HOME = dict(
-    create_model='checkpoint',
-    load_weights='checkpoint',
-    save_weights='checkpoint',
-    preprocess='checkpoint',
-    list_models='zoo',
-    tokenize='text.tokens',
-    fold='blocks.fold',
-    predict='labeling',
-    Prediction='labeling',
-    embed='labeling',
-    Embeds='clip',
-    register_open_clip='open_clip_tools',
+    create_model='models.weights',
+    load_weights='models.weights',
+    save_weights='models.weights',
+    preprocess='models.weights',
+    list_models='models.zoo',
+    tokenize='preprocessing.tokenizer',
+    fold='blocks.reparam',
+    predict='inference.predict',
+    Prediction='inference.predict',
+    embed='inference.predict',
+    Embeds='models.clip',
+    register_open_clip='models.open_clip_adapter',
 )
 __all__ = sorted(_HOME)
 
@@ -52,7 +52,7 @@ def __getattr__(name):
     elif name in _HOME:
         value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
     else:
-        from mobileclip_nb.core import near
+        from mobileclip_nb.core.runtime import near
 
         raise AttributeError(f"mobileclip_nb has no {name!r}.{near(name, __all__)}")
     globals()[name] = value

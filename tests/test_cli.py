@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-RUN = [sys.executable, '-c', 'from mobileclip_nb.cli import main; raise SystemExit(main())']
+RUN = [sys.executable, '-c', 'from mobileclip_nb.cli.main import main; raise SystemExit(main())']
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
 
@@ -97,7 +97,7 @@ def test_interrupt_and_resume(folder):
 def test_finetune_and_release(folder):
     "A trained model learns a folder; alpha 0 writes the old weights, and what is written says which run made it"
     import torch
-    from mobileclip_nb.checkpoint import ABOUT, create_model, read_state
+    from mobileclip_nb.models.weights import ABOUT, create_model, read_state
 
     words = [
         'finetune',
@@ -139,7 +139,7 @@ def test_finetune_and_release(folder):
 
 def test_one_list_of_options():
     "The console and the module of torchrun know the same options of a run, with the same defaults"
-    from mobileclip_nb.cli import parser
+    from mobileclip_nb.cli.main import parser
     from mobileclip_nb.train.__main__ import words
     from mobileclip_nb.train.options import OPTIONS
 
@@ -206,7 +206,7 @@ def kept_bytes(folder):
 def here(folder, monkeypatch, capsys):
     "Commands in this process, which has loaded torch once: status and standard error, in the folder"
     import torch
-    from mobileclip_nb.cli import main
+    from mobileclip_nb.cli.main import main
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')  # `main` sets it for its process
@@ -363,8 +363,9 @@ def test_device_threads_and_batch(folder, here):
 def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     "With simulated devices every verb hands on the one that `auto` chooses; reinforce keeps the CPU unless asked"
     import torch
-    from mobileclip_nb import captioner, checkpoint, cli
-    from mobileclip_nb.reinforce import local
+    import mobileclip_nb.cli.main as cli
+    from mobileclip_nb.models import weights as checkpoint
+    from mobileclip_nb.reinforce import captioner, run_local
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cards > 0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: cards)
@@ -379,7 +380,7 @@ def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     monkeypatch.setattr(checkpoint, 'create_model', lambda *a, device=None, **k: stop(device))
     monkeypatch.setattr(captioner, 'load_captioner', lambda spec, weights, device: stop(device))
     monkeypatch.setattr(
-        local, 'reinforce', lambda src, out, spec, workers, device, *a, **k: stop(device)
+        run_local, 'reinforce', lambda src, out, spec, workers, device, *a, **k: stop(device)
     )
     picture = str(folder / 'red0.png')
     words = {

@@ -5,11 +5,11 @@ import math, time
 import pytest, torch, torch.distributed as dist
 from torch import nn
 
-from mobileclip_nb.gather import here
-from mobileclip_nb.mixture import Slice
+from mobileclip_nb.train.distributed import here
+from mobileclip_nb.loaders.compose import Slice
 from mobileclip_nb.train import loop
 from mobileclip_nb.train.loop import plain
-from mobileclip_nb.train.state import checkpoints, load_run, read_state
+from mobileclip_nb.train.checkpoint import checkpoints, load_run, read_state
 from mobileclip_nb.train.statistics import is_lagging, recompute_statistics
 from test_train import JOINT, SPEC, data, losses, pair, same, small, train
 

@@ -3,7 +3,7 @@
 import os, re
 from pathlib import Path
 
-import house, nbformat, pytest
+import design, nbformat, pytest
 from nbclient import NotebookClient
 
 SKIP = {'slow', 'gpu', 'net'}
@@ -11,7 +11,7 @@ LIMIT = {
     'demo': 600,
     'tutorials': 300,
 }  # seconds; a notebook of the library has 240 on a busy machine (60 is the aim)
-EVERY = house.notebooks()
+EVERY = design.notebooks()
 
 
 def runnable(path):
@@ -20,19 +20,19 @@ def runnable(path):
     nb.cells = [
         c
         for c in nb.cells
-        if c.cell_type == 'code' and not SKIP & set(house.DIRECTIVE.findall(c.source))
+        if c.cell_type == 'code' and not SKIP & set(design.DIRECTIVE.findall(c.source))
     ]
     return nb
 
 
 def limit(path):
-    return next((s for part, s in LIMIT.items() if part in str(path.relative_to(house.NBS))), 240)
+    return next((s for part, s in LIMIT.items() if part in str(path.relative_to(design.NBS))), 240)
 
 
 @pytest.mark.parametrize(
     'nb',
     [pytest.param(n, marks=pytest.mark.timeout(limit(n.path) + 30)) for n in EVERY],
-    ids=[str(n.path.relative_to(house.NBS).with_suffix('')) for n in EVERY],
+    ids=[str(n.path.relative_to(design.NBS).with_suffix('')) for n in EVERY],
 )
 def test_runs(nb, monkeypatch, tmp_path):
     for k, v in dict(

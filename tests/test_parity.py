@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mobileclip_nb.blocks.fold import fold
-from mobileclip_nb.checkpoint import load_weights
-from mobileclip_nb.keys import from_native, recognize, to_native
-from mobileclip_nb.text.tokens import tokenize
-from mobileclip_nb.zoo import ZOO, Undrawn, build, record
+from mobileclip_nb.blocks.reparam import fold
+from mobileclip_nb.models.weights import load_weights
+from mobileclip_nb.models.key_maps import from_native, recognize, to_native
+from mobileclip_nb.preprocessing.tokenizer import tokenize
+from mobileclip_nb.models.zoo import ZOO, Undrawn, build, record
 
 GOLDEN = Path(__file__).parent / 'golden'
 LIMIT = 1e-5

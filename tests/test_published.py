@@ -18,8 +18,8 @@ import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from PIL import Image
 
-from mobileclip_nb.augment import apply, unpack
-from mobileclip_nb.captioner import (
+from mobileclip_nb.augment.pipeline import apply, unpack
+from mobileclip_nb.reinforce.captioner import (
     MOBILECLIP2,
     CaptionerSpec,
     build_coca,
@@ -28,14 +28,14 @@ from mobileclip_nb.captioner import (
     places,
     weights_place,
 )
-from mobileclip_nb.checkpoint import clean_tag, fetch_hub, hub_names
-from mobileclip_nb.cli import main
-from mobileclip_nb.published import ROWS
+from mobileclip_nb.models.weights import clean_tag, fetch_hub, hub_names
+from mobileclip_nb.cli.main import main
+from mobileclip_nb.train.paper_recipes import ROWS
 from mobileclip_nb.reinforce.recipe import RECIPES, recipe
-from mobileclip_nb.shards.files import read_shard, write_shard
+from mobileclip_nb.shards.io import read_shard, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
-from mobileclip_nb.teachers import TeacherSpec, check_gelu, load_teacher
-from mobileclip_nb.zoo import ZOO
+from mobileclip_nb.reinforce.teachers import TeacherSpec, check_gelu, load_teacher
+from mobileclip_nb.models.zoo import ZOO
 
 # The recipe, the published training run that reads its shards, and its id, which must not change.
 RUNS = {

@@ -10,20 +10,20 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mobileclip_nb.batches import STILL, Batch, Batches, BatchSpec, pair_data
-from mobileclip_nb.blocks.fold import season
-from mobileclip_nb.clip import CLIP
-from mobileclip_nb.frozen import freeze
-from mobileclip_nb.gather import gather, here, rows_of
-from mobileclip_nb.image.mci import MCI, MCi
-from mobileclip_nb.mixture import Mixture, Slice
-from mobileclip_nb.optim import OptimSpec, clamp_scale, lr_at, optimizer, set_lr
-from mobileclip_nb.ranged import Ranged
-from mobileclip_nb.stream import Stream
-from mobileclip_nb.syncnorm import SyncNorm2d, synced
-from mobileclip_nb.text.repmixer import TextRepMixer
-from mobileclip_nb.text.tokens import tokenize
-from mobileclip_nb.text.transformer import TextSpec
+from mobileclip_nb.loaders.batches import STILL, Batch, Batches, BatchSpec, pair_data
+from mobileclip_nb.blocks.reparam import season
+from mobileclip_nb.models.clip import CLIP
+from mobileclip_nb.train.freeze import freeze
+from mobileclip_nb.train.distributed import gather, here, rows_of
+from mobileclip_nb.models.mci import MCI, MCi
+from mobileclip_nb.loaders.compose import Mixture, Slice
+from mobileclip_nb.train.optim import OptimSpec, clamp_scale, lr_at, optimizer, set_lr
+from mobileclip_nb.loaders.ranged import Ranged
+from mobileclip_nb.loaders.stream import Stream
+from mobileclip_nb.train.sync_norm import SyncNorm2d, synced
+from mobileclip_nb.models.text_repmixer import TextRepMixer
+from mobileclip_nb.preprocessing.tokenizer import tokenize
+from mobileclip_nb.models.text_transformer import TextSpec
 from mobileclip_nb.train.accumulate import accumulated
 from mobileclip_nb.train.objective import LossSpec, objective, with_bias
 

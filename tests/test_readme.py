@@ -114,8 +114,8 @@ def test_make_block():
 
 def test_network_block(tmp_path, shell_env):
     "The published name is resolved to its repository, and the weights found there are used"
-    from mobileclip_nb.checkpoint import create_model, save_weights
-    from mobileclip_nb.emoji import draw
+    from mobileclip_nb.models.weights import create_model, save_weights
+    from mobileclip_nb.datasets.emoji import draw
 
     (words,) = commands(marked('network'))
     name = words[words.index('--model') + 1]
@@ -235,11 +235,11 @@ class LiveBytes(TorchDispatchMode):
 
 def step_bytes(r, pairs, parts, world):
     "Peak bytes of one step of one rank, with `pairs` pairs in `parts` parts, by fake tensors"
-    from mobileclip_nb.batches import Batch
-    from mobileclip_nb.optim import optimizer
+    from mobileclip_nb.loaders.batches import Batch
+    from mobileclip_nb.train.optim import optimizer
     from mobileclip_nb.train import loop
     from mobileclip_nb.train.recipe import record_of
-    from mobileclip_nb.zoo import build
+    from mobileclip_nb.models.zoo import build
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     rec, spec = record_of(r), r.train.but(accumulate=parts)

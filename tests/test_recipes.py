@@ -8,22 +8,22 @@ import pytest
 import torch
 from PIL import Image
 
-from mobileclip_nb.clip import CLIP
-from mobileclip_nb.image.mci import MCi
-from mobileclip_nb.published import ROWS
-from mobileclip_nb.shards.files import write_shard
+from mobileclip_nb.models.clip import CLIP
+from mobileclip_nb.models.mci import MCi
+from mobileclip_nb.train.paper_recipes import ROWS
+from mobileclip_nb.shards.io import write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
-from mobileclip_nb.text.repmixer import TextRepMixer
-from mobileclip_nb.text.transformer import TextSpec
+from mobileclip_nb.models.text_repmixer import TextRepMixer
+from mobileclip_nb.models.text_transformer import TextSpec
 from mobileclip_nb.train.loop import train
 from mobileclip_nb.train.cost import price, published_data
 from mobileclip_nb.train.recipe import learner, recipe, record_of
 from mobileclip_nb.train.release import from_run
 from mobileclip_nb.train.run import run as run_recipe
 from mobileclip_nb.train.source import Opening, open_run, source
-from mobileclip_nb.zoo import build
+from mobileclip_nb.models.zoo import build
 
-RUN = [sys.executable, '-c', 'from mobileclip_nb.cli import main; raise SystemExit(main())']
+RUN = [sys.executable, '-c', 'from mobileclip_nb.cli.main import main; raise SystemExit(main())']
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
 

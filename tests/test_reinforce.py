@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mobileclip_nb.augment import DATACOMPDR
-from mobileclip_nb.captioner import CaptionerSpec
-from mobileclip_nb.places import read_bytes, write_bytes
-from mobileclip_nb.reinforce.local import reinforce
+from mobileclip_nb.augment.pipeline import DATACOMPDR
+from mobileclip_nb.reinforce.captioner import CaptionerSpec
+from mobileclip_nb.core.files import read_bytes, write_bytes
+from mobileclip_nb.reinforce.run_local import reinforce
 from mobileclip_nb.reinforce.recipe import Models, ReinforceSpec, recipe
-from mobileclip_nb.shards.files import read_manifest, read_shard, write_shard
+from mobileclip_nb.shards.io import read_manifest, read_shard, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
-from mobileclip_nb.teachers import TeacherSpec
+from mobileclip_nb.reinforce.teachers import TeacherSpec
 
 
 class Toys:
@@ -153,7 +153,7 @@ def test_two_workers(nano):
 
 def test_ray(nano):
     pytest.importorskip('ray', reason='ray is not installed; it comes with the extra reinforce')
-    from mobileclip_nb.reinforce.ray import reinforce as on_ray
+    from mobileclip_nb.reinforce.run_ray import reinforce as on_ray
 
     place, spec = nano
     report = on_ray(place / 'in', place / 'ray', spec, workers=2, progress=False)

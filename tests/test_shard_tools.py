@@ -5,13 +5,13 @@ import os, random, signal, threading, time
 import pytest
 from tqdm import tqdm
 
-from mobileclip_nb.augment import DATACOMPDR, pack, rng_for, sample as draw
-from mobileclip_nb.emoji import write_folder
-from mobileclip_nb.places import list_shards
+from mobileclip_nb.augment.pipeline import DATACOMPDR, pack, rng_for, sample as draw
+from mobileclip_nb.datasets.emoji import write_folder
+from mobileclip_nb.core.files import list_shards
 from mobileclip_nb.shards.build import build, look
-from mobileclip_nb.shards.files import read_shard, write_shard
+from mobileclip_nb.shards.io import read_shard, write_shard
 from mobileclip_nb.shards.join import join
-from mobileclip_nb.shards.tools import show, verify
+from mobileclip_nb.shards.verify import show, verify
 
 
 def contents(folder):

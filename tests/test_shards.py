@@ -11,8 +11,8 @@ import pytest
 import torch
 import webdataset
 
-from mobileclip_nb.places import list_shards, names_in, read_bytes, write_bytes
-from mobileclip_nb.shards.files import (
+from mobileclip_nb.core.files import list_shards, names_in, read_bytes, write_bytes
+from mobileclip_nb.shards.io import (
     Entry,
     ShardWriter,
     Skips,
@@ -22,7 +22,7 @@ from mobileclip_nb.shards.files import (
     write_manifests,
     write_shard,
 )
-from mobileclip_nb.shards.limits import Faulty, Limits
+from mobileclip_nb.shards.safe_io import Faulty, Limits
 from mobileclip_nb.shards.sample import Sample, StoreSpec, differences, from_members, to_members
 
 WIDTHS, A = (12, 8), 4  # two teachers of different width, four augmentations

@@ -11,13 +11,13 @@ import pytest, torch
 from safetensors import safe_open
 
 import mobileclip_nb
-from mobileclip_nb.augment import rng_for
-from mobileclip_nb.batches import seeded
-from mobileclip_nb.captions import draws
-from mobileclip_nb.order import generator
-from mobileclip_nb.spec import Spec
+from mobileclip_nb.augment.pipeline import rng_for
+from mobileclip_nb.loaders.batches import seeded
+from mobileclip_nb.reinforce.caption_sampling import draws
+from mobileclip_nb.loaders.epoch_order import generator
+from mobileclip_nb.core.config import Spec
 from mobileclip_nb.train.recipe import RECIPES
-from mobileclip_nb.zoo import ZOO, Record
+from mobileclip_nb.models.zoo import ZOO, Record
 
 ROOT, FIXTURES = Path(__file__).resolve().parents[1], Path(__file__).parent / 'fixtures'
 IDS = FIXTURES / 'ids.json'
@@ -189,7 +189,7 @@ def git(*words, cwd):
 
 
 CODE = """import mobileclip_nb
-from mobileclip_nb.ledger import record
+from mobileclip_nb.core.ledger import record
 print(record('run', {}, {}).code, mobileclip_nb.__file__)"""
 
 

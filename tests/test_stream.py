@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mobileclip_nb.augment import DATACOMPDR, pack, rng_for, sample
-from mobileclip_nb.places import write_bytes
-from mobileclip_nb.shards.files import Entry, ShardWriter, write_manifests, write_shard
+from mobileclip_nb.augment.pipeline import DATACOMPDR, pack, rng_for, sample
+from mobileclip_nb.core.files import write_bytes
+from mobileclip_nb.shards.io import Entry, ShardWriter, write_manifests, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
-from mobileclip_nb.sources import source_of
-from mobileclip_nb.stream import Stream, StreamSpec
+from mobileclip_nb.shards.sources import source_of
+from mobileclip_nb.loaders.stream import Stream, StreamSpec
 
 SPEC = StreamSpec(batch=4, side=32, context=12, window=6)
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 
-from mobileclip_nb.batches import Batches, BatchSpec, pair_data
-from mobileclip_nb.blocks.fold import season
-from mobileclip_nb.clip import CLIP
-from mobileclip_nb.gather import here
-from mobileclip_nb.image.mci import MCI, MCi
-from mobileclip_nb.mixture import Slice
-from mobileclip_nb.text.repmixer import TextRepMixer
-from mobileclip_nb.text.transformer import TextSpec
+from mobileclip_nb.loaders.batches import Batches, BatchSpec, pair_data
+from mobileclip_nb.blocks.reparam import season
+from mobileclip_nb.models.clip import CLIP
+from mobileclip_nb.train.distributed import here
+from mobileclip_nb.models.mci import MCI, MCi
+from mobileclip_nb.loaders.compose import Slice
+from mobileclip_nb.models.text_repmixer import TextRepMixer
+from mobileclip_nb.models.text_transformer import TextSpec
 from functools import partial
 
 from mobileclip_nb.train.loop import TrainSpec, plain, train as train_
-from mobileclip_nb.train.state import checkpoints, load_run
+from mobileclip_nb.train.checkpoint import checkpoints, load_run
 from mobileclip_nb.train.objective import LossSpec, online
-from mobileclip_nb.train.torchrun import group
+from mobileclip_nb.train.process_group import group
 
 OLD = Path(__file__).parent / 'fixtures/v1'
 train = partial(train_, watch=())  # TensorBoard takes seconds to import
@@ -238,7 +238,7 @@ def test_data_that_vanish(tmp_path):
 def test_a_shard_that_vanishes(tmp_path, monkeypatch):
     "The same with the reader of shards: named, saved, and the same losses when the shard is back"
     from test_stream import SPEC as STREAM, shards
-    from mobileclip_nb.stream import Stream
+    from mobileclip_nb.loaders.stream import Stream
 
     place, spec = shards(tmp_path / 's', (24, 24, 24)), SPEC.but(steps=6, warmup=1, ema=0.0)
 
@@ -274,7 +274,7 @@ def test_a_shard_that_vanishes(tmp_path, monkeypatch):
 def grouped(out, tokens=None):
     "Train from shards with two readers"
     from test_stream import SPEC as STREAM
-    from mobileclip_nb.stream import Stream
+    from mobileclip_nb.loaders.stream import Stream
 
     torch.set_num_threads(1)
     reader = Stream(
@@ -758,8 +758,8 @@ def test_runs_repeat_to_the_bit(tmp_path, threads):
 def test_threads_of_a_run(tmp_path):
     "`--threads` decides on how many threads the loop computes, in both programs; readers compute on one"
     from test_stream import SPEC as STREAM, shards
-    from mobileclip_nb.stream import Stream
-    from mobileclip_nb.cli import main as console
+    from mobileclip_nb.loaders.stream import Stream
+    from mobileclip_nb.cli.main import main as console
     from mobileclip_nb.train.__main__ import main as module
 
     before, there = torch.get_num_threads(), str(tmp_path / 'nothing')
@@ -808,5 +808,5 @@ def test_parts_with_live_statistics_are_told():
         live.startswith('accumulate=2: ')
         and 'each part of about 4 pairs and not from all 8' in live
     )
-    assert '54_train.accumulate' in live and 'train.frozen_norm=true' in live and '\n' not in live
+    assert 'train/12_accumulate' in live and 'train.frozen_norm=true' in live and '\n' not in live
     assert told() == told(accumulate=2, frozen_norm=True) == []

@@ -5,15 +5,15 @@ import json, os, re, socket
 import pytest
 from test_train import LIMIT, ended, losses, quietly, server
 
-from mobileclip_nb.cli import main
-from mobileclip_nb.emoji import write_folder
-from mobileclip_nb.text.tokens import encode
+from mobileclip_nb.cli.main import main
+from mobileclip_nb.datasets.emoji import write_folder
+from mobileclip_nb.preprocessing.tokenizer import encode
 from mobileclip_nb.train.heldout import BEST_BY
 from mobileclip_nb.train.options import run_of
 from mobileclip_nb.train.recipe import NOTE, read_note, recipe
 from mobileclip_nb.train.run import run as run_recipe
 from mobileclip_nb.train.source import source
-from mobileclip_nb.train.state import load_run
+from mobileclip_nb.train.checkpoint import load_run
 
 SHORT = ('--scale', 'smoke', '--set', 'stream.batch=8', '--rate', '100', '--json')
 
@@ -306,7 +306,7 @@ def run_as_ranks(folder, words, world=2):
 
 def test_one_experiment_has_one_id(folder, told):
     "The console, the module and the module on two ranks write the same id, and one line each"
-    from mobileclip_nb.ledger import read
+    from mobileclip_nb.core.ledger import read
     from mobileclip_nb.train.__main__ import main as module
 
     short = ['--scale', 'smoke', '--set', 'stream.batch=8', '--device', 'cpu']
