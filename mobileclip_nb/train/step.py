@@ -115,14 +115,15 @@ def take_step(
     saved_spec: TrainSpec
     | None = None,  # the spec of the file, where it is not what the objective reads
 ) -> dict[str, float]:  # the new row of the log
-    "Take one step; if it is not finite, save the state for inspection and raise `FloatingPointError`"
+    "Take one step; if it is not finite, save the state and raise `FloatingPointError`"
     try:
         return advance(state, batch, spec, objective)
     except FloatingPointError as e:
         kept = ''
         if out:
             last = state.saved
-            save_state(state, out / 'nonfinite.pt', saved_spec or spec, data, whatever=True)
+            path = out / 'nonfinite.pt'
+            save_state(state, path, saved_spec or spec, data, whatever=True)
             state.saved = last
             kept = (
                 'The weights before the update (statistics have moved already) are in '
