@@ -18,7 +18,7 @@ from mobileclip_nb.train.options import (
     OPTIONS,
     add_options,
     announced,
-    config_of,
+    run_config,
     opening_of,
     ready,
     recipe_of,
@@ -105,7 +105,7 @@ def train_rank(
     more = dict(device=device, progress=not args.quiet, evaluate=evaluate_run)
     more |= dict(before=before, say=_say)
     with group(device, args.patience) as ranks:
-        config = config_of(args, (*OPTIONS, *LAUNCH_OPTIONS), **more)
+        config = run_config(args, (*OPTIONS, *LAUNCH_OPTIONS), **more)
         return run(r, args.data, args.out, ranks, config)
 
 # %% ../../nbs/train/44___main__.ipynb #60ef286f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Options', 'OPTIONS', 'LAUNCH_OPTIONS', 'WEIGHTS', 'with_fields', 'option_names', 'add_options', 'recipe_of',
-           'opening_of', 'config_of', 'announced', 'run_of', 'keep_file', 'ready']
+           'opening_of', 'run_config', 'announced', 'run_of', 'keep_file', 'ready']
 
 # %% ../../nbs/train/43_options.ipynb #2d3fdaac
 import argparse, json, math, re
@@ -163,7 +163,7 @@ def opening_of(
     return Opening(own=True, templates=templates, **asked, **more)
 
 
-def config_of(
+def run_config(
     args: argparse.Namespace,
     options: Options = OPTIONS,  # those that fill fields of their name
     **more: Any,  # further fields of `RunConfig`
