@@ -79,7 +79,7 @@ BATCH = ('--batch', flag('pictures at a time; by default chosen by the size of a
 
 
 def ready_to_compute(
-    args: argparse.Namespace,  # `device`, and `threads` where the verb has it
+    args: argparse.Namespace,  # `device`, and `threads` where the command has it
 ) -> str:  # the device
     "Choose the device, and set threads and allocator of this process"
     from mobileclip_nb.core.runtime import pick_device, set_threads, tune_allocator

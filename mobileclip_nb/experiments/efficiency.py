@@ -62,7 +62,7 @@ def plan(
 def name_of(
     arm: Arm,
 ) -> str:  # its name in `ARMS`
-    "Find an arm's name"
+    "Find the name of a variant"
     return next((n for n, a in ARMS.items() if a == arm), repr(arm))
 
 # %% ../../nbs/experiments/01_efficiency.ipynb #9723d02a
@@ -278,7 +278,8 @@ def table(
         c, b = curves(runs, arm, noise, concepts), curves(runs, base, noise, concepts)
         ratio = '' if arm == base or c is None else _ratio_cell(b, c)
         seeds = 0 if c is None else len(c.r1)
-        cells = (f'{noise:.0%}', f'{concepts:.3g}', arm, f'{seeds}', _end(c), ratio)
+        label = _LABELS.get(arm, arm)
+        cells = (f'{noise:.0%}', f'{concepts:.3g}', label, f'{seeds}', _end(c), ratio)
         rows.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
 
@@ -311,7 +312,7 @@ def draw(
     if time:
         label = 'seconds of steps, without\nwaiting, evaluation, saving'
     with style():
-        fig = figure(2.6 * len(noises) + 1.6, 3.0)
+        fig = figure(max(2.6 * len(noises) + 1.6, 7.0), 3.0)
         axes = fig.subplots(1, len(noises), sharey=True, squeeze=False)[0]
         for ax, noise in zip(axes, noises):
             for name in arms:

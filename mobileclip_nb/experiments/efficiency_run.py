@@ -58,7 +58,7 @@ def student(
     seed: int = 0,  # of the weights
     rec: Record = STUDENT,
 ) -> nn.Module:  # in train mode
-    "Make a student; one seed gives one start to every arm"
+    "Make a student; one seed gives one start to every variant"
     with torch.random.fork_rng():
         seed_all(seed)
         return build_model(rec)
@@ -237,7 +237,7 @@ def loss_for(
     arm: Arm,
     views: Views,  # what it sees
 ) -> LossSpec:
-    "The loss of an arm"
+    "The loss of a variant"
     return (
         LossSpec(1 - arm.distill, arm.distill, views.widths, views.scales)
         if arm.distill
