@@ -214,6 +214,9 @@ def ratios(
     return out
 
 # %% ../../nbs/experiments/01_efficiency.ipynb #489fa519
+_LABELS = dict(plain='baseline')  # names of variants in tables and figures
+
+
 def _spread(xs: Sequence[float], form: str) -> str:
     "Mean and standard deviation over seeds, as text"
     xs = [x for x in xs if math.isfinite(x)]
@@ -291,7 +294,6 @@ _COLORS |= {
     '+ strong augmentation': COLORS['purple'],
     '+ second teacher': COLORS['black'],
 }
-_LABELS = dict(plain='baseline')
 
 
 def _draw_seeds(ax: Any, xs: np.ndarray, ys: np.ndarray, color: str, **how: Any) -> None:

@@ -198,8 +198,8 @@ def run(
     with _locked(out if first else None):
         if out and first:
             write_note(out, note_of(data, model, config))
-        settings = choose_evaluation(data, config, say)
-        done = _train(model, data, out, settings.but(say=say))
+        chosen = choose_evaluation(data, config, say)
+        done = _train(model, data, out, chosen.but(say=say))
         result = RunResult(done.model, done, data.recipe, data)
         if config.ledger and done.new and first:
             write_line(result, config)
