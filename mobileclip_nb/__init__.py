@@ -8,16 +8,16 @@ Importing this package loads nothing heavy: a name is fetched from its module th
 """
 
 _HOME = dict(
-    create_model='models.weights',
+    create_model='models.factory',
     load_weights='models.weights',
     save_weights='models.weights',
-    preprocess='models.weights',
+    preprocess='models.factory',
     list_models='models.zoo',
     tokenize='preprocessing.tokenizer',
     fold='blocks.reparam',
     predict='inference.predict',
     Prediction='inference.predict',
-    embed='inference.predict',
+    embed='inference.embed',
     Embeds='models.clip',
     register_open_clip='models.open_clip_adapter',
 )
@@ -52,8 +52,8 @@ def __getattr__(name):
     elif name in _HOME:
         value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
     else:
-        from mobileclip_nb.core.runtime import near
+        from mobileclip_nb.core.runtime import suggest
 
-        raise AttributeError(f"mobileclip_nb has no {name!r}.{near(name, __all__)}")
+        raise AttributeError(f"mobileclip_nb has no {name!r}.{suggest(name, __all__)}")
     globals()[name] = value
     return value

@@ -97,7 +97,8 @@ def test_interrupt_and_resume(folder):
 def test_finetune_and_release(folder):
     "A trained model learns a folder; alpha 0 writes the old weights, and what is written says which run made it"
     import torch
-    from mobileclip_nb.models.weights import ABOUT, create_model, read_state
+    from mobileclip_nb.models.weights import ABOUT, read_state
+    from mobileclip_nb.models.factory import create_model
 
     words = [
         'finetune',
@@ -364,7 +365,7 @@ def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     "With simulated devices every verb hands on the one that `auto` chooses; reinforce keeps the CPU unless asked"
     import torch
     import mobileclip_nb.cli.main as cli
-    from mobileclip_nb.models import weights as checkpoint
+    from mobileclip_nb.models import factory
     from mobileclip_nb.reinforce import captioner, run_local
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cards > 0)
@@ -377,7 +378,7 @@ def test_auto_takes_the_best_device(monkeypatch, folder, cards, mps, device):
     def stop(found):
         raise Seen(found)
 
-    monkeypatch.setattr(checkpoint, 'create_model', lambda *a, device=None, **k: stop(device))
+    monkeypatch.setattr(factory, 'create_model', lambda *a, device=None, **k: stop(device))
     monkeypatch.setattr(captioner, 'load_captioner', lambda spec, weights, device: stop(device))
     monkeypatch.setattr(
         run_local, 'reinforce', lambda src, out, spec, workers, device, *a, **k: stop(device)

@@ -5,11 +5,11 @@ import math, time
 import pytest, torch, torch.distributed as dist
 from torch import nn
 
-from mobileclip_nb.train.distributed import here
+from mobileclip_nb.train.distributed import current_ranks
 from mobileclip_nb.loaders.compose import Slice
 from mobileclip_nb.train import between_steps
 from mobileclip_nb.train.loop import plain
-from mobileclip_nb.train.checkpoint import checkpoints, load_run, read_state
+from mobileclip_nb.train.checkpoint import checkpoints, load_run, read_checkpoint
 from mobileclip_nb.train.statistics import is_lagging, recompute_statistics
 from test_train import JOINT, SPEC, data, losses, pair, same, small, train
 
@@ -59,7 +59,7 @@ def test_the_best_checkpoint_stays(tmp_path):
         say=told.append,
     )
     assert sorted(p.name for p in tmp_path.glob('*.pt')) == ['best.pt', 'state.pt']
-    held = read_state(tmp_path / 'best.pt')
+    held = read_checkpoint(tmp_path / 'best.pt')
     assert held['step'] == 5 and (held['judged'][-1]['step'], held['judged'][-1]['r1']) == (5, 0.4)
     assert told == [
         f'best so far: r1 {r:g} after step {s}, kept as best.pt'
@@ -73,7 +73,7 @@ def test_the_best_checkpoint_stays(tmp_path):
 def test_the_best_is_saved_without_save_every(tmp_path):
     "A best judgement writes a checkpoint of its own step"
     train(small(), data(), SPEC, tmp_path, Scores(), 1, progress=False, best='r1')
-    assert read_state(tmp_path / 'best.pt')['step'] == 5
+    assert read_checkpoint(tmp_path / 'best.pt')['step'] == 5
 
 
 def test_a_resumed_run_knows_its_best(tmp_path, monkeypatch):
@@ -103,18 +103,20 @@ def test_a_resumed_run_knows_its_best(tmp_path, monkeypatch):
         best='r1',
         say=told.append,
     )
-    assert read_state(tmp_path / 'best.pt')['step'] == 5 and told == ['goes on from step 7 of 8']
+    assert read_checkpoint(tmp_path / 'best.pt')['step'] == 5 and told == [
+        'goes on from step 7 of 8'
+    ]
     linked = between_steps.linked
 
     def killed(path, name):
-        if read_state(path)['step'] == 5:
+        if read_checkpoint(path)['step'] == 5:
             raise KeyboardInterrupt('killed')
         linked(path, name)
 
     monkeypatch.setattr(between_steps, 'linked', killed)
     with pytest.raises(KeyboardInterrupt):
         train(small(), data(), SPEC, tmp_path / 'b', Scores(), 1, progress=False, best='r1')
-    assert read_state(tmp_path / 'b/best.pt')['step'] == 2  # the one before is whole
+    assert read_checkpoint(tmp_path / 'b/best.pt')['step'] == 2  # the one before is whole
     monkeypatch.undo()
     train(
         small(1),
@@ -127,7 +129,7 @@ def test_a_resumed_run_knows_its_best(tmp_path, monkeypatch):
         progress=False,
         best='r1',
     )
-    assert read_state(tmp_path / 'b/best.pt')['step'] == 5
+    assert read_checkpoint(tmp_path / 'b/best.pt')['step'] == 5
 
 
 def test_a_metric_that_is_not_there(tmp_path):
@@ -230,14 +232,14 @@ def early(ranks, out):
         Slice(data(), ranks.rank, ranks.world),
         JOINT.but(steps=6),
         out / 'best',
-        lambda m: dict(r1=float(here().rank)),
+        lambda m: dict(r1=float(current_ranks().rank)),
         2,
         progress=False,
         best='r1',
     )
     assert run.judged == [dict(step=s, r1=0.0) for s in (2, 4, 6)]
     dist.barrier()
-    assert read_state(out / 'best/best.pt')['step'] == 2
+    assert read_checkpoint(out / 'best/best.pt')['step'] == 2
 
 
 def test_ranks_save_together(tmp_path):

@@ -16,7 +16,7 @@ from mobileclip_nb.blocks.reparam import fold
 from mobileclip_nb.models.weights import load_weights
 from mobileclip_nb.models.key_maps import from_native, recognize, to_native
 from mobileclip_nb.preprocessing.tokenizer import tokenize
-from mobileclip_nb.models.zoo import ZOO, Undrawn, build, record
+from mobileclip_nb.models.zoo import ZOO, Undrawn, build, find_record
 
 GOLDEN = Path(__file__).parent / 'golden'
 LIMIT = 1e-5
@@ -110,7 +110,7 @@ def test_golden(name, tmp_path):
     torch.save(state, tmp_path / f'{name}.pt')
     seen = recognize(state)
     assert (seen.naming, seen.form, seen.models) == ('apple', 'train', [name])
-    model = load_weights(build(record(name), empty=True), tmp_path / f'{name}.pt').eval()
+    model = load_weights(build(find_record(name), empty=True), tmp_path / f'{name}.pt').eval()
     (tmp_path / f'{name}.pt').unlink()
     side = about['image_size']
     assert side == model.record.pixels.side
@@ -145,7 +145,7 @@ def test_open_clip(theirs):
     "The same random weights in open_clip's model and in ours; then ours folded"
     import open_clip
 
-    r = record(theirs)
+    r = find_record(theirs)
     assert r.name == OPEN_CLIP[theirs]
     with Undrawn():
         other = open_clip.create_model(theirs).eval()
@@ -181,12 +181,12 @@ OURS = ('mobileclip_nano', 'teacher_nano_a', 'teacher_nano_b')
     [
         ('mobileclip_s0', 'mci0'),
         ('mobileclip_b', 'vit_b16_v1'),
-        *((n, record(n).image) for n in OURS),
+        *((n, find_record(n).image) for n in OURS),
     ],
 )
 def test_fold_gap(name, image):
     "Folding for what open_clip does not have: Text-RepMixer, Apple's form of B, nano and its teachers"
-    model = build(record(name).but(image=image), empty=True)
+    model = build(find_record(name).but(image=image), empty=True)
     stir(model.state_dict())
     model.eval()
     if model.record.text.rows:
@@ -208,16 +208,16 @@ def test_every_variant_is_covered():
     towers = {
         (r.image, r.text, r.embed_dim)
         for n in (*OPEN_CLIP.values(), 'mobileclip_s0', *OURS)
-        for r in [record(n)]
+        for r in [find_record(n)]
     }
     assert {(r.image, r.text, r.embed_dim) for r in ZOO.values()} == towers
 
 
 def test_two_forms_of_b_differ():
     "Apple's and open_clip's form of B share all weights and yet answer differently, which is why a file's naming decides"
-    a = build(record('mobileclip_b'), empty=True)
+    a = build(find_record('mobileclip_b'), empty=True)
     stir(a.state_dict())
-    b = build(record('mobileclip_b').but(image='vit_b16_v1'), empty=True)
+    b = build(find_record('mobileclip_b').but(image='vit_b16_v1'), empty=True)
     b.load_state_dict(a.state_dict())
     x = torch.rand(1, 3, 224, 224)
     d = gap(a.eval().encode_image(x), b.eval().encode_image(x))

@@ -23,15 +23,15 @@ from mobileclip_nb.reinforce.captioner import (
     MOBILECLIP2,
     CaptionerSpec,
     build_coca,
-    config_of,
+    captioner_config,
     load_captioner,
-    places,
-    weights_place,
+    weight_places,
+    find_weights,
 )
 from mobileclip_nb.models.weights import clean_tag, fetch_hub, hub_names
 from mobileclip_nb.cli.main import main
 from mobileclip_nb.train.paper_recipes import ROWS
-from mobileclip_nb.reinforce.recipe import RECIPES, recipe
+from mobileclip_nb.reinforce.recipe import RECIPES, find_reinforce_recipe
 from mobileclip_nb.shards.io import read_shard, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.reinforce.teachers import TeacherSpec, check_gelu, load_teacher
@@ -116,7 +116,7 @@ def listed(teacher):
 
 @pytest.mark.parametrize('name', RUNS)
 def test_recipe_keeps_its_id(name):
-    assert recipe(name).id == RUNS[name][1]
+    assert find_reinforce_recipe(name).id == RUNS[name][1]
 
 
 def test_every_published_recipe_is_tested():
@@ -126,24 +126,24 @@ def test_every_published_recipe_is_tested():
 @pytest.mark.parametrize('name', RUNS)
 def test_captioner_resolves(name):
     "The model is open_clip's, its weights are in a recorded repository, and its file is tried"
-    (captioner,) = recipe(name).captioners
+    (captioner,) = find_reinforce_recipe(name).captioners
     assert captioner.model in open_clip.list_models()
-    place = weights_place(captioner)
+    place = find_weights(captioner)
     assert place.startswith('hf-hub:')
     repo = place.removeprefix('hf-hub:')
     assert FILES[repo].file in hub_names(repo)
     if not captioner.weights.startswith('hf-hub:'):
         cfg = open_clip.get_pretrained_cfg(captioner.model, captioner.weights)
         assert cfg['hf_hub'] == f'{repo}/'
-    cfg = config_of(captioner.model)
+    cfg = captioner_config(captioner.model)
     assert captioner.sampling.length <= cfg['text_cfg']['context_length']
-    assert cfg['vision_cfg']['image_size'] == recipe(name).augment.side
+    assert cfg['vision_cfg']['image_size'] == find_reinforce_recipe(name).augment.side
 
 
 @pytest.mark.parametrize('name', RUNS)
 def test_teachers_resolve(name):
     "Models and tags are in open_clip's tables, files are recorded, widths and scales are the run's"
-    spec, row = recipe(name), ROWS[RUNS[name][0]]
+    spec, row = find_reinforce_recipe(name), ROWS[RUNS[name][0]]
     for teacher, width, scale in zip(spec.teachers, row.widths, row.scales, strict=True):
         model, tag = listed(teacher)
         assert open_clip.is_pretrained_cfg(model, tag)
@@ -156,20 +156,20 @@ def test_teachers_resolve(name):
 
 @pytest.mark.parametrize('name', RUNS)
 def test_caption_keys_are_those_the_run_reads(name):
-    spec, row = recipe(name), ROWS[RUNS[name][0]]
+    spec, row = find_reinforce_recipe(name), ROWS[RUNS[name][0]]
     assert all(re.match(row.synthetic, c.key) for c in spec.captioners)
 
 
 @pytest.mark.parametrize('model', MOBILECLIP2)
 def test_captioner_of_mobileclip2_resolves(model):
     "Each of the 21 names leads to a repository, both public file names and a configuration"
-    place = weights_place(CaptionerSpec(model=model, weights='apple'))
+    place = find_weights(CaptionerSpec(model=model, weights='apple'))
     repo = place.removeprefix('hf-hub:')
     assert FILES[repo].file in hub_names(repo)
     assert README_FILE in hub_names(repo)
     context = int(re.search(r'context(\d+)$', model)[1])
     for positions in (context, context + 1):
-        assert config_of(model, positions)['text_cfg']['context_length'] == positions - 1
+        assert captioner_config(model, positions)['text_cfg']['context_length'] == positions - 1
 
 
 def test_unverified_names():
@@ -184,8 +184,8 @@ def test_unverified_names():
 def test_every_listing_is_used():
     "No repository stands in the table that nothing here would load"
     models = ('coca_ViT-B-32', 'coca_ViT-L-14', *MOBILECLIP2)
-    captioners = [p for m in models for p in places(m).values()]
-    teachers = [repository(t) for name in RUNS for t in recipe(name).teachers]
+    captioners = [p for m in models for p in weight_places(m).values()]
+    teachers = [repository(t) for name in RUNS for t in find_reinforce_recipe(name).teachers]
     assert set(FILES) == {p.removeprefix('hf-hub:') for p in captioners} | set(teachers)
 
 
@@ -261,11 +261,11 @@ def hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path / 'hub')
     torch.manual_seed(0)
     for name in RUNS:
-        (captioner,) = recipe(name).captioners
-        coca = build_coca(config_of(captioner.model))
-        repo = weights_place(captioner).removeprefix('hf-hub:')
+        (captioner,) = find_reinforce_recipe(name).captioners
+        coca = build_coca(captioner_config(captioner.model))
+        repo = find_weights(captioner).removeprefix('hf-hub:')
         write_weights(coca, hub.add(repo, FILES[repo].file))
-        for teacher in recipe(name).teachers:
+        for teacher in find_reinforce_recipe(name).teachers:
             write_teacher(hub, teacher)
     return hub
 
@@ -310,9 +310,9 @@ def open_clip_rows(hub, teacher, image, texts):
 @pytest.mark.parametrize('name, file', [*((name, '') for name in RUNS), ('dfndr-2b', README_FILE)])
 def test_recipe_runs(name, file, hub, tmp_path, capsys):
     "`mobileclip reinforce IN OUT --recipe NAME`, from names to a shard, with the real classes"
-    spec = recipe(name)
+    spec = find_reinforce_recipe(name)
     if file:  # the captioner's weights under the other public name
-        repo = weights_place(spec.captioners[0]).removeprefix('hf-hub:')
+        repo = find_weights(spec.captioners[0]).removeprefix('hf-hub:')
         hub.add(repo, FILES[repo].file).rename(hub.add(repo, file))
     source, out = tmp_path / 'in', tmp_path / 'out'
     source.mkdir()
@@ -353,7 +353,7 @@ def test_recipe_runs(name, file, hub, tmp_path, capsys):
 
 def test_layouts():
     "DataCompDR stores text rows in one float32 array, DFNDR has an array for each caption key"
-    stores = {name: recipe(name).store for name in RUNS}
+    stores = {name: find_reinforce_recipe(name).store for name in RUNS}
     assert [s.layout for s in stores.values()] == ['legacy', 'legacy', 'current']
     assert stores['datacompdr-12m'].form == stores['datacompdr-1b'].form == 'float32'
 
@@ -382,7 +382,7 @@ def test_mobileclip2_captioner_under_either_file_name(tuned, file, hub):
     repo = f'{COCA}{tuned}'
     name = repo.removeprefix('apple/')
     context = int(name.rpartition('context')[2])
-    cfg = config_of(name, context)
+    cfg = captioner_config(name, context)
     write_weights(build_coca(cfg), hub.add(repo, file.format(repo=name)))
     assert load_captioner(name).context == context - 1
 
@@ -408,7 +408,7 @@ def asked(monkeypatch):
 
 def test_error_names_all_files_and_the_remedy(asked):
     "dfndr-2b names a repository without a file: each name is tried once, and the error lists them"
-    (captioner,) = recipe('dfndr-2b').captioners
+    (captioner,) = find_reinforce_recipe('dfndr-2b').captioners
     repo = captioner.weights.removeprefix('hf-hub:')
     with pytest.raises(OSError) as error:
         load_captioner(captioner)
@@ -436,7 +436,7 @@ def test_error_without_network_names_what_was_looked_for(tmp_path, monkeypatch, 
     four_samples(source)
     for name in RUNS:
         assert main(['reinforce', str(source), str(tmp_path / name), '--recipe', name]) == 2
-        repo = weights_place(recipe(name).captioners[0]).removeprefix('hf-hub:')
+        repo = find_weights(find_reinforce_recipe(name).captioners[0]).removeprefix('hf-hub:')
         said = capsys.readouterr().err
         assert all(part in said for part in (repo, *hub_names(repo), 'pass its path')), said
         assert not list((tmp_path / name).rglob('*.tar'))
@@ -454,9 +454,9 @@ class Trap:
 
 def test_no_published_pickle_is_run(hub, tmp_path):
     "Weights are read with weights_only=True, by us and by open_clip: nothing in a file is called"
-    (captioner,) = recipe('dfndr-2b').captioners
+    (captioner,) = find_reinforce_recipe('dfndr-2b').captioners
     repo = captioner.weights.removeprefix('hf-hub:')
-    teacher = recipe('dfndr-2b').teachers[0]
+    teacher = find_reinforce_recipe('dfndr-2b').teachers[0]
     for path in (hub.add(repo, FILES[repo].file), hub.add(repository(teacher), HF_WEIGHTS_NAME)):
         torch.save(dict(weight=Trap(tmp_path / 'ran')), path)
     with pytest.raises(ValueError, match='holds code'):

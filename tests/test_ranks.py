@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mobileclip_nb.loaders.batches import STILL, Batch, Batches, BatchSpec, pair_data
-from mobileclip_nb.blocks.reparam import season
+from mobileclip_nb.blocks.reparam import randomize_
 from mobileclip_nb.models.clip import CLIP
 from mobileclip_nb.train.freeze import freeze
-from mobileclip_nb.train.distributed import gather, here, rows_of
+from mobileclip_nb.train.distributed import gather, current_ranks, gather_rows
 from mobileclip_nb.models.mci import MCI, MCi
 from mobileclip_nb.loaders.compose import Mixture, Slice
-from mobileclip_nb.train.optim import OptimSpec, clamp_scale, lr_at, optimizer, set_lr
+from mobileclip_nb.train.optim import OptimSpec, clamp_scale, lr_at, make_optimizer, set_lr
 from mobileclip_nb.loaders.ranged import Ranged
 from mobileclip_nb.loaders.stream import Stream
-from mobileclip_nb.train.sync_norm import SyncNorm2d, synced
+from mobileclip_nb.train.sync_norm import SyncNorm2d, sync_norms
 from mobileclip_nb.models.text_repmixer import TextRepMixer
 from mobileclip_nb.preprocessing.tokenizer import tokenize
 from mobileclip_nb.models.text_transformer import TextSpec
-from mobileclip_nb.train.accumulate import accumulated
+from mobileclip_nb.train.accumulate import accumulate_gradient
 from mobileclip_nb.train.objective import LossSpec, objective, with_bias
 
 LIMIT = 400  # seconds a pair of processes may take; then they are ended
@@ -64,7 +64,7 @@ def model_of(loss=LossSpec(), frozen=True, scale=1 / 0.07):
         rows=len(IDS),
         layer_scale=0.1,
     )  # rows for these words only
-    model = season(
+    model = randomize_(
         CLIP(
             MCi(MCI['mci_nano'].but(depths=(1, 1, 1, 1), dims=(8, 8, 16, 32), drop=0.0), 16),
             TextRepMixer(text, 16),
@@ -111,9 +111,9 @@ def share(batch, rank, world):
 def mean_over_ranks(x):
     "What a log would say: the mean of the ranks' losses"
     x = x.detach().double().clone()
-    if here().world > 1:
+    if current_ranks().world > 1:
         dist.all_reduce(x)
-    return x / here().world
+    return x / current_ranks().world
 
 
 def one_step(loss, frozen=True, sync=False, parts=0, mixed=False, exact=False):
@@ -121,11 +121,11 @@ def one_step(loss, frozen=True, sync=False, parts=0, mixed=False, exact=False):
     scale = (
         1.0 if sync and not exact else 1 / 0.07
     )  # gradients of about 1: 1e-5 is then a few of float32's steps through all layers
-    model, ranks, spec = model_of(loss, frozen, scale), here(), Run(loss=loss)
+    model, ranks, spec = model_of(loss, frozen, scale), current_ranks(), Run(loss=loss)
     if exact:
         model = model.double()
     if sync:
-        model = synced(model)
+        model = sync_norms(model)
     net = DistributedDataParallel(model) if ranks.world > 1 else model
     batch = share(batch_of(mixed=mixed), *ranks)
     if exact:
@@ -133,7 +133,7 @@ def one_step(loss, frozen=True, sync=False, parts=0, mixed=False, exact=False):
             *(t.double() if t is not None and t.is_floating_point() else t for t in batch)
         )
     if parts:
-        out = accumulated(net, batch, spec, parts)
+        out = accumulate_gradient(net, batch, spec, parts)
     else:
         out = objective(net, batch, spec)
         out.total.backward()
@@ -148,12 +148,12 @@ def one_step(loss, frozen=True, sync=False, parts=0, mixed=False, exact=False):
 
 def twenty(frozen):
     "A loss curve"
-    model, ranks, spec = model_of(TAUGHT, frozen), here(), Run(loss=TAUGHT, lr=4e-3)
+    model, ranks, spec = model_of(TAUGHT, frozen), current_ranks(), Run(loss=TAUGHT, lr=4e-3)
     if not frozen:
-        model = synced(model)
+        model = sync_norms(model)
     net, opt, curve = (
         (DistributedDataParallel(model) if ranks.world > 1 else model),
-        optimizer(model, spec),
+        make_optimizer(model, spec),
         [],
     )
     for k in range(spec.steps):
@@ -181,7 +181,9 @@ def counted(loss):
     for k in keep:
         setattr(dist, k, count(k))
     try:
-        objective(model_of(loss), share(batch_of(), *here()), Run(loss=loss)).total.backward()
+        objective(
+            model_of(loss), share(batch_of(), *current_ranks()), Run(loss=loss)
+        ).total.backward()
     finally:
         for k, f in keep.items():
             setattr(dist, k, f)
@@ -203,7 +205,7 @@ def alone():
 
 def refusals():
     "What ranks of different sizes are told; and rows of every kind"
-    ranks, said = here(), {}
+    ranks, said = current_ranks(), {}
     try:
         objective(model_of(), share(batch_of(8 + 2 * ranks.rank), 0, 1), Run())
     except ValueError as e:
@@ -215,11 +217,11 @@ def refusals():
         everybody=everybody.detach(),
         grad=x.grad,
         half=gather(x.detach().bfloat16(), ranks).dtype,
-        start=rows_of(x, ranks).start,
+        start=gather_rows(x, ranks).start,
         quiet=gather(x, ranks, grad=False).requires_grad,
         kinds=[
             type(m).__name__
-            for m in synced(model_of(frozen=False)).modules()
+            for m in sync_norms(model_of(frozen=False)).modules()
             if isinstance(m, SyncNorm2d)
         ][:1],
     )

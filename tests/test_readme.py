@@ -114,8 +114,9 @@ def test_make_block():
 
 def test_network_block(tmp_path, shell_env):
     "The published name is resolved to its repository, and the weights found there are used"
-    from mobileclip_nb.models.weights import create_model, save_weights
-    from mobileclip_nb.datasets.emoji import draw
+    from mobileclip_nb.models.weights import save_weights
+    from mobileclip_nb.models.factory import create_model
+    from mobileclip_nb.datasets.emoji import draw_emoji
 
     (words,) = commands(marked('network'))
     name = words[words.index('--model') + 1]
@@ -127,7 +128,7 @@ def test_network_block(tmp_path, shell_env):
     at = folder / 'snapshots' / ('0' * 40)
     at.mkdir(parents=True)
     save_weights(model, at / 'open_clip_model.safetensors', 'open_clip', torch.float16)
-    Image.fromarray(draw('🚞', side=128)).save(tmp_path / 'picture.png')
+    Image.fromarray(draw_emoji('🚞', side=128)).save(tmp_path / 'picture.png')
     env = shell_env | dict(HF_HOME=str(tmp_path / 'hub'))
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -236,7 +237,7 @@ class LiveBytes(TorchDispatchMode):
 def step_bytes(r, pairs, parts, world):
     "Peak bytes of one step of one rank, with `pairs` pairs in `parts` parts, by fake tensors"
     from mobileclip_nb.loaders.batches import Batch
-    from mobileclip_nb.train.optim import optimizer
+    from mobileclip_nb.train.optim import make_optimizer
     from mobileclip_nb.train import loop
     from mobileclip_nb.train.recipe import record_of
     from mobileclip_nb.models.zoo import build
@@ -248,7 +249,7 @@ def step_bytes(r, pairs, parts, world):
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
             model = build(rec).train()
-            opt = optimizer(model, spec)
+            opt = make_optimizer(model, spec)
             empty = Batch(*[None] * len(Batch._fields))
             teachers = {k: torch.zeros(pairs, width) for k in ('image_emb', 'text_emb', 'syn_emb')}
             tokens = {

@@ -12,7 +12,7 @@ from mobileclip_nb.augment.pipeline import DATACOMPDR
 from mobileclip_nb.reinforce.captioner import CaptionerSpec
 from mobileclip_nb.core.files import read_bytes, write_bytes
 from mobileclip_nb.reinforce.run_local import reinforce
-from mobileclip_nb.reinforce.recipe import Models, ReinforceSpec, recipe
+from mobileclip_nb.reinforce.recipe import Models, ReinforceSpec, find_reinforce_recipe
 from mobileclip_nb.shards.io import read_manifest, read_shard, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.reinforce.teachers import TeacherSpec
@@ -137,7 +137,7 @@ def undisturbed(shards, tmp_path_factory):
 def nano(tmp_path_factory):
     "A few shards, and what one worker makes of them with the nano recipe's own models"
     place = tmp_path_factory.mktemp('nano')
-    spec = recipe('nano-emoji').but(n_augmentations=2, batch=4)
+    spec = find_reinforce_recipe('nano-emoji').but(n_augmentations=2, batch=4)
     for i in range(6):
         write_shard(place / f'in/{i:08}.tar', plain(100 + 8 * i, 8), StoreSpec())
     assert reinforce(place / 'in', place / 'one', spec, progress=False).ok
@@ -153,7 +153,7 @@ def test_two_workers(nano):
 
 def test_ray(nano):
     pytest.importorskip('ray', reason='ray is not installed; it comes with the extra reinforce')
-    from mobileclip_nb.reinforce.run_ray import reinforce as on_ray
+    from mobileclip_nb.reinforce.run_ray import reinforce_on_ray as on_ray
 
     place, spec = nano
     report = on_ray(place / 'in', place / 'ray', spec, workers=2, progress=False)

@@ -8,10 +8,10 @@ from tqdm import tqdm
 from mobileclip_nb.augment.pipeline import DATACOMPDR, pack, rng_for, sample as draw
 from mobileclip_nb.datasets.emoji import write_folder
 from mobileclip_nb.core.files import list_shards
-from mobileclip_nb.shards.build import build, look
+from mobileclip_nb.shards.build import build_shards, inspect_image
 from mobileclip_nb.shards.io import read_shard, write_shard
-from mobileclip_nb.shards.join import join
-from mobileclip_nb.shards.verify import show, verify
+from mobileclip_nb.shards.join import join_shards
+from mobileclip_nb.shards.verify import show_sample, verify_shards
 
 
 def contents(folder):
@@ -33,7 +33,7 @@ def metadata(at, samples, per=12):
             meta={},
             synthetic=dict(syn_text=('a drawing',)),
             param_aug=tuple(
-                pack(DATACOMPDR, draw(DATACOMPDR, look(s.image)[1], rng_for(0, s.key, i)))
+                pack(DATACOMPDR, draw(DATACOMPDR, inspect_image(s.image)[1], rng_for(0, s.key, i)))
                 for i in range(2)
             ),
         )
@@ -67,7 +67,7 @@ def test_kill_nine(folder, tmp_path):
     "Killed ten times at random moments, then asked again: the bytes of an undisturbed run, and no half file left"
 
     def built(out):
-        return build(folder, out, progress=False, per_shard=7)
+        return build_shards(folder, out, progress=False, per_shard=7)
 
     start = time.perf_counter()
     built(tmp_path / 'whole')
@@ -76,7 +76,7 @@ def test_kill_nine(folder, tmp_path):
     metadata(tmp_path / 'meta', samples)
 
     def put(out):
-        return join(tmp_path / 'whole', tmp_path / 'meta', out, progress=False)
+        return join_shards(tmp_path / 'whole', tmp_path / 'meta', out, progress=False)
 
     put(tmp_path / 'joined')
     rng, kills = random.Random(0), 0
@@ -95,40 +95,42 @@ def test_kill_nine(folder, tmp_path):
 def test_far_away(folder):
     "Build, join, verify and show between stores that are no disk"
     base = 'memory://test_shard_tools'
-    assert build(folder, f'{base}/plain', progress=False, per_shard=25).shards == 3
+    assert build_shards(folder, f'{base}/plain', progress=False, per_shard=25).shards == 3
     metadata(f'{base}/meta', [s for u in list_shards(f'{base}/plain') for s in read_shard(u)])
-    r = join(f'{base}/plain', f'{base}/meta', f'{base}/joined', progress=False)
+    r = join_shards(f'{base}/plain', f'{base}/meta', f'{base}/joined', progress=False)
     assert (r.ok, r.samples, r.shards) == (True, 60, 5)
     assert (
-        build(folder, f'{base}/plain', progress=False, per_shard=25).kept == 3
-        and join(f'{base}/plain', f'{base}/meta', f'{base}/joined', progress=False).kept == 5
+        build_shards(folder, f'{base}/plain', progress=False, per_shard=25).kept == 3
+        and join_shards(f'{base}/plain', f'{base}/meta', f'{base}/joined', progress=False).kept == 5
     )
-    v = verify(f'{base}/joined', progress=False)
+    v = verify_shards(f'{base}/joined', progress=False)
     assert (v.ok, v.manifest, v.samples) == (True, 'ours', 60)
-    assert 'a drawing' in show(f'{base}/joined', 59) and 'crop' in show(f'{base}/joined', 59)
+    assert 'a drawing' in show_sample(f'{base}/joined', 59) and 'crop' in show_sample(
+        f'{base}/joined', 59
+    )
 
 
 def test_pictures_beside_shards_are_not_passed_over(tmp_path):
     "One forgotten tar in a folder of pictures, or an output folder in it, must not hide the pictures"
     write_folder(tmp_path / 'in', 'heldout', limit=4)
-    build(tmp_path / 'in', tmp_path / 'in' / 'out', progress=False)
+    build_shards(tmp_path / 'in', tmp_path / 'in' / 'out', progress=False)
     with pytest.raises(ValueError, match='holds pictures .* and shards'):
-        build(tmp_path / 'in', tmp_path / 'other', progress=False)
+        build_shards(tmp_path / 'in', tmp_path / 'other', progress=False)
 
 
 def test_join_keeps_every_shard_and_no_pair_twice(folder, tmp_path):
     "Metadata shards of one name in many folders, a uid in two shards, and a run that goes on: nothing lost, nothing doubled"
-    build(folder, tmp_path / 'plain', progress=False)
+    build_shards(folder, tmp_path / 'plain', progress=False)
     samples = [s for u in list_shards(tmp_path / 'plain') for s in read_shard(u)]
     metadata(tmp_path / 'meta' / 'a' / '00', samples[:20], 20)
     metadata(tmp_path / 'meta' / 'b' / '00', samples[10:], 50)
-    r = join(tmp_path / 'plain', tmp_path / 'meta', tmp_path / 'out', progress=False)
+    r = join_shards(tmp_path / 'plain', tmp_path / 'meta', tmp_path / 'out', progress=False)
     assert (r.shards, r.samples, r.left_out) == (2, 60, {'duplicate metadata': 10})
     whole = contents(tmp_path / 'out')
-    assert 'a/00/00000000.tar' in whole and verify(tmp_path / 'out', progress=False).ok
+    assert 'a/00/00000000.tar' in whole and verify_shards(tmp_path / 'out', progress=False).ok
     for gone in ('b/00/00000000.tar', 'manifest.jsonl'):
         (tmp_path / 'out' / gone).unlink()
-        join(tmp_path / 'plain', tmp_path / 'meta', tmp_path / 'out', progress=False)
+        join_shards(tmp_path / 'plain', tmp_path / 'meta', tmp_path / 'out', progress=False)
         assert contents(tmp_path / 'out') == whole
 
 
@@ -136,7 +138,7 @@ def test_two_processes_one_hash_seed_each(folder, tmp_path):
     "Bytes do not depend on the order in which Python keeps its sets"
     import subprocess, sys
 
-    code = f"from mobileclip_nb.shards.build import build; build({str(folder)!r}, 'OUT', progress=False, per_shard=30)"
+    code = f"from mobileclip_nb.shards.build import build_shards; build_shards({str(folder)!r}, 'OUT', progress=False, per_shard=30)"
     for seed in '12':
         subprocess.run(
             [sys.executable, '-c', code.replace('OUT', str(tmp_path / seed))],

@@ -11,7 +11,7 @@ import pytest
 import torch
 import webdataset
 
-from mobileclip_nb.core.files import list_shards, names_in, read_bytes, write_bytes
+from mobileclip_nb.core.files import list_shards, list_folder, read_bytes, write_bytes
 from mobileclip_nb.shards.io import (
     Entry,
     ShardWriter,
@@ -23,7 +23,13 @@ from mobileclip_nb.shards.io import (
     write_shard,
 )
 from mobileclip_nb.shards.safe_io import Faulty, Limits
-from mobileclip_nb.shards.sample import Sample, StoreSpec, differences, from_members, to_members
+from mobileclip_nb.shards.sample import (
+    Sample,
+    StoreSpec,
+    differing_fields,
+    from_members,
+    to_members,
+)
 
 WIDTHS, A = (12, 8), 4  # two teachers of different width, four augmentations
 WIDTH = sum(WIDTHS)
@@ -226,7 +232,7 @@ def test_round_trip(tmp_path, form, n_gt):
     )
     assert (skips.kept, skips.total) == (4, 0)
     for a, b in zip(samples, back):
-        assert set(differences(a, b)) <= {'image_emb', 'text_emb'}
+        assert set(differing_fields(a, b)) <= {'image_emb', 'text_emb'}
         tolerance = dict(bf16=4e-3, float32=0, compact=2e-2)[form]
         for x, y in [
             (a.image_emb, b.image_emb),
@@ -974,8 +980,8 @@ def test_random_damage_never_ends_a_run(tmp_path):
 
 def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     for url, look in (
-        (tmp_path / 'out' / 'a.tar', lambda: names_in(tmp_path / 'out')),
-        ('memory://shards/half/a.tar', lambda: names_in('memory://shards/half')),
+        (tmp_path / 'out' / 'a.tar', lambda: list_folder(tmp_path / 'out')),
+        ('memory://shards/half/a.tar', lambda: list_folder('memory://shards/half')),
     ):
         with pytest.raises(RuntimeError):
             with ShardWriter(url) as w:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 import mobileclip_nb
 from mobileclip_nb.augment.pipeline import rng_for
 from mobileclip_nb.loaders.batches import seeded
-from mobileclip_nb.reinforce.caption_sampling import draws
+from mobileclip_nb.reinforce.caption_sampling import caption_uniforms
 from mobileclip_nb.loaders.epoch_order import generator
 from mobileclip_nb.core.config import Spec
 from mobileclip_nb.train.recipe import RECIPES
@@ -177,7 +177,7 @@ def test_draws():
     assert generator(7, 'epoch', 3, 'größe').bit_generator.random_raw(8).tolist() == GENERATOR
     rng = rng_for(7, 'größe', 3)
     assert [rng.random() for _ in range(8)] == RNG_FOR
-    assert draws(7, 'größe', 3, 8) == DRAWS
+    assert caption_uniforms(7, 'größe', 3, 8) == DRAWS
 
 
 def git(*words, cwd):
@@ -189,8 +189,8 @@ def git(*words, cwd):
 
 
 CODE = """import mobileclip_nb
-from mobileclip_nb.core.ledger import record
-print(record('run', {}, {}).code, mobileclip_nb.__file__)"""
+from mobileclip_nb.core.ledger import record_run
+print(record_run('run', {}, {}).code, mobileclip_nb.__file__)"""
 
 
 def recorded_code(folder):

@@ -362,7 +362,7 @@ def test_online_and_plain_modes(tmp_path):
             c.image[c.index.tolist().index(a.index[0])] if a.index[0] in c.index else b.image[0],
         )
     )
-    with pytest.raises(ValueError, match='Nothing beside'):
+    with pytest.raises(ValueError, match='No augmentation configuration beside'):
         Stream(tmp_path / 's', SPEC)
     with pytest.raises(ValueError, match='stored views'):
         SPEC.but(views='fresh')
@@ -393,7 +393,7 @@ def test_far_away(tmp_path):
     assert all(same(a, b) for a, b in zip(near, far, strict=True))
 
 
-def test_a_manifest_that_promises_too_little_or_too_much(tmp_path):
+def test_a_manifest_with_too_many_or_too_few_samples(tmp_path):
     place = shards(tmp_path / 's', (8,))
     about = dict(image_augmentation=DATACOMPDR.to_config(), images='upright')
     write_manifests(place, [Entry('00000000', 10)], about)

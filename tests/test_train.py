@@ -7,9 +7,9 @@ import pytest, torch
 from torch import nn
 
 from mobileclip_nb.loaders.batches import Batches, BatchSpec, pair_data
-from mobileclip_nb.blocks.reparam import season
+from mobileclip_nb.blocks.reparam import randomize_
 from mobileclip_nb.models.clip import CLIP
-from mobileclip_nb.train.distributed import here
+from mobileclip_nb.train.distributed import current_ranks
 from mobileclip_nb.models.mci import MCI, MCi
 from mobileclip_nb.loaders.compose import Slice
 from mobileclip_nb.models.text_repmixer import TextRepMixer
@@ -18,7 +18,7 @@ from functools import partial
 
 from mobileclip_nb.train.loop import TrainSpec, plain, train as train_
 from mobileclip_nb.train.checkpoint import checkpoints, load_run
-from mobileclip_nb.train.objective import LossSpec, online
+from mobileclip_nb.train.objective import LossSpec, load_online
 from mobileclip_nb.train.process_group import group
 
 OLD = Path(__file__).parent / 'fixtures/v1'
@@ -53,7 +53,7 @@ def small(seed=0, drop=0.3):
     text = TextSpec(
         width=32, heads=2, layers=1, conv_blocks=1, kernel=5, context=8, rows=40, layer_scale=0.1
     )
-    model = season(
+    model = randomize_(
         CLIP(
             MCi(MCI['mci_nano'].but(depths=(1, 1, 1, 1), dims=(8, 8, 16, 32), drop=drop), 16),
             TextRepMixer(text, 16),
@@ -402,7 +402,7 @@ def test_teachers_who_are_asked():
     )
     spec = SPEC.but(steps=2, warmup=1, ema=0.0, loss=asked)
     a = train(small(drop=0.0), data(batch=4), spec, progress=False)
-    b = train(small(drop=0.0), data(batch=4), spec, objective=online(asked), progress=False)
+    b = train(small(drop=0.0), data(batch=4), spec, objective=load_online(asked), progress=False)
     plainly = train(small(drop=0.0), data(batch=4), spec.but(loss=LossSpec()), progress=False)
     assert (
         losses(a.history) == pytest.approx(losses(b.history), abs=1e-5)
@@ -469,7 +469,7 @@ def hear(step, rank):
     class Told(Slice):
         def since(self, start=0):
             for k, b in enumerate(super().since(start), start):
-                if (k, here().rank) == (step, rank):
+                if (k, current_ranks().rank) == (step, rank):
                     signal.raise_signal(signal.SIGTERM)
                 yield b
 

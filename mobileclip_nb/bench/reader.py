@@ -19,11 +19,11 @@ from PIL import Image
 
 from ..shards.index import Archives
 from ..augment.pipeline import DATACOMPDR, pack, rng_for, sample as drawn, unpack
-from ..core.runtime import need
+from ..core.runtime import import_optional
 from ..datasets.emoji import load_emoji
 from ..augment.operations import OPS
 from ..loaders.replay import jpeg_head, upper_rows, view
-from ..shards.embeddings import opinions, rows_of
+from ..shards.embeddings import open_rows, read_rows
 from ..loaders.select import StreamSpec, stored
 from ..shards.io import read_shard, write_shard
 from ..shards.safe_io import Limits
@@ -148,7 +148,7 @@ def replay_published(
 @cache
 def _tokenizer() -> Callable[[list[str]], torch.Tensor]:  # `(N, 77)`
     "open_clip's, made once"
-    return need('open_clip', 'train').get_tokenizer('ViT-B-32')
+    return import_optional('open_clip', 'train').get_tokenizer('ViT-B-32')
 
 
 def published(
@@ -302,8 +302,8 @@ def parts(
             clock.note('decode')
         view(m['jpg'], source.augment, params, spec.side, 'plain', approximate=spec.approximate)
         clock.note('view')
-        told = opinions(m, (m['txt'].decode(),), dict(syn_text=tuple(syn)))
-        rows_of([(told.image, a), (told.text['text'], 0), (told.text['syn_text'], j)], width)
+        told = open_rows(m, (m['txt'].decode(),), dict(syn_text=tuple(syn)))
+        read_rows([(told.image, a), (told.text['text'], 0), (told.text['syn_text'], j)], width)
         clock.note('embeddings')
         tokens[m['txt'].decode()], tokens[syn[j]]
         clock.note('tokens')

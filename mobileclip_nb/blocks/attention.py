@@ -9,8 +9,8 @@ __all__ = ['Attention', 'init_linear', 'MLP', 'TransformerBlock', 'ChannelNorm',
 from torch import nn, Tensor
 import torch
 import torch.nn.functional as F
-from .ffn import ConvFFN, LayerScale, absorb, drop_path
-from .reparam import affine, fold, remade, settled
+from .ffn import ConvFFN, LayerScale, absorb_scale, drop_path
+from .reparam import affine, fold, copy_folded, require_eval
 
 # %% ../../nbs/blocks/06_attention.ipynb #e0ef66c3
 class Attention(nn.Module):
@@ -159,12 +159,12 @@ def fold_norm_into(
 # %% ../../nbs/blocks/06_attention.ipynb #81df905a
 @fold.register
 def _(block: AttentionBlock) -> nn.Module:
-    settled(block)
-    new = remade(block)
+    require_eval(block)
+    new = copy_folded(block)
     if isinstance(block.norm, nn.BatchNorm2d):
         new.attn.qkv = fold_norm_into(block.norm, block.attn.qkv)
         new.norm = nn.Identity().eval()
-    new.attn.proj = absorb(new.attn.proj, block.scale1)
-    new.ffn.fc2 = absorb(new.ffn.fc2, block.scale2)
+    new.attn.proj = absorb_scale(new.attn.proj, block.scale1)
+    new.ffn.fc2 = absorb_scale(new.ffn.fc2, block.scale2)
     new.scale1, new.scale2 = nn.Identity().eval(), nn.Identity().eval()
     return new

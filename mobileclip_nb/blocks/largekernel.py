@@ -8,8 +8,8 @@ __all__ = ['LargeKernel']
 # %% ../../nbs/blocks/02_largekernel.ipynb #31554c01
 from collections import OrderedDict
 from torch import nn, Tensor
-from .reparam import ConvNorm, biased, fold, settled
-from .mobileone import SqueezeExcite, summed
+from .reparam import ConvNorm, build_conv_like, fold, require_eval
+from .mobileone import SqueezeExcite, sum_branches
 
 # %% ../../nbs/blocks/02_largekernel.ipynb #a61e6278
 class LargeKernel(nn.Module):
@@ -49,8 +49,10 @@ class LargeKernel(nn.Module):
 # %% ../../nbs/blocks/02_largekernel.ipynb #c6a5a5b2
 @fold.register
 def _(block: LargeKernel) -> nn.Module:
-    settled(block)
-    parts = OrderedDict(conv=biased(block.large.conv, *summed([block.large, block.small])))
+    require_eval(block)
+    parts = OrderedDict(
+        conv=build_conv_like(block.large.conv, *sum_branches([block.large, block.small]))
+    )
     if not isinstance(block.se, nn.Identity):
         parts['se'] = fold(block.se)
     return nn.Sequential(OrderedDict(**parts, act=nn.GELU())).eval()

@@ -7,7 +7,13 @@ __all__ = ['RepCPE']
 
 # %% ../../nbs/blocks/05_repcpe.ipynb #33db13e0
 from torch import nn, Tensor
-from .reparam import biased, fold, identity_kernel, middle, settled
+from mobileclip_nb.blocks.reparam import (
+    build_conv_like,
+    fold,
+    identity_kernel,
+    same_padding,
+    require_eval,
+)
 
 # %% ../../nbs/blocks/05_repcpe.ipynb #51d1aa32
 class RepCPE(nn.Module):
@@ -19,7 +25,7 @@ class RepCPE(nn.Module):
         k: int = 7,  # kernel width, odd
     ):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, k, padding=middle(k), groups=c)
+        self.conv = nn.Conv2d(c, c, k, padding=same_padding(k), groups=c)
 
     def forward(
         self,
@@ -30,5 +36,7 @@ class RepCPE(nn.Module):
 # %% ../../nbs/blocks/05_repcpe.ipynb #e9c3f81f
 @fold.register
 def _(block: RepCPE) -> nn.Module:
-    settled(block)
-    return biased(block.conv, block.conv.weight + identity_kernel(block.conv), block.conv.bias)
+    require_eval(block)
+    return build_conv_like(
+        block.conv, block.conv.weight + identity_kernel(block.conv), block.conv.bias
+    )

@@ -8,17 +8,17 @@ __all__ = ['RepMixer', 'RepMixerBlock']
 # %% ../../nbs/blocks/04_repmixer.ipynb #62dd1179
 import torch
 from torch import nn, Tensor
-from .ffn import ConvFFN, LayerScale, absorb, drop_path
+from .ffn import ConvFFN, LayerScale, absorb_scale, drop_path
 from mobileclip_nb.blocks.reparam import (
     NORM,
-    biased,
+    build_conv_like,
     fold,
     fold_bn,
     identity_kernel,
-    remade,
-    settled,
+    copy_folded,
+    require_eval,
 )
-from .mobileone import MobileOne, summed
+from .mobileone import MobileOne, sum_branches
 
 # %% ../../nbs/blocks/04_repmixer.ipynb #b2edb57c
 class RepMixer(nn.Module):
@@ -46,15 +46,15 @@ class RepMixer(nn.Module):
 # %% ../../nbs/blocks/04_repmixer.ipynb #7cbd6062
 @fold.register
 def _(block: RepMixer) -> nn.Module:
-    settled(block)
+    require_eval(block)
     like = block.mixer.convs[0].conv
     identity = identity_kernel(like)
-    mixer_kernel, mixer_bias = summed(block.mixer.branches())
+    mixer_kernel, mixer_bias = sum_branches(block.mixer.branches())
     norm_kernel, norm_bias = fold_bn(identity, block.norm)
     gamma = block.scale.gamma
     per_channel = gamma.view(-1, *[1] * (mixer_kernel.ndim - 1))
     kernel = identity + (mixer_kernel - norm_kernel) * per_channel
-    return biased(like, kernel, (mixer_bias - norm_bias) * gamma)
+    return build_conv_like(like, kernel, (mixer_bias - norm_bias) * gamma)
 
 # %% ../../nbs/blocks/04_repmixer.ipynb #d21b6989
 class RepMixerBlock(nn.Module):
@@ -87,8 +87,8 @@ class RepMixerBlock(nn.Module):
 # %% ../../nbs/blocks/04_repmixer.ipynb #f2c1512c
 @fold.register
 def _(block: RepMixerBlock) -> nn.Module:
-    settled(block)
-    new = remade(block)
-    new.ffn.fc2 = absorb(new.ffn.fc2, block.scale)
+    require_eval(block)
+    new = copy_folded(block)
+    new.ffn.fc2 = absorb_scale(new.ffn.fc2, block.scale)
     new.scale = nn.Identity().eval()
     return new

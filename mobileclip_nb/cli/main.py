@@ -63,13 +63,13 @@ def model_of(
     args: argparse.Namespace,  # `model`, `weights`, `device`, `threads`
 ) -> Any:  # a model in eval mode, on its device
     "Make the model that a command was asked to use, and apply its device and threads"
-    from mobileclip_nb.models.weights import create_model
-    from mobileclip_nb.models.zoo import record
+    from mobileclip_nb.models.factory import create_model
+    from mobileclip_nb.models.zoo import find_record
 
     device = ready_to_compute(args)
     is_name = not Path(args.model).is_file() and not args.model.startswith('hf-hub:')
     if args.weights is None and is_name:
-        tags = list(record(args.model).weights)
+        tags = list(find_record(args.model).weights)
         args.weights = tags[0] if tags else None
     return create_model(args.model, args.weights, folded=True, device=device)
 
@@ -100,7 +100,7 @@ def embed_pictures(
     args: argparse.Namespace,  # `folder`, `out`, `batch`, and those of `model_of`
 ) -> int:  # exit status
     "Embed a folder of pictures"
-    from mobileclip_nb.inference.predict import embed
+    from mobileclip_nb.inference.embed import embed
 
     model = model_of(args)
     done = embed(args.folder, args.out, model=model, batch=args.batch, progress=True)
@@ -161,16 +161,23 @@ def split_scores(
     equal_texts: bool = False,  # an equal caption of another image is correct as well
 ) -> dict[str, Any]:  # the fields of `Retrieval`, and those of `Scores` after `zeroshot_`
     "Retrieval and zero-shot scores of one split, from one pass over its images"
-    from mobileclip_nb.evaluate.retrieval import both_ways, count_shared, positives
-    from mobileclip_nb.evaluate.zeroshot import classifier, image_rows, text_rows, top_scores
+    from mobileclip_nb.evaluate.retrieval import score_retrieval, count_shared, find_positives
+    from mobileclip_nb.evaluate.zeroshot import (
+        build_classifier,
+        embed_images,
+        embed_texts,
+        top_scores,
+    )
     from mobileclip_nb.inference.predict import default_batch
 
     first = [c[0] for c in captions]
     names = {c: i for i, c in enumerate(dict.fromkeys(first))}
-    rows = image_rows(model, images, batch or default_batch(model), progress=True)
-    zero = top_scores(rows @ classifier(model, list(names), templates), [names[c] for c in first])
-    flat, right = positives([list(c) for c in captions], equal_texts)
-    found = both_ways(rows, text_rows(model, flat), right)._asdict()
+    rows = embed_images(model, images, batch or default_batch(model), progress=True)
+    zero = top_scores(
+        rows @ build_classifier(model, list(names), templates), [names[c] for c in first]
+    )
+    flat, right = find_positives([list(c) for c in captions], equal_texts)
+    found = score_retrieval(rows, embed_texts(model, flat), right)._asdict()
     found |= {f'zeroshot_{k}': v for k, v in zero._asdict().items()}
     return found | dict(shared_captions=count_shared(captions), equal_texts=equal_texts)
 
@@ -245,7 +252,7 @@ def claim_for_demo(
     scale: str,  # of the demo
 ) -> None:
     "Mark a folder as the demo's, or raise an error if the demo would replace other files"
-    from mobileclip_nb.core.runtime import whole
+    from mobileclip_nb.core.runtime import atomic_write
 
     note, now, had = out / DEMO, dict(made_by='mobileclip demo', scale=scale), None
     if note.exists():
@@ -262,7 +269,7 @@ def claim_for_demo(
             f"{str(out)!r} holds {', '.join(there)} ({what}), which the demo at scale {scale} "
             "would replace; choose another --out, or remove them"
         )
-    with whole(note) as tmp:
+    with atomic_write(note) as tmp:
         tmp.write_text(json.dumps(now), encoding='utf-8')
 
 # %% ../../nbs/cli/03_main.ipynb #4b7e10d2
@@ -271,9 +278,9 @@ def live(
     folder: Path,  # to run in
 ) -> None:
     "Run a notebook, and pass on its output and progress bars as they come"
-    from mobileclip_nb.core.runtime import need
+    from mobileclip_nb.core.runtime import import_optional
 
-    nbclient = need('nbclient', 'lab')
+    nbclient = import_optional('nbclient', 'lab')
 
     class Client(nbclient.NotebookClient):
         "A client that shows streams at once"
@@ -301,11 +308,11 @@ def run_demo(
     args: argparse.Namespace,  # `out`, `scale`, `json`
 ) -> int:  # exit status
     "Run the demo notebook; keep it and an HTML page"
-    from mobileclip_nb.core.runtime import need, whole
+    from mobileclip_nb.core.runtime import import_optional, atomic_write
 
-    nbformat, nbconvert = need('nbformat', 'lab'), need('nbconvert', 'lab')
+    nbformat, nbconvert = import_optional('nbformat', 'lab'), import_optional('nbconvert', 'lab')
     for package, extra in DEMO_NEEDS.items():
-        need(package, extra)  # before the notebook starts
+        import_optional(package, extra)  # before the notebook starts
     out, path = Path(args.out), demo_notebook()
     claim_for_demo(out, args.scale)
     os.environ |= dict(SCALE=args.scale, MOBILECLIP_RUNS=str(out.resolve()))
@@ -314,10 +321,10 @@ def run_demo(
     live(nb, path.parent)
     for c in nb.cells:
         c.outputs = [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
-    with whole(out / 'demo.ipynb') as tmp:
+    with atomic_write(out / 'demo.ipynb') as tmp:
         nbformat.write(nb, tmp)
     page, _ = nbconvert.HTMLExporter().from_notebook_node(nb)
-    with whole(out / 'demo.html') as tmp:
+    with atomic_write(out / 'demo.html') as tmp:
         tmp.write_text(page, encoding='utf-8')
     result = dict(notebook=str(out / 'demo.ipynb'), page=str(out / 'demo.html'))
     answer(result, f"done: {out / 'demo.html'}", args.json)

@@ -210,7 +210,7 @@ def train_captioner(
 ) -> int:  # exit status
     "Fine-tune a captioner on a folder of pictures with captions"
     from mobileclip_nb.reinforce.captioner import load_captioner
-    from mobileclip_nb.train.captioner import finetune_captioner
+    from mobileclip_nb.train.captioner import FinetuneConfig, finetune_captioner
     from mobileclip_nb.train.data import load_data
 
     if args.held_out:
@@ -221,8 +221,8 @@ def train_captioner(
         name, weights = 'coca_nano', args.model
     captioner = load_captioner(name, weights)
     data = load_data(args.data, captioner.pixels.side, say=say, resize=captioner.pixels.resize)
-    how = dict(seed=args.seed or 0, resume=args.resume, say=say)
-    done = finetune_captioner(captioner, data, args.out, args.steps or 200, **how)
+    how = FinetuneConfig(steps=args.steps or 200, seed=args.seed or 0)
+    done = finetune_captioner(captioner, data, args.out, how, resume=args.resume, say=say)
     file = done.spec.weights
     uses = f'mobileclip caption PICTURE --weights {file}'
     uses += f'; mobileclip reinforce IN OUT --captioner {file}'
@@ -256,7 +256,7 @@ def bench_latency(
     args: argparse.Namespace,  # `models`, `rounds`
 ) -> int:  # exit status
     "Print latency ratios against timm, and the cold start, side by side in one run"
-    from mobileclip_nb.bench.latency import against_timm, cold_start, table
+    from mobileclip_nb.bench.latency import compare_with_timm, time_cold_start, format_latencies
 
     found = {}
     for model in args.models:

@@ -10,7 +10,7 @@ import dataclasses, hashlib, json, types, typing
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
-from .runtime import near
+from .runtime import suggest
 
 # %% ../../nbs/core/01_config.ipynb #d61aa803
 @dataclass(frozen=True, repr=False)
@@ -30,7 +30,7 @@ class Spec:
         known = [f.name for f in fields(cls)]
         for name in changes:
             if name not in known:
-                suggestion = near(name, known) or ' It has ' + ', '.join(known)
+                suggestion = suggest(name, known) or ' It has ' + ', '.join(known)
                 raise TypeError(f"{cls.__name__} has no field {name!r}.{suggestion}")
         return cls(**changes)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .runtime import near, need
+from .runtime import suggest, import_optional
 
 # %% ../../nbs/core/07_plots.ipynb #89976120
 COLORS = dict(
@@ -34,8 +34,8 @@ GRAY = '#777777'
 @contextmanager
 def style() -> Iterator[None]:
     "Apply the plot settings of the project inside a `with` block"
-    mpl = need('matplotlib', extra='lab')
-    cycle = need('cycler', extra='lab').cycler(color=list(COLORS.values()))
+    mpl = import_optional('matplotlib', extra='lab')
+    cycle = import_optional('cycler', extra='lab').cycler(color=list(COLORS.values()))
     settings = {
         'font.size': 9,
         'axes.titlesize': 10,
@@ -87,7 +87,7 @@ def figure(
     height: float,  # inches
 ) -> Any:  # a matplotlib figure that shows itself in a notebook
     "Make an empty figure that no global list keeps"
-    fig = need('matplotlib.figure', extra='lab').Figure(
+    fig = import_optional('matplotlib.figure', extra='lab').Figure(
         figsize=(width, height), layout='constrained'
     )
     fig._repr_png_ = lambda: png(fig)
@@ -112,7 +112,7 @@ def role_color(
     if role is None:
         return GRAY
     if role not in ROLES:
-        raise ValueError(f"No role {role!r}.{near(role, ROLES)} Known: {', '.join(ROLES)}.")
+        raise ValueError(f"No role {role!r}.{suggest(role, ROLES)} Known: {', '.join(ROLES)}.")
     return ROLES[role]
 
 # %% ../../nbs/core/07_plots.ipynb #3177a41b
@@ -165,8 +165,10 @@ def text_size(
     text: str,  # any number of lines
 ) -> tuple[float, float]:  # width and height in inches
     "Measure a text of a diagram"
-    outline = need('matplotlib.textpath', extra='lab').TextPath
-    font = need('matplotlib.font_manager', extra='lab').FontProperties(family='DejaVu Sans')
+    outline = import_optional('matplotlib.textpath', extra='lab').TextPath
+    font = import_optional('matplotlib.font_manager', extra='lab').FontProperties(
+        family='DejaVu Sans'
+    )
     lines = text.split('\n')
     paths = [outline((0, 0), line, size=LABEL_POINTS, prop=font) for line in lines if line.strip()]
     width = max((path.get_extents().width for path in paths), default=0)
@@ -224,8 +226,10 @@ def box(
         raise ValueError(f"shape={shape!r} must be 'box', 'circle' or 'label'")
     color = role_color(role)
     drawn = Box(x, y, *_fitted(text, width, height, shape))
-    patches = need('matplotlib.patches', extra='lab')
-    tint = [1 - 0.25 * (1 - c) for c in need('matplotlib.colors', extra='lab').to_rgb(color)]
+    patches = import_optional('matplotlib.patches', extra='lab')
+    tint = [
+        1 - 0.25 * (1 - c) for c in import_optional('matplotlib.colors', extra='lab').to_rgb(color)
+    ]
     look = dict(facecolor=tint, edgecolor=color, linewidth=1.2, zorder=2)
     if shape == 'box':
         corner = (drawn.left[0], drawn.bottom[1])
@@ -266,8 +270,8 @@ def arrow(
     path = [_side(start, [*via, end][0]), *via, _side(end, [start, *via][-1])]
     color = role_color(role)
     ax.add_patch(
-        need('matplotlib.patches', extra='lab').FancyArrowPatch(
-            path=need('matplotlib.path', extra='lab').Path(path),
+        import_optional('matplotlib.patches', extra='lab').FancyArrowPatch(
+            path=import_optional('matplotlib.path', extra='lab').Path(path),
             arrowstyle='-|>',
             mutation_scale=9,
             color=color,
@@ -302,7 +306,7 @@ def frame(
     top = max(b.top[1] for b in boxes) + margin
     color = role_color(role)
     ax.add_patch(
-        need('matplotlib.patches', extra='lab').Rectangle(
+        import_optional('matplotlib.patches', extra='lab').Rectangle(
             (left, bottom),
             right - left,
             top - bottom,

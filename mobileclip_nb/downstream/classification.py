@@ -20,7 +20,7 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 from ..loaders.batches import seeded
-from ..core.runtime import near, pick_device, seed_all, whole
+from ..core.runtime import suggest, pick_device, seed_all, atomic_write
 from ..datasets.emoji import attribution, concepts, draw_all
 from ..models.mci import MCI, MCi
 from ..core.config import Spec
@@ -53,7 +53,7 @@ class ClassifySpec(Spec, id_name='ClassifySpec'):
     def __post_init__(self) -> None:
         if self.model not in MCI:
             raise ValueError(
-                f"No model {self.model!r}.{near(self.model, MCI)} There are {', '.join(MCI)}."
+                f"No model {self.model!r}.{suggest(self.model, MCI)} There are {', '.join(MCI)}."
             )
         if not 0 <= self.teach <= 1 or self.warmth <= 0:
             raise ValueError(
@@ -156,10 +156,10 @@ def write_groups(
         part = (
             'val' if torch.rand(1, generator=seeded(0, 'group', e.base)).item() < share else 'train'
         )
-        with whole(dest / part / group / f'{e.code}.png') as tmp:
+        with atomic_write(dest / part / group / f'{e.code}.png') as tmp:
             Image.fromarray(image).save(tmp, format='PNG')
         counts[group] = counts.get(group, 0) + 1
-    with whole(dest / 'ATTRIBUTION.txt') as tmp:
+    with atomic_write(dest / 'ATTRIBUTION.txt') as tmp:
         tmp.write_text(attribution(hand) + '\n', encoding='utf-8')
     return counts
 

@@ -11,36 +11,36 @@ from typing import Any
 
 from ..loaders.batches import PairData
 from ..datasets.emoji import HANDS, load_emoji
-from .retrieval import Judge
+from .retrieval import RetrievalEvaluator
 
 # %% ../../nbs/evaluate/05_runs.ipynb #c2ab6443
 def emoji_judge(
     side: int = 64,  # pixels
     splits: Sequence[str] = ('train', 'heldout', 'shift'),  # which to evaluate
-) -> Judge:  # call it with a model in eval mode
+) -> RetrievalEvaluator:  # call it with a model in eval mode
     "Evaluate a model on emoji: retrieval both ways on each split"
-    return Judge({s: load_emoji(s, side=side) for s in splits}, equal_texts=True)
+    return RetrievalEvaluator({s: load_emoji(s, side=side) for s in splits}, equal_texts=True)
 
 
 def seen_judge(
     side: int = 64,  # pixels
     skin_tones: bool = True,  # among variants with skin tones too
-) -> Judge:  # call it with a model in eval mode
+) -> RetrievalEvaluator:  # call it with a model in eval mode
     "Evaluate a teacher: retrieval in each art style among all concepts, all of them trained on"
     splits = {f'seen_{h}': load_emoji('all', h, side, skin_tones) for h in HANDS}
-    return Judge(splits, equal_texts=True)
+    return RetrievalEvaluator(splits, equal_texts=True)
 
 
 def heldout_judge(
     held: PairData,  # pictures kept out of training
-) -> Judge:  # call it with a model in eval mode
+) -> RetrievalEvaluator:  # call it with a model in eval mode
     "Evaluate a model on held-out pictures; a caption of two pictures is correct for both"
-    return Judge({'heldout': held}, limit=-1, equal_texts=True)
+    return RetrievalEvaluator({'heldout': held}, limit=-1, equal_texts=True)
 
 # %% ../../nbs/evaluate/05_runs.ipynb #44888db8
 def evaluate_run(
     data: Any,  # a `RunData`: `place`, `record` and `held`
-) -> Judge | None:  # None: nothing is evaluated
+) -> RetrievalEvaluator | None:  # None: nothing is evaluated
     "Choose how a run is evaluated, from the data it has opened"
     if data.place == 'emoji':
         return emoji_judge(data.record.pixels.side)
@@ -49,6 +49,6 @@ def evaluate_run(
 
 def evaluate_heldout(
     data: Any,  # a `RunData`: its `held`
-) -> Judge | None:  # None: nothing is held out
+) -> RetrievalEvaluator | None:  # None: nothing is held out
     "Evaluate a run on its held-out pictures, if there are any"
     return None if data.held is None else heldout_judge(data.held)

@@ -27,9 +27,9 @@ from mobileclip_nb.experiments.efficiency_run import (
     run_early,
     run_variant,
 )
-from ..core.runtime import near
+from ..core.runtime import suggest
 from ..core.ledger import Run, append, read
-from ..core.ledger import record as run_record
+from ..core.ledger import record_run as run_record
 from ..core.plots import COLORS, ROLES, figure, style
 
 # %% ../../nbs/experiments/01_efficiency.ipynb #22c7c1af
@@ -169,7 +169,7 @@ def curves(
 ) -> Curves | None:  # None if there is no such run
     "Collect a variant's curves over seeds"
     if arm not in ARMS:
-        raise KeyError(f"No arm {arm!r}.{near(arm, ARMS)} There are {', '.join(ARMS)}")
+        raise KeyError(f"No arm {arm!r}.{suggest(arm, ARMS)} There are {', '.join(ARMS)}")
     wanted = EfficiencySpec(ARMS[arm], noise, concepts, longer=longer)
     found = [
         x for x in runs if EfficiencySpec.from_dict(x.spec).but(seed=0).diff(wanted).keys() <= _FREE

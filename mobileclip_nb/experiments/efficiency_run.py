@@ -13,38 +13,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import numpy as np
 import torch
 from torch import nn
 
+from ..augment.operations import RandomResizedCrop
 from ..augment.pipeline import AugmentSpec
-from ..core.runtime import near, seed_all, whole
+from ..core.config import Spec
+from ..core.runtime import atomic_write, seed_all, suggest
+from ..datasets.caption_noise import NoiseSpec, add_caption_noise
 from ..datasets.emoji import load_emoji
 from ..evaluate.retrieval import retrieval
-from ..evaluate.zeroshot import image_rows
-from ..train.distributed import here
+from ..evaluate.zeroshot import embed_images
 from ..loaders.compose import Slice
-from ..datasets.caption_noise import NoiseSpec, noised
-from ..augment.operations import RandomResizedCrop
+from ..loaders.in_memory import ViewBatches, ViewSpec, Views, load_views
+from ..models.zoo import Record, build as build_model, find_record
+from ..reinforce.recipe import find_reinforce_recipe as reinforcement
 from ..reinforce.run_local import reinforce
-from ..reinforce.recipe import recipe as reinforcement
-from ..shards.build import build
-from ..core.config import Spec
 from ..reinforce.teachers import load_ensemble
+from ..shards.build import build_shards
 from ..train.between_steps import evaluate_state, refresh_model
+from ..train.checkpoint import State, TrainSpec, start_run
+from ..train.distributed import current_ranks
 from ..train.loop import Trained
 from ..train.objective import LossSpec
+from ..train.process_group import group
 from ..train.recipe import Recipe
 from ..train.run import RunConfig, run
-from ..train.checkpoint import State, TrainSpec, begin
 from ..train.step import advance
-from ..train.process_group import group
-from ..loaders.in_memory import ViewBatches, Views, ViewSpec, load_views
-from ..models.zoo import Record, build as build_model, record
 
 # %% ../../nbs/experiments/00_efficiency_run.ipynb #4c8c1278
-_NANO = record('mobileclip_nano')
+_NANO = find_record('mobileclip_nano')
 STUDENT = _NANO.but(
     name='efficiency-student',
     text=_NANO.text.but(context=16, conv_blocks=0),
@@ -113,7 +112,7 @@ class EfficiencySpec(Spec, id_name='EfficiencySpec'):
         share = dict(smoke=4 / self.train.steps, nano=0.5, full=1.0)
         if scale not in share:
             raise ValueError(
-                f"No scale {scale!r}.{near(scale, share)} There are {', '.join(share)}"
+                f"No scale {scale!r}.{suggest(scale, share)} There are {', '.join(share)}"
             )
         steps = round(self.train.steps * share[scale]) * self.longer
         return self.but(
@@ -160,7 +159,7 @@ def prepare(
 ) -> Sets:
     "Build shards of emoji, reinforce them twice, and read both into memory"
     out, spec = Path(out), reinforcement('nano-emoji').but(n_augmentations=views)
-    build('emoji', out / 'plain', per_shard=200, limit=limit, progress=False)
+    build_shards('emoji', out / 'plain', per_shard=200, limit=limit, progress=False)
     for name, augment in (('mild', MILD), ('strong', spec.augment)):
         report = reinforce(out / 'plain', out / name, spec.but(augment=augment), progress=False)
         if not report.ok:
@@ -265,7 +264,7 @@ def run_variant(
     scale: str = 'full',  # the size, for the ledger
 ) -> dict[str, float]:  # metrics, the curve among them
     "Train one student, evaluating it as it learns"
-    source, ranks = batches(sets, spec), here()
+    source, ranks = batches(sets, spec), current_ranks()
     if ranks.world > 1:
         source = Slice(source, *ranks)
     train = spec.train.but(seed=spec.seed, loss=loss_for(spec.arm, source.data))
@@ -282,7 +281,7 @@ def mean_cosine(
     images: Any,  # uint8 `(N, S, S, 3)`, at least two
 ) -> float:  # -1–1
     "Mean cosine between different pictures, from the square of the sum of their unit embeddings"
-    rows = image_rows(model, images).double()
+    rows = embed_images(model, images).double()
     n = len(rows)
     return ((rows.sum(0).square().sum() - n) / (n * (n - 1))).item()
 
@@ -317,7 +316,7 @@ def run_early(
     def ask(model: nn.Module) -> dict[str, float]:
         return dict(heldout_r1=recall(model)['heldout_r1'], cosine=mean_cosine(model, pictures))
 
-    state, found, n = begin(student(spec.seed), train, source.id), {}, 0
+    state, found, n = start_run(student(spec.seed), train, source.id), {}, 0
     with torch.random.fork_rng():
         for batch in source.since(0):
             advance(state, batch, train)
@@ -345,7 +344,7 @@ def one_rank(
         asked, sets = EfficiencySpec.from_dict(json.loads(spec)), read_sets(folder, int(views))
         found = run_variant(asked, sets, judge(n))
     if os.environ['RANK'] == '0':
-        with whole(answer) as tmp:
+        with atomic_write(answer) as tmp:
             tmp.write_text(json.dumps(found), encoding='utf-8')
 
 

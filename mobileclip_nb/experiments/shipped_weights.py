@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from ..core.runtime import near, sha256
+from ..core.ledger import Run, code_version, read, spread
+from ..core.runtime import sha256, suggest
 from ..datasets.emoji import TEMPLATES, concepts
 from ..evaluate.runs import emoji_judge, seen_judge
-from ..core.ledger import Run, code_version, read, spread
+from ..models.zoo import find_record
 from ..preprocessing.tokenizer import ids_in_use
+from ..shards.job import lock_folder
 from ..train.data import load_data
 from ..train.recipe import PROMPTS, Recipe, recipe
 from ..train.release import release
 from ..train.run import RunResult, run
-from ..models.zoo import record
 
 # %% ../../nbs/experiments/02_shipped_weights.ipynb #181d907a
 def emoji_ids(
@@ -77,7 +78,7 @@ def _run_seed(
     say: Callable[[str], None],
 ) -> RunResult:
     "Run one seed of a shipped recipe, or go on with it"
-    side, seed = record(r.model).pixels.side, r.train.seed
+    side, seed = find_record(r.model).pixels.side, r.train.seed
     out = Path('runs') / f"{r.name}-{r.id}-{code_version().replace(':', '-')}"
     data = load_data(r.data, side, r.skin_tones, say)
     judge = emoji_judge(side) if r.data == 'emoji' else seen_judge(side)
@@ -128,7 +129,7 @@ def make_all(
         if name not in SHIPPED:
             known = ', '.join(SHIPPED)
             raise KeyError(
-                f'{name!r} makes no shipped file.{near(name, SHIPPED)} There are {known}.'
+                f'{name!r} makes no shipped file.{suggest(name, SHIPPED)} There are {known}.'
             )
         made.append(_packaged(name) if folder is None else folder / SHIPPED[name])
         if name.startswith('coca'):

@@ -22,14 +22,15 @@ from torch import Tensor
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ..models.weights import create_model, is_place
+from ..models.weights import is_place
+from ..models.factory import create_model
 from ..models.clip import CLIP
-from ..core.runtime import need, pick_device, whole
+from ..core.runtime import import_optional, pick_device, atomic_write
 from ..datasets.pairs import open_image
 from ..preprocessing.transform import Pixels, rgb
 from ..preprocessing.tokenizer import clean, encode, tokenize
-from ..core.processes import Ahead
-from ..models.zoo import Record, build, record
+from ..core.processes import Prefetcher
+from ..models.zoo import Record, build, find_record
 
 # %% ../../nbs/inference/00_predict.ipynb #202ff40a
 IMAGES = (
@@ -181,7 +182,7 @@ def _model(
         device = pick_device(device)
         if weights is None and is_place(model):
             return create_model(model, folded=True, device=device)
-        tags = record(str(model), weights).weights
+        tags = find_record(str(model), weights).weights
         tag = next(iter(tags), None) if weights is None else str(weights)
         if tag in tags:
             return _kept(str(model), tag, device)
@@ -286,7 +287,7 @@ def _embed_batches(
     bar = tqdm(
         total=len(todo), unit=' images', disable=None if progress else True, delay=2, leave=False
     )
-    with Ahead(source, 2) as prepared, bar:
+    with Prefetcher(source, 2) as prepared, bar:
         for part in prepared:
             with torch.inference_mode():
                 x = pixels.normalize(part.squares).to(at.device, at.dtype)
@@ -367,12 +368,15 @@ def save_table(
 ) -> None:
     "Write a table whole or not at all"
     about = json.dumps(dict(model=t.model, skipped=t.skipped, seen=t.seen, folder=t.folder))
-    with whole(path) as tmp:
+    with atomic_write(path) as tmp:
         if path.suffix == '.npz':
             with open(tmp, 'wb') as f:
                 np.savez(f, paths=np.array(t.paths, str), rows=t.rows, about=np.array(about))
         else:
-            pa, pq = need('pyarrow', extra='lab'), need('pyarrow.parquet', extra='lab')
+            pa, pq = (
+                import_optional('pyarrow', extra='lab'),
+                import_optional('pyarrow.parquet', extra='lab'),
+            )
             cols = pa.table(
                 {
                     'path': pa.array(t.paths, pa.string()),
@@ -387,7 +391,7 @@ def load_table(
 ) -> Table:  # embeddings
     "Read a table"
     path = Path(path)
-    pq = need('pyarrow.parquet', extra='lab') if path.suffix == '.parquet' else None
+    pq = import_optional('pyarrow.parquet', extra='lab') if path.suffix == '.parquet' else None
     try:
         if pq is None:
             with np.load(path, allow_pickle=False) as d:
@@ -540,7 +544,7 @@ def embed(
     if out.suffix not in ('.npz', '.parquet'):
         raise ValueError(f"Cannot tell how to write {out.name!r}; end it in .npz or .parquet")
     if out.suffix == '.parquet':
-        need('pyarrow', extra='lab')  # now, not after hours of work
+        import_optional('pyarrow', extra='lab')  # now, not after hours of work
     if device is not None:
         pick_device(device)
     now = {str(p.relative_to(folder)): _look(p) for p in in_folder(folder)}

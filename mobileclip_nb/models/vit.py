@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 from ..blocks.attention import TransformerBlock, init_linear
 from ..blocks.reparam import ConvNorm
-from .mci import row
+from .mci import resolve_spec
 from ..core.config import Spec
 
 # %% ../../nbs/models/01_vit.ipynb #569f3759
@@ -69,7 +69,7 @@ class ViT(nn.Module):
         out: int = 512,  # embedding width, or classes
     ):
         super().__init__()
-        self.spec = spec = row(spec, VIT)
+        self.spec = spec = resolve_spec(spec, VIT)
         if spec.side % spec.patch:
             raise ValueError(
                 f"Patches of {spec.patch} pixels do not tile a side of {spec.side}; "

@@ -9,7 +9,7 @@ __all__ = ['BITS', 'FILTERS', 'resample']
 import numpy as np
 from PIL import Image
 
-from ..core.runtime import jitted, near
+from ..core.runtime import compile_loops, suggest
 
 # %% ../../nbs/preprocessing/01_resize.ipynb #478141f7
 BITS = 22  # fractional bits of a weight
@@ -109,7 +109,7 @@ def _checked(
 ) -> tuple[tuple[int, int], tuple[float, ...]]:  # width, height; left, top, right, bottom
     "Check the arguments of `resample`; `ValueError` says what is wrong"
     if interpolation not in FILTERS:
-        suggestion = near(interpolation, FILTERS)
+        suggestion = suggest(interpolation, FILTERS)
         raise ValueError(f"No filter {interpolation!r}.{suggestion} There are {', '.join(FILTERS)}")
     is_array = isinstance(image, np.ndarray)
     if is_array and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
@@ -140,7 +140,7 @@ def resample(
 ) -> Image.Image | np.ndarray:  # of that size, an image for an image and an array for an array
     "Resize with Pillow's filter, rows first under every version of Pillow"
     (width, height), (left, top, right, bottom) = _checked(image, size, interpolation, box)
-    taps, passes = jitted(_taps), jitted(_passes)
+    taps, passes = compile_loops(_taps), compile_loops(_passes)
     is_array = isinstance(image, np.ndarray)
     if passes and interpolation != 'nearest' and (is_array or image.mode == 'RGB'):
         x = np.require(image, requirements='CW')

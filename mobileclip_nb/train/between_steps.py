@@ -17,20 +17,20 @@ import torch
 from torch import nn
 
 from ..loaders.batches import Batches
-from ..core.runtime import near
-from .distributed import here
+from ..core.runtime import suggest
+from .distributed import current_ranks
 from ..core.config import Spec
 from .log import Log
 from .objective import objective as plain
-from .sharding import anybody, from_first
+from .sharding import any_rank, broadcast_bytes
 from mobileclip_nb.train.checkpoint import (
     BEST,
     State,
     TrainSpec,
     find_best,
-    linked,
+    link_file,
     save_state,
-    usable,
+    trained_model,
 )
 from .statistics import BATCHES, Recomputed, recompute_statistics
 from .step import place_batch
@@ -69,7 +69,9 @@ class Refresher:
         if not self.wanted:
             return None
         if self.step != self.state.step:
-            self.held = refresh_model(usable(self.state), self.batches, self.spec, self.state.step)
+            self.held = refresh_model(
+                trained_model(self.state), self.batches, self.spec, self.state.step
+            )
             self.step = self.state.step
         return self.held
 
@@ -82,7 +84,7 @@ def evaluate_state(
     | None = None,  # evaluated in place of the run's model; given on every rank or on none
 ) -> dict[str, float]:  # with `step`; is appended to `state.judged`
     "Call `judge` on the run's model, in eval mode and without gradient"
-    model, ranks = fresh.model if fresh else usable(state), here()
+    model, ranks = fresh.model if fresh else trained_model(state), current_ranks()
     training, device = model.training, next(state.model.parameters()).device
     metrics, failed = {}, None
     try:
@@ -93,13 +95,13 @@ def evaluate_state(
         failed = e
     finally:
         model.train(training)
-    if anybody(failed is not None, ranks, device):
+    if any_rank(failed is not None, ranks, device):
         save()
         raise failed or ConnectionError(
             f"Rank {ranks.rank} stops because the evaluation failed on the first rank, "
             "whose own message says why"
         )
-    metrics = json.loads(from_first(json.dumps(metrics).encode(), ranks, device))
+    metrics = json.loads(broadcast_bytes(json.dumps(metrics).encode(), ranks, device))
     if fresh and fresh.batches:
         metrics['statistics_batches'] = float(fresh.batches)
     state.judged.append(dict(step=state.step) | metrics)
@@ -119,15 +121,15 @@ def mark_best(
         save()
         known = ', '.join(k for k in row if k != 'step') or 'none at all'
         raise KeyError(
-            f"No metric {metric!r} to choose the best checkpoint by.{near(metric, row)} "
+            f"No metric {metric!r} to choose the best checkpoint by.{suggest(metric, row)} "
             f"There are: {known}"
         )
     if find_best(state.judged, metric) is not row:
         return
     save()
-    if out is None or here().rank:
+    if out is None or current_ranks().rank:
         return
-    linked(out / 'state.pt', out / BEST)
+    link_file(out / 'state.pt', out / BEST)
     say(f'best so far: {metric} {row[metric]:.4g} after step {row["step"]}, kept as {BEST}')
 
 # %% ../../nbs/train/22_between_steps.ipynb #7edf794a
@@ -149,7 +151,7 @@ def first_save_due(
     start, saved = clock(), state.saved
 
     def is_due_now() -> bool:
-        return here().rank == 0 and state.saved == saved and clock() - start >= seconds
+        return current_ranks().rank == 0 and state.saved == saved and clock() - start >= seconds
 
     return is_due_now
 
@@ -201,7 +203,7 @@ class Evaluator:
         row = evaluate_state(self.state, self.judge, saver.save, fresh)
         if log:
             log.judged(row)
-        if self.report and self.state.history and not here().rank:
+        if self.report and self.state.history and not current_ranks().rank:
             self.report(self.state.history[-1], row)
         if self.best:
             mark_best(self.state, self.best, saver.out, saver.save, self.say)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from ..loaders.batches import Batch
 from ..models.clip import CLIP
-from .distributed import here
-from ..core.papers import published
-from ..shards.build import size_of
+from .distributed import current_ranks
+from ..core.papers import published_value
+from ..shards.job import file_size
 from .loop import train
 from .recipe import Recipe
 from .source import source_parts
@@ -107,7 +107,7 @@ def _size_of_part(s: Any) -> DataSize:
     data = getattr(s, 'data', None)
     if data is not None:
         return DataSize(len(data.images), data.images.numel())
-    return DataSize(s.total, sum(size_of(u) for o in s.sources for u in o.shards))
+    return DataSize(s.total, sum(file_size(u) for o in s.sources for u in o.shards))
 
 
 def size_of_data(
@@ -137,7 +137,7 @@ def published_data(
     if data not in _SETS:
         return DataSize()
     *where, samples = _SETS[data]
-    return DataSize(int(samples), int(float(published(*where, 'size TB')[0].value) * 1e12))
+    return DataSize(int(samples), int(float(published_value(*where, 'size TB')[0].value) * 1e12))
 
 # %% ../../nbs/train/33_cost.ipynb #4952cbe5
 def measure_rate(
@@ -161,7 +161,7 @@ def measure_rate(
     timed = SimpleNamespace(batch=found.batch, id=found.id, since=since)
     train(model, timed, short, progress=False, statistics=False)
     times.append(time.perf_counter())
-    return found.batch * here().world / median(b - a for a, b in zip(times[1:], times[2:]))
+    return found.batch * current_ranks().world / median(b - a for a, b in zip(times[1:], times[2:]))
 
 
 def measured_price(

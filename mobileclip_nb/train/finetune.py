@@ -10,23 +10,22 @@ import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import torch
 from torch import nn
 
 from ..loaders.batches import Batch
-from ..models.weights import create_model
 from ..models.clip import CLIP
-from .freeze import thaw
-from .distributed import here
+from ..models.factory import create_model
+from ..models.zoo import build, find_record
 from ..preprocessing.tokenizer import ids_in_use
-from .objective import encode, loss_of, objective as plain, taught
+from .checkpoint import TrainSpec
+from .distributed import current_ranks
+from .freeze import thaw
+from .objective import encode_batch, loss_of, objective as plain, with_teachers
 from .recipe import NOTE, PROMPTS, Recipe, recipe
 from .release import from_run
 from .run import RunConfig, RunResult, open_data, run
 from .source import captions_of
-from .checkpoint import TrainSpec
-from ..models.zoo import build, record
 
 # %% ../../nbs/train/41_finetune.ipynb #f1f6689d
 def started(
@@ -41,7 +40,7 @@ def started(
     if (Path(model) / NOTE).is_file():
         return from_run(model)[0]
     if weights is None and not Path(model).is_file() and not str(model).startswith('hf-hub:'):
-        weights = next(iter(record(str(model)).weights), None)
+        weights = next(iter(find_record(str(model)).weights), None)
     return create_model(model, weights)
 
 
@@ -134,9 +133,9 @@ class Keeping:
         with torch.no_grad():
             old = self.start(batch.image, batch.text)
         widths, scales = (old.image.shape[1],), (old.scale.item(),)
-        asked = taught(spec, widths, scales, distill=self.weight)
+        asked = with_teachers(spec, widths, scales, distill=self.weight)
         batch = batch._replace(image_emb=old.image, text_emb=old.text)
-        return loss_of(encode(model, batch, asked), batch, asked, here())
+        return loss_of(encode_batch(model, batch, asked), batch, asked, current_ranks())
 
 # %% ../../nbs/train/41_finetune.ipynb #be142253
 class Tuned(NamedTuple):

@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..loaders.batches import Batch, Batches
-from .distributed import Ranks, here
-from ..core.ledger import append, record
+from .distributed import Ranks, current_ranks
+from ..core.ledger import append, record_run
 from .accumulate import warn_of_parts
 from .log import Log, Pace
 from mobileclip_nb.train.between_steps import (
@@ -30,19 +30,19 @@ from mobileclip_nb.train.between_steps import (
     first_save_due,
     is_due,
 )
-from .objective import objective as plain, online
-from .sharding import anybody, mean_over
+from .objective import objective as plain, load_online
+from .sharding import any_rank, mean_over_ranks
 from mobileclip_nb.train.checkpoint import (
     State,
     TrainSpec,
-    begin,
+    start_run,
     restore_best,
-    spoiled,
-    usable,
+    find_nonfinite,
+    trained_model,
 )
 from .statistics import Recomputed, is_lagging
 from .step import take_step
-from .memory import compiled, recomputed
+from .memory import compile_towers, checkpoint_activations
 
 # %% ../../nbs/train/22_loop.ipynb #30124fd8
 @contextmanager
@@ -114,7 +114,9 @@ def log_result(
     "Append a run's line to a ledger, under the id of its spec"
     spec = run.spec.to_dict() | dict(batch=run.batch, data=run.data, ranks=run.world)
     device = next(run.raw.parameters()).device.type
-    append(ledger, record(name, spec, run.metrics, run.spec.seed, run.metrics['seconds'], device))
+    append(
+        ledger, record_run(name, spec, run.metrics, run.spec.seed, run.metrics['seconds'], device)
+    )
 
 # %% ../../nbs/train/22_loop.ipynb #0bc284de
 def count_skips(
@@ -159,7 +161,7 @@ def start_stream(
     pixels = getattr(getattr(model, 'record', None), 'pixels', None)
     normalization = (pixels.mean, pixels.std) if pixels else ()
     device = str(next(model.parameters()).device)
-    teachers = online(spec.loss, *normalization, device=device)
+    teachers = load_online(spec.loss, *normalization, device=device)
     return map(teachers.fill, stream), teachers.asked(spec)
 
 # %% ../../nbs/train/22_loop.ipynb #56967359
@@ -171,14 +173,14 @@ def open_progress(
     config: LoopConfig,  # its `progress`, `watch` and `say`
 ) -> tuple[tqdm, Log]:  # both are contexts; with several ranks the first one's are open
     "Open the progress bar and the log of a run"
-    first = here().rank == 0
+    first = current_ranks().rank == 0
     if state.step and first:
         config.say(
             f'goes on from step {state.step} of {spec.steps}'
             if state.step < spec.steps
             else f'all {spec.steps} steps are made already'
         )
-    warning = warn_of_parts(state.model, spec.accumulate, pairs // here().world)
+    warning = warn_of_parts(state.model, spec.accumulate, pairs // current_ranks().world)
     if first and warning:
         config.say(warning)
     bar = tqdm(
@@ -223,14 +225,14 @@ def stop_reason(
         where += '; resume=True goes on'
     if failed:
         failed.add_note(f'The run is {where}')
-    if not anybody(failed is not None, here(), device):
+    if not any_rank(failed is not None, current_ranks(), device):
         return KeyboardInterrupt(where)
     if failed:
         return failed
     if interrupted:
         return KeyboardInterrupt(where)
     return ConnectionError(
-        f"Rank {here().rank} lost another one's data, whose own message says why; {where}"
+        f"Rank {current_ranks().rank} lost another one's data, whose own message says why; {where}"
     )
 
 # %% ../../nbs/train/22_loop.ipynb #cb2753a9
@@ -243,7 +245,7 @@ def agree(
     "Whether any rank says yes to either, by one collective"
     if ranks.world == 1:
         return stop, save
-    flags = mean_over(torch.tensor([float(stop), float(save)], device=device), ranks).tolist()
+    flags = mean_over_ranks(torch.tensor([float(stop), float(save)], device=device), ranks).tolist()
     return flags[0] > 0, flags[1] > 0
 
 # %% ../../nbs/train/22_loop.ipynb #eff6cf2e
@@ -255,12 +257,15 @@ def make_steps(
     config: LoopConfig,
 ) -> None:
     "Make the steps that are left"
-    spec, ranks, skipped = saver.spec, here(), dict(state.skips)
+    spec, ranks, skipped = saver.spec, current_ranks(), dict(state.skips)
     device, pairs = next(state.model.parameters()).device, batches.batch * ranks.world
     is_late = first_save_due(state, config.first_save, config.clock)
     stream, filled = start_stream(state.model, batches, spec, state.step)
     bar, log = open_progress(state, spec, pairs, saver.out, config)
-    inside = recomputed(state.model, spec.checkpointing), compiled(state.model, spec.compile)
+    inside = (
+        checkpoint_activations(state.model, spec.checkpointing),
+        compile_towers(state.model, spec.compile),
+    )
     with torch.random.fork_rng(), defer_interrupts() as received, inside[0], inside[1], log, bar:
         while state.step < spec.steps:
             start = time.perf_counter()
@@ -288,14 +293,14 @@ def end_run(
     fresh: Recomputed | None,  # the model to use, where it is not the run's own
 ) -> Trained:
     "Make the result of a run; with several ranks every one must call it"
-    if name := spoiled(state):
+    if name := find_nonfinite(state):
         raise FloatingPointError(
             f"The run has ended with numbers that are not finite in {name}. Try a lower lr"
         )
-    ready = usable(state).eval() if fresh is None else fresh.model
-    raw = usable(state, False).eval()
+    ready = trained_model(state).eval() if fresh is None else fresh.model
+    raw = trained_model(state, False).eval()
     log, made = (state.history, state.judged), state.step - saver.begun
-    world = here().world
+    world = current_ranks().world
     return Trained(ready, raw, *log, saver.spec, saver.data, pairs, made, world, state.skips)
 
 # %% ../../nbs/train/22_loop.ipynb #bd6442bf
@@ -312,14 +317,14 @@ def train(
 ) -> Trained:
     "Train in place, with checkpoints, evaluation and a log (MobileCLIP Table 12)"
     out, config = Path(out) if out else None, config.but(**settings)
-    best, first = config.best, here().rank == 0
+    best, first = config.best, current_ranks().rank == 0
     if best and not judge:
         raise ValueError(
             f"best={best!r} names a metric, and there is no judge to measure it. "
             "Give one, or leave best out"
         )
     check_parts(spec, batches.batch, config.objective)
-    state = begin(model, spec, batches.id, out, config.resume)
+    state = start_run(model, spec, batches.id, out, config.resume)
     save_every = config.save_every or 0
     saver = Saver(state, spec, batches.id, out, save_every, config.keep, config.milestones)
     statistics = config.statistics

@@ -293,7 +293,7 @@ def ready(
 ) -> None:
     "Raise an error before data are read where a folder holds another run, or other files"
     from mobileclip_nb.train.recipe import NOTE
-    from mobileclip_nb.train.checkpoint import checkpoints, vacant
+    from mobileclip_nb.train.checkpoint import checkpoints, check_vacant
 
     if not out:
         return
@@ -311,7 +311,7 @@ def ready(
             f"{str(out)!r} holds the run {old}, and {new} is asked for: "
             f"{'; '.join(other)}. Ask for the same to go on, or choose another folder"
         )
-    vacant(out, resume)
+    check_vacant(out, resume)
     if was is None or WEIGHTS not in there:
         return
     if not saved:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ..core.runtime import pick_device
-from .distributed import Ranks, here
-from .sharding import from_first
+from .distributed import Ranks, current_ranks
+from .sharding import broadcast_bytes
 from .recipe import NOTE, Note, note_to_resume, parse_note
 
 # %% ../../nbs/train/34_process_group.ipynb #4256bf1f
@@ -40,7 +40,7 @@ def group(
 ) -> Iterator[Ranks]:  # `(0, 1)` without torchrun
     "Join the processes that torchrun has started, and leave them at the end"
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
-        yield here()
+        yield current_ranks()
         return
     cuda = device.startswith('cuda')
     if cuda:
@@ -55,7 +55,7 @@ def group(
             "torchrun, and choose another port if this one is in use: torchrun --master-port"
         ) from e
     try:
-        yield here()
+        yield current_ranks()
     except RuntimeError as e:
         if not any(s in str(e) for s in _LOST):
             raise
@@ -78,5 +78,5 @@ def shared_note(
         text = (Path(out) / NOTE).read_bytes()
     if ranks.world > 1:
         device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-        text = from_first(text, ranks, device)
+        text = broadcast_bytes(text, ranks, device)
     return parse_note(text.decode()) if text else None

@@ -12,23 +12,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import torch
 
-from ..augment.pipeline import DATACOMPDR
-from ..loaders.batches import BatchSpec
-from ..models.clip import CLIP
-from ..core.runtime import SCALES, near, seed_all, whole
-from ..datasets.emoji import TEMPLATES
 from ..augment.operations import RandomResizedCrop
-from ..preprocessing.transform import Pixels
-from .paper_recipes import OTHERS, ROWS, Row
+from ..augment.pipeline import DATACOMPDR
 from ..core.config import Spec, plain
+from ..core.runtime import SCALES, atomic_write, seed_all, suggest
+from ..datasets.emoji import TEMPLATES
+from ..loaders.batches import BatchSpec
 from ..loaders.stream import StreamSpec
+from ..models.clip import CLIP
+from ..models.zoo import Record, build, find_record, image_spec, kept_ids
 from ..preprocessing.tokenizer import ids_in_use
-from .objective import LossSpec, with_bias
+from ..preprocessing.transform import Pixels
+from ..shards.job import file_size
 from .checkpoint import TrainSpec, checkpoints
-from ..models.zoo import Record, build, image_spec, kept_ids, record
+from .objective import LossSpec, with_bias
+from .paper_recipes import OTHERS, PaperRecipe, ROWS
 
 # %% ../../nbs/train/31_recipe.ipynb #6dd1e3a0
 @dataclass(frozen=True, repr=False)
@@ -64,7 +64,7 @@ class Recipe(Spec, id_name='Recipe'):
         "This recipe at a scale, with a seed"
         if scale not in SCALES:
             raise ValueError(
-                f"No scale {scale!r}.{near(scale, SCALES)} There are {', '.join(SCALES)}."
+                f"No scale {scale!r}.{suggest(scale, SCALES)} There are {', '.join(SCALES)}."
             )
         steps, seed = getattr(self, scale), self.train.seed if seed is None else seed
         batch = self.stream.batch
@@ -81,7 +81,7 @@ def record_of(
     r: Recipe,
 ) -> Record:  # with the recipe's preprocessing
     "The record of the model that a recipe trains"
-    rec = OTHERS[r.model] if r.model in OTHERS else record(r.model)
+    rec = OTHERS[r.model] if r.model in OTHERS else find_record(r.model)
     return rec if r.pixels is None else rec.but(pixels=r.pixels)
 
 # %% ../../nbs/train/31_recipe.ipynb #8906c3c4
@@ -90,10 +90,10 @@ _TRAIN_FIELDS += ('clip', 'ema', 'precision', 'checkpointing')
 
 
 def recipe_of_row(
-    row: Row,  # of `published.ROWS`
+    row: PaperRecipe,  # of `published.ROWS`
 ) -> Recipe:  # `full` is the published run; the smaller scales differ in steps and batch alone
     "Make the recipe of a published run (MobileCLIP Table 12; MobileCLIP2 Appendix A; scripts)"
-    rec = OTHERS[row.model] if row.model in OTHERS else record(row.model)
+    rec = OTHERS[row.model] if row.model in OTHERS else find_record(row.model)
     clip, distill = row.weights
     crop = RandomResizedCrop(rec.pixels.side, scale=row.crop, interpolation='bicubic')
     reader = StreamSpec(synthetic=row.synthetic)
@@ -152,7 +152,9 @@ def recipe(
 ) -> Recipe:  # as it stands in the table
     "Look up a recipe; an unknown name is an error that names the nearest known one"
     if name not in RECIPES:
-        raise KeyError(f"No recipe {name!r}.{near(name, RECIPES)} There are {', '.join(RECIPES)}.")
+        raise KeyError(
+            f"No recipe {name!r}.{suggest(name, RECIPES)} There are {', '.join(RECIPES)}."
+        )
     return RECIPES[name]
 
 # %% ../../nbs/train/31_recipe.ipynb #4fb075e3
@@ -275,7 +277,7 @@ def write_note(
     at = Path(out) / NOTE
     if at.is_file() and (Path(out) / 'state.pt').exists():
         check_same_run(out, note)
-    with whole(at) as tmp:
+    with atomic_write(at) as tmp:
         tmp.write_text(
             json.dumps(plain(note._asdict()), indent=1, sort_keys=True) + '\n', encoding='utf-8'
         )

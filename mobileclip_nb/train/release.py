@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models.weights import save_weights
 from ..models.clip import CLIP
-from ..core.runtime import near
+from ..core.runtime import suggest
 from .freeze import freeze
 from .loop import Trained
 from .between_steps import refresh_model
@@ -84,7 +84,7 @@ def from_run(
 ) -> tuple[CLIP, dict[str, Any]]:  # in eval mode; and a description of the run, in JSON
     "Make the model of a run"
     if which not in ('ema', 'raw'):
-        known = near(which, ('ema', 'raw'))
+        known = suggest(which, ('ema', 'raw'))
         raise ValueError(f"No weights {which!r} in a run.{known} There are ema and raw.")
     out = _existing(out)
     note, held = read_note(out if out.is_dir() else out.parent), load_run(out)
@@ -109,7 +109,7 @@ def _existing(out: str | Path) -> Path:
     if not out.exists():
         folders = [p.name for p in out.parent.glob('*/')]
         raise FileNotFoundError(
-            f"No run at {str(out)!r}.{near(out.name, folders)} Give the folder that "
+            f"No run at {str(out)!r}.{suggest(out.name, folders)} Give the folder that "
             "`mobileclip train` or `run` wrote (by default below runs/), or one of its .pt files"
         )
     return out

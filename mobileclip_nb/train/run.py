@@ -18,18 +18,18 @@ from torch import nn
 from ..loaders.batches import PairData
 from ..models.clip import CLIP
 from ..core.runtime import pick_device
-from .distributed import Ranks, here
-from ..core.ledger import append, record
-from ..shards.folder import alone
+from .distributed import Ranks, current_ranks
+from ..core.ledger import append, record_run
+from ..shards.job import lock_folder
 from ..core.config import Spec
 from .data import need_two
-from .heldout import BEST_BY, judge_interval, report_to
+from .heldout import BEST_BY, evaluation_interval, make_report
 from .loop import Trained, train
 from .between_steps import LoopConfig
 from .objective import objective as plain
 from .recipe import Note, Recipe, learner, record_of, write_note
 from .source import Opening, RunData, as_batches, captions_of, open_run
-from .checkpoint import vacant
+from .checkpoint import check_vacant
 from .process_group import shared_note
 
 # %% ../../nbs/train/40_run.ipynb #c6705375
@@ -69,7 +69,7 @@ def open_data(
     config: RunConfig = RunConfig(),
 ) -> RunData:
     "Open the data of a run, on this rank"
-    ranks, first = ranks or here(), not (ranks or here()).rank
+    ranks, first = ranks or current_ranks(), not (ranks or current_ranks()).rank
     if isinstance(data, RunData):
         return data
     if data is None or isinstance(data, (str, Path)):
@@ -107,8 +107,8 @@ def choose_evaluation(
     config = config.but(judge=config.evaluate(data))
     if config.judge is None or data.held is None:
         return config
-    every = judge_interval(data.recipe.train.steps)
-    return config.but(judge_every=every, best=BEST_BY, report=report_to(say))
+    every = evaluation_interval(data.recipe.train.steps)
+    return config.but(judge_every=every, best=BEST_BY, report=make_report(say))
 
 # %% ../../nbs/train/40_run.ipynb #f7c445fd
 class RunResult(NamedTuple):
@@ -149,7 +149,7 @@ def write_line(
         metrics |= config.summary(result.run)
     device = str(next(result.model.parameters()).device)
     seed, seconds, identity = recipe.train.seed, metrics['seconds'], config.identity or recipe
-    line = record(recipe.name, identity, metrics, seed, seconds, device, config.scale)
+    line = record_run(recipe.name, identity, metrics, seed, seconds, device, config.scale)
     append(config.ledger, line)
 
 # %% ../../nbs/train/40_run.ipynb #a94a1f41
@@ -158,7 +158,7 @@ def _locked(out: str | Path | None) -> Any:  # a context
     if not out:
         return nullcontext()
     Path(out).mkdir(parents=True, exist_ok=True)
-    return alone(str(out))
+    return lock_folder(str(out))
 
 
 def _train(model: CLIP, data: RunData, out: str | Path | None, config: RunConfig) -> Trained:
@@ -180,11 +180,11 @@ def run(
     **settings: Any,  # fields of `config` that differ
 ) -> RunResult:  # the same on every rank
     "Train what a recipe says, alone or as one of many (MobileCLIP Table 12)"
-    config, ranks = config.but(**settings), ranks or here()
+    config, ranks = config.but(**settings), ranks or current_ranks()
     first = not ranks.rank
     say = config.say if first else lambda text: None
     if out and first:
-        vacant(out, config.resume)
+        check_vacant(out, config.resume)
     data = open_data(recipe, data, out, ranks, config)
     spec, pairs = data.recipe.train, data.source.batch * ranks.world
     if config.objective is plain:

@@ -15,11 +15,11 @@ import torch
 from torch import nn, Tensor
 
 from ..loaders.batches import Batch, seeded
-from .distributed import here
+from .distributed import current_ranks
 from .optim import clamp_scale, lr_at, set_lr
-from .accumulate import accumulated
+from .accumulate import accumulate_gradient
 from .objective import objective as plain
-from .sharding import average_rest, clip_whole, mean_over
+from .sharding import average_rest, clip_gradient, mean_over_ranks
 from .checkpoint import State, TrainSpec, save_state
 
 # %% ../../nbs/train/21_step.ipynb #7c416edf
@@ -42,16 +42,16 @@ def step(
     | None = None,  # is called in the model's place: the model wrapped for several ranks
 ) -> Step:
     "Change the model by one update (MobileCLIP Table 12)"
-    net, ranks = model if net is None else net, here()
+    net, ranks = model if net is None else net, current_ranks()
     opt.zero_grad(set_to_none=True)
     if spec.accumulate > 1:
-        loss = accumulated(net, batch, spec, spec.accumulate)
+        loss = accumulate_gradient(net, batch, spec, spec.accumulate)
     else:
         loss = objective(net, batch, spec)
         loss.total.backward()
     average_rest(model, ranks)
-    norm = clip_whole(model, spec.clip)
-    loss = type(loss)(*mean_over(torch.stack([v.detach() for v in loss]), ranks))
+    norm = clip_gradient(model, spec.clip)
+    loss = type(loss)(*mean_over_ranks(torch.stack([v.detach() for v in loss]), ranks))
     if not torch.isfinite(loss.total + norm):
         raise FloatingPointError(
             f"the loss is {loss.total.item():.4g} and the norm of its gradient {norm.item():.4g}"
@@ -81,7 +81,7 @@ def advance(
     objective: Callable[[nn.Module, Batch, TrainSpec], NamedTuple] = plain,
 ) -> dict[str, float]:  # the new row of the log
     "Change a state by one step and write it into the log"
-    start, lr, rank = time.perf_counter(), lr_at(state.step, spec), here().rank
+    start, lr, rank = time.perf_counter(), lr_at(state.step, spec), current_ranks().rank
     keys = [rank] if rank else []
     torch.manual_seed(seeded(spec.seed, 'step', state.step, *keys).initial_seed())
     set_lr(state.opt, lr)
@@ -129,7 +129,7 @@ def take_step(
                 'The weights before the update (statistics have moved already) are in '
                 f'{out.name}/nonfinite.pt. '
             )
-        rank = f' of rank {here().rank}' if here().world > 1 else ''
+        rank = f' of rank {current_ranks().rank}' if current_ranks().world > 1 else ''
         pictures = ', '.join(str(i) for i in batch.index[:8].tolist())
         lr, scale = lr_at(state.step, spec), state.model.logit_scale.exp().item()
         raise FloatingPointError(

@@ -16,14 +16,14 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..augment.pipeline import DATACOMPDR, AugmentSpec, apply, describe, unpack
-from ..core.runtime import need, whole
+from ..augment.pipeline import DATACOMPDR, AugmentSpec, apply, describe_params, unpack
+from ..core.runtime import import_optional, atomic_write
 from ..datasets.pairs import open_image
-from ..core.files import is_local, shown
+from ..core.files import is_local, without_secrets
 from ..core.plots import COLORS, GRAY, figure, png, style
 from ..shards.io import list_shards, read_shard
 from ..shards.sample import Sample
-from ..shards.verify import about_of, find_sample
+from ..shards.verify import read_about, find_sample
 
 # %% ../../nbs/widgets/00_sample_inspector.ipynb #7e258a6c
 class Said(NamedTuple):
@@ -116,7 +116,7 @@ def replay(
             View(
                 i,
                 apply(spec, original, params),
-                describe(params),
+                describe_params(params),
                 (cut[1], cut[0], cut[3], cut[2]) if cut else None,
             )
         )
@@ -140,7 +140,7 @@ def _strip(fig: Any, original: Image.Image, views: Sequence[View]) -> None:
         )
         if v.box:
             axes[0].add_patch(
-                need('matplotlib.patches', extra='lab').Rectangle(
+                import_optional('matplotlib.patches', extra='lab').Rectangle(
                     v.box[:2], *v.box[2:], fill=False, edgecolor=ink, linewidth=1.2
                 )
             )
@@ -246,7 +246,7 @@ def chooser(
     count: int = 5,  # views to show at once
 ) -> Any:  # an ipywidgets box: sample, first view, image or why there is none
     "Choose a sample and its first view, and see the picture"
-    w, by = need('ipywidgets', extra='lab'), {s.key: s for s in samples}
+    w, by = import_optional('ipywidgets', extra='lab'), {s.key: s for s in samples}
     if not samples or len(by) < len(samples):
         raise ValueError(
             f"{len(samples)} samples with {len(by)} different keys; give at least one, and each a key of its own"
@@ -281,7 +281,7 @@ def chooser(
 # %% ../../nbs/widgets/00_sample_inspector.ipynb #457d2e06
 def _told(place: str | Path) -> tuple[AugmentSpec, list[int], list[str]]:  # pipeline, widths, names
     "What a folder's manifest says of its samples"
-    about = about_of(place)
+    about = read_about(place)
     return (
         about.augment or DATACOMPDR,
         [w for _, w in about.teachers],
@@ -333,7 +333,8 @@ def save_still(
     "Write the picture of one sample to a file"
     path, (sample, url) = Path(path), find_sample(place, which)
     note = dict(
-        shard=str(Path(shown(url)).resolve()) if is_local(url) else shown(url), key=sample.key
+        shard=str(Path(without_secrets(url)).resolve()) if is_local(url) else without_secrets(url),
+        key=sample.key,
     )
     if path.exists() and (had := _shows(path)) != note:
         what = (
@@ -347,6 +348,6 @@ def save_still(
         )
     info = PngInfo()
     info.add_itxt(_NOTE, json.dumps(note))
-    with Image.open(io.BytesIO(still(sample, *_told(place)))) as image, whole(path) as tmp:
+    with Image.open(io.BytesIO(still(sample, *_told(place)))) as image, atomic_write(path) as tmp:
         image.save(tmp, format='PNG', pnginfo=info, optimize=True)
     return path
