@@ -260,10 +260,10 @@ def bench_latency(
 
     found = {}
     for model in args.models:
-        found[f'{model}, 1 thread'] = against_timm(model, 1, args.rounds)
-        found[f'{model}, 2 threads'] = against_timm(model, 2, args.rounds)
-    found['cold start'] = cold_start(args.rounds)
-    text = '\n\n'.join(f'{k}\n\n{table(v)}' for k, v in found.items())
+        found[f'{model}, 1 thread'] = compare_with_timm(model, 1, args.rounds)
+        found[f'{model}, 2 threads'] = compare_with_timm(model, 2, args.rounds)
+    found['cold start'] = time_cold_start(args.rounds)
+    text = '\n\n'.join(f'{k}\n\n{format_latencies(v)}' for k, v in found.items())
     answer({k: [l._asdict() for l in v] for k, v in found.items()}, text, args.json)
     return 0
 

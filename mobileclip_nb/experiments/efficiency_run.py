@@ -187,7 +187,7 @@ def choose_views(
     "Choose views, apply caption noise, drop what the variant does not use"
     views = sets.strong if spec.arm.strong else sets.mild
     names = [captions[0] for captions in views.captions]
-    captions = noised(names, NoiseSpec(spec.noise, seed=spec.seed), views.keys).captions
+    captions = add_caption_noise(names, NoiseSpec(spec.noise, seed=spec.seed), views.keys).captions
     views = views.with_captions(captions, torch.stack([sets.rows[c] for c in captions]))
     views = views.teachers(*range(spec.arm.teachers if spec.arm.distill else 0))
     if spec.concepts == 1:

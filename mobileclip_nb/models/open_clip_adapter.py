@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from ..core.runtime import atomic_write, cache_dir
 from .clip import CLIP
 from .factory import create_model
-from .zoo import Record, ZOO, build, find_record
+from .zoo import Record, build, find_record
 from ..preprocessing.transform import Pixels
 
 # %% ../../nbs/models/09_open_clip_adapter.ipynb #4c414bbf

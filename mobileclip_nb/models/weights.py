@@ -362,8 +362,8 @@ def _check_stem(
         image = 'vit_b16_v1' if pad else 'vit_b16'
         raise ValueError(
             f"{source}: the naming {naming!r} goes with a first convolution padded by {pad}, "
-            f"this model pads by {spec.pad}. Build it from "
-            f"record({r.name!r}).but(image={image!r}), or use naming='native'"
+            f"this model pads by {spec.pad}. Build it from the record of {r.name!r} "
+            f"with .but(image={image!r}), or use naming='native'"
         )
 
 

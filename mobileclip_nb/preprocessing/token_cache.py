@@ -7,7 +7,7 @@ __all__ = ['rust', 'fast_clean', 'rust_ids', 'TokenCache']
 
 # %% ../../nbs/preprocessing/04_token_cache.ipynb #26e98da7
 import importlib.util, os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
