@@ -7,7 +7,7 @@ from torch import nn
 
 from mobileclip_nb.train.distributed import current_ranks
 from mobileclip_nb.loaders.compose import Slice
-from mobileclip_nb.train import loop
+from mobileclip_nb.train import between_steps
 from mobileclip_nb.train.loop import plain
 from mobileclip_nb.train.checkpoint import checkpoints, load_run, read_checkpoint
 from mobileclip_nb.train.statistics import is_lagging, recompute_statistics
@@ -106,14 +106,14 @@ def test_a_resumed_run_knows_its_best(tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / 'best.pt')['step'] == 5 and told == [
         'goes on from step 7 of 8'
     ]
-    linked = loop.linked
+    linked = between_steps.linked
 
     def killed(path, name):
         if read_checkpoint(path)['step'] == 5:
             raise KeyboardInterrupt('killed')
         linked(path, name)
 
-    monkeypatch.setattr(loop, 'linked', killed)
+    monkeypatch.setattr(between_steps, 'linked', killed)
     with pytest.raises(KeyboardInterrupt):
         train(small(), data(), SPEC, tmp_path / 'b', Scores(), 1, progress=False, best='r1')
     assert read_checkpoint(tmp_path / 'b/best.pt')['step'] == 2  # the one before is whole

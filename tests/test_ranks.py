@@ -440,7 +440,8 @@ def test_ranks_draw_the_noise_of_the_whole_batch():
 def test_source_tells_noise_of_the_ranks(tmp_path):
     "A recipe with `psnr` reads the same pictures with the same noise on two ranks as on one"
     from PIL import Image
-    from mobileclip_nb.train.recipe import recipe, source
+    from mobileclip_nb.train.recipe import recipe
+    from mobileclip_nb.train.source import source
 
     for i in range(16):
         Image.new('RGB', (64, 64), (16 * i, 255 - 16 * i, 40)).save(tmp_path / f'{i}.png')

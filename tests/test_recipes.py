@@ -17,17 +17,11 @@ from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.models.text_repmixer import TextRepMixer
 from mobileclip_nb.models.text_transformer import TextSpec
 from mobileclip_nb.train.loop import train
-from mobileclip_nb.experiments.shipped_weights import fit, from_run
-from mobileclip_nb.train.recipe import (
-    Opening,
-    learner,
-    open_run,
-    price,
-    published_data,
-    recipe,
-    record_of,
-    source,
-)
+from mobileclip_nb.train.cost import price, published_data
+from mobileclip_nb.train.recipe import learner, recipe, record_of
+from mobileclip_nb.train.release import from_run
+from mobileclip_nb.train.run import run as run_recipe
+from mobileclip_nb.train.source import Opening, open_run, source
 from mobileclip_nb.models.zoo import build
 
 RUN = [sys.executable, '-c', 'from mobileclip_nb.cli.main import main; raise SystemExit(main())']
@@ -216,7 +210,7 @@ def test_release_of_a_short_run(tmp_path):
     out, r = tmp_path / 'run', recipe('nano-emoji').at('smoke')
     r = r.but(stream=r.stream.but(batch=8))
     data = open_run(r, tmp_path, Opening(progress=False))
-    done = fit(
+    done = run_recipe(
         data.recipe, data.source, out, progress=False, place=str(tmp_path), held_out=data.shares
     )
     raw, said = from_run(out, 'raw')
@@ -266,6 +260,8 @@ def test_tuned_weights_keep_their_statistics(tmp_path):
     def judge(model):
         return dict(loss=1.0)
 
-    runs = [fit(r, data, judge=judge, progress=False, started=name) for name in ('', 'weights')]
+    runs = [
+        run_recipe(r, data, judge=judge, progress=False, started=name) for name in ('', 'weights')
+    ]
     assert ['statistics_batches' in x.run.judged[0] for x in runs] == [True, False]
     assert all(torch.equal(a, b) for a, b in zip(*(x.run.raw.state_dict().values() for x in runs)))

@@ -18,9 +18,9 @@ from functools import partial
 
 from mobileclip_nb.train.loop import TrainSpec, plain, train as train_
 from mobileclip_nb.train.checkpoint import checkpoints, load_run
-from mobileclip_nb.train.objective import load_online
 from mobileclip_nb.train.config import LossSpec
-from mobileclip_nb.train.run import group
+from mobileclip_nb.train.objective import load_online
+from mobileclip_nb.train.process_group import group
 
 OLD = Path(__file__).parent / 'fixtures/v1'
 train = partial(train_, watch=())  # TensorBoard takes seconds to import

@@ -7,11 +7,12 @@ from test_train import LIMIT, ended, losses, quietly, server
 
 from mobileclip_nb.cli.main import main
 from mobileclip_nb.datasets.emoji import write_folder
-from mobileclip_nb.experiments.shipped_weights import fit
 from mobileclip_nb.preprocessing.tokenizer import encode
 from mobileclip_nb.train.heldout import BEST_BY
 from mobileclip_nb.train.options import run_of
-from mobileclip_nb.train.recipe import NOTE, learner, load_data, read_note, recipe, source
+from mobileclip_nb.train.recipe import NOTE, read_note, recipe
+from mobileclip_nb.train.run import run as run_recipe
+from mobileclip_nb.train.source import source
 from mobileclip_nb.train.checkpoint import load_run
 
 SHORT = ('--scale', 'smoke', '--set', 'stream.batch=8', '--rate', '100', '--json')
@@ -161,7 +162,7 @@ def test_a_run_begun_before(folder, told):
     "A run without a word of a held-out part in its note goes on with all its data and its templates, to the numbers of an unbroken one"
     r = recipe('nano-emoji').but(smoke=8).at('smoke')
     r = r.but(stream=r.stream.but(batch=8))
-    whole = fit(r, source(r, 'pics', progress=False), progress=False).run
+    whole = run_recipe(r, source(r, 'pics', progress=False), progress=False).run
 
     def stop(model, batch, spec, calls=[]):
         from mobileclip_nb.train.objective import objective
@@ -172,7 +173,7 @@ def test_a_run_begun_before(folder, told):
         return objective(model, batch, spec)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(
+        run_recipe(
             r,
             source(r, 'pics', progress=False),
             'run',
@@ -288,6 +289,44 @@ def as_rank(port, rank, words):
         raise SystemExit(1)
 
 
+def run_as_ranks(folder, words, world=2):
+    "Run torchrun's module as two ranks, and wait for both"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    ps = [
+        server().Process(target=quietly, args=(folder, k, as_rank, port, k, words))
+        for k in range(world)
+    ]
+    for p in ps:
+        p.start()
+    said = [folder / f'said{k}' for k in range(world)]
+    assert ended(*ps) == [0] * world, '\n'.join(f.read_text() for f in said)
+
+
+def test_one_experiment_has_one_id(folder, told):
+    "The console, the module and the module on two ranks write the same id, and one line each"
+    from mobileclip_nb.core.ledger import read
+    from mobileclip_nb.train.__main__ import main as module
+
+    short = ['--scale', 'smoke', '--set', 'stream.batch=8', '--device', 'cpu']
+    rank = ['nano-emoji', '--data', 'pics', *short, '--quiet', '--watch', '--resume']
+    alone = [*rank, '--out', 'b', '--ledger', 'b.jsonl']
+    pair = [*rank, '--out', 'c', '--ledger', 'c.jsonl', '--patience', '2']
+    for _ in range(2):  # the second time no step is left, and no line is written
+        assert told('train', 'pics', '--out', 'a', *short, '--resume')[0] == 0
+        assert module(alone) == 0
+        run_as_ranks(folder, pair)
+    (console,), (one,), (two,) = map(read, ('runs/ledger.jsonl', 'b.jsonl', 'c.jsonl'))
+    for line in (one, two):
+        assert (line.run, line.spec_id, line.seed) == ('nano-emoji', console.spec_id, console.seed)
+        assert (line.spec, line.scale) == (console.spec, console.scale)
+    assert console.spec_id == read_note('a').recipe.id
+    assert one.metrics['loss_nats'] == console.metrics['loss_nats']
+    assert one.metrics['heldout_i2t_r1'] == console.metrics['heldout_i2t_r1']
+    assert two.metrics['ranks'] == 2
+
+
 def test_two_ranks_say_the_price_once(folder):
     "The price is measured by both ranks and said by the first; so are the held-out part and its recall, and the run goes on on both"
     words = [
@@ -307,17 +346,8 @@ def test_two_ranks_say_the_price_once(folder):
         '2',
         '--resume',
     ]
-    for k in range(2):
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        ps = [
-            server().Process(target=quietly, args=(folder, k, as_rank, port, k, words))
-            for k in range(2)
-        ]
-        for p in ps:
-            p.start()
-        assert ended(*ps) == [0, 0], (folder / 'said0').read_text() + (folder / 'said1').read_text()
+    for _ in range(2):
+        run_as_ranks(folder, words)
     first, second = (folder / 'said0').read_text(), (folder / 'said1').read_text()
     assert (
         second == ''

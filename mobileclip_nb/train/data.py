@@ -27,27 +27,23 @@ EMOJI = {
     'emoji': ('train', HANDS[:1]),
     'emoji-openmoji': ('train', HANDS[1:]),
     'emoji-all': ('all', HANDS),
-}  # split and hands
+}  # split and art styles
 
 
 def has_shards(
     place: str | Path,
 ) -> bool:
-    "Tell shards from pictures with captions: a .tar, a pattern, or a folder with a .tar somewhere in it"
+    "Whether a place is shards: a .tar, a pattern, or a folder with a .tar in it"
     text = str(place)
-    return (
-        text.endswith('.tar')
-        or any(c in text for c in '{*')
-        or '://' in text
-        or Path(text).is_dir()
-        and next(Path(text).rglob('*.tar'), None) is not None
-    )
+    if text.endswith('.tar') or '://' in text or any(c in text for c in '{*'):
+        return True
+    return Path(text).is_dir() and next(Path(text).rglob('*.tar'), None) is not None
 
 
 def is_own(
     data: str | Path,  # a place, or several as `A:3,B:1`
 ) -> bool:
-    "Tell pictures of one's own, alone or in a mixture, from emoji and shards"
+    "Whether the user's own pictures are among the places, as opposed to emoji and shards"
     return any(p.place not in EMOJI and not has_shards(p.place) for p in parts(str(data)))
 
 # %% ../../nbs/train/29_data.ipynb #998d4b5c
@@ -56,7 +52,7 @@ def load_data(
     | Path,  # a word of `EMOJI`, or what `read_pairs` understands: a folder or captions file
     side: int,  # pixels
     skin_tones: bool = False,  # emoji: variants with skin tones too
-    say: Callable[[str], None] = lambda text: None,  # told what was left out, and who drew the art
+    say: Callable[[str], None] = lambda text: None,  # receives what was left out, and credits
     progress: bool = True,  # draw a progress bar while decoding
     resize: str = 'bilinear',  # of files, as the model's record says: or `bicubic`
 ) -> PairData:
@@ -71,7 +67,8 @@ def load_data(
         )
     if has_shards(data):
         raise ValueError(
-            f"{Path(data).name!r} holds shards, which are read as a stream and not into memory: use source(recipe, {str(data)!r})"
+            f"{Path(data).name!r} holds shards, which are read as a stream and not into memory: "
+            f"use source(recipe, {str(data)!r})"
         )
     pairs = read_pairs(data)
     say(str(pairs.report))
@@ -95,7 +92,7 @@ def load_parts(
     | Sequence[float]
     | None = 0.0,  # share kept out, of all places or of each; None chooses
     skin_tones: bool = False,  # emoji: variants with skin tones too
-    say: Callable[[str], None] = lambda text: None,  # told what was found and left out
+    say: Callable[[str], None] = lambda text: None,  # receives what was found and left out
     progress: bool = True,  # draw progress bars while decoding
 ) -> list[Loaded]:  # one a place
     "Read the pictures of every place, a share of them apart; shards stay where they are"
@@ -216,7 +213,7 @@ def divide_batch(
             return [world * (full | due)[i] for i in range(len(room))]
         full |= over
 
-
+# %% ../../nbs/train/29_data.ipynb #41b68126
 def old_batch(
     batch: int,  # pairs a step, over all ranks
     weights: Sequence[float],  # of the places
