@@ -16,11 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
-
 from filelock import lock_descriptor
 
-from .runtime import SCALES, suggest, scale as scale_now
-from .config import Spec
+from .config import SCALES, Spec, scale as scale_now
+from .runtime.errors import suggest
 
 # %% ../../nbs/core/05_ledger.ipynb #481938b6
 def _package_folder() -> Path:

@@ -22,7 +22,13 @@ from ..datasets.pairs import Pairs
 from ..preprocessing.images import open_image
 from ..preprocessing.transform import center_square
 from ..augment.fast_operations import look_up_values
-from ..augment.jitter import STILL, Jitter, JitterParams, apply_jitter, draw_jitter
+from mobileclip_nb.augment.pipeline.jitter import (
+    STILL,
+    Jitter,
+    JitterParams,
+    apply_jitter,
+    draw_jitter,
+)
 from ..core.config import Spec
 from ..core.runtime import digest_keys
 from ..preprocessing.tokenizer import tokenize

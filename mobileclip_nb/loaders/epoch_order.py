@@ -6,11 +6,12 @@
 __all__ = ['BLOCK', 'generator', 'Slot', 'Layout', 'Order', 'Mix']
 
 # %% ../../nbs/loaders/00_epoch_order.ipynb #a271b63e
-import hashlib, json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from ..core.runtime import digest_keys
 
 # %% ../../nbs/loaders/00_epoch_order.ipynb #cc009800
 def generator(
@@ -18,8 +19,7 @@ def generator(
     *where: str | int,  # what is drawn, and when
 ) -> np.random.Generator:
     "A generator that depends on its arguments only"
-    text = json.dumps([seed, *where])
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = digest_keys(seed, *where)
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], 'big')))
 
 # %% ../../nbs/loaders/00_epoch_order.ipynb #3d26bad6

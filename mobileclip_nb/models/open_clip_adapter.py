@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'OURS', 'IGNORED', 'HANDLED', 'Tower', 'Visual', 'Text', 'preprocess_cfg', 'to_open_clip', 'check_version',
-           'write_configs', 'create_ours', 'register_open_clip', 'run_tool', 'main']
+           'write_configs', 'create_ours', 'register_open_clip']
 
 # %% ../../nbs/models/09_open_clip_adapter.ipynb #85931e02
-import functools, hashlib, json, sys
-from collections.abc import Sequence, Callable
-from importlib import metadata, util
+from collections.abc import Callable
 from pathlib import Path
-from runpy import run_module
 from typing import Any
 import torch
 from torch import nn, Tensor
+import functools, hashlib, json
 
-from ..core.runtime import atomic_write, cache_dir
+from ..core.files import atomic_write, cache_dir
 from .clip import CLIP
 from .factory import create_model
 from .zoo import Record, build, find_record
@@ -277,49 +275,3 @@ def register_open_clip(
     known = getattr(present, 'known', {}) | names
     open_clip.factory.create_model = open_clip.create_model = _replacement(original, known)
     return list(names)
-
-# %% ../../nbs/models/09_open_clip_adapter.ipynb #168f30b0
-def run_tool(
-    tool: str,  # a console command or a module
-    args: list[str],  # its arguments
-) -> Any:  # the command's result; for a module its names
-    "Register our models with open_clip, then run an existing tool"
-    register_open_clip()
-    sys.argv = [tool, *args]
-    commands = list(metadata.entry_points(group='console_scripts', name=tool))
-    if commands:
-        return commands[0].load()()
-    try:
-        spec = util.find_spec(tool)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None:
-        package = tool.split('.')[0]
-        raise ModuleNotFoundError(
-            f"No console command and no module named {tool!r}; "
-            f"install the package that brings it (pip install {package})"
-        )
-    return run_module(tool, run_name='__main__', alter_sys=True)
-
-# %% ../../nbs/models/09_open_clip_adapter.ipynb #1ca25682
-def main(
-    argv: Sequence[str] | None = None,  # the tool and its arguments; None takes the process's
-) -> int:  # exit status: that of the tool, or 2 where it could not be run
-    "Run a tool from a shell; a missing tool or package gives one line on standard error"
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words:
-        sys.stderr.write(
-            'usage: python -m mobileclip_nb.models.open_clip_adapter TOOL [ARGUMENT ...]\n'
-        )
-        return 2
-    try:
-        result = run_tool(words[0], words[1:])
-    except ModuleNotFoundError as e:
-        remedy = f'; {words[0]} needs it: pip install {e.name}' if e.name else ''
-        sys.stderr.write(f'{words[0]}: {e}{remedy}\n')
-        return 2
-    return result if isinstance(result, int) else 0
-
-
-if __name__ == '__main__' and __package__:
-    raise SystemExit(main())

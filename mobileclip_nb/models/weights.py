@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..blocks.reparam import fold
-from ..core.runtime import suggest, atomic_write
+from ..core.files import atomic_write
+from ..core.runtime.errors import suggest
 from .clip import CLIP
 from mobileclip_nb.models.key_maps import (
     form_of,

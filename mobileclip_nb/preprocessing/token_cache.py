@@ -10,12 +10,11 @@ import importlib.util, os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.runtime import import_optional
+from ..core.runtime.errors import import_optional
 from mobileclip_nb.preprocessing.tokenizer import (
     EOT,
     PAD,

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..augment.pipeline import apply, pack, rng_for, sample as draw, unpack
 from ..core.processes import Prefetcher
-from ..datasets.pairs import open_image
+from ..preprocessing.images import open_image
 from .captioner import load_captioner
 from .recipe import ReinforceSpec
 from .teachers import load_ensemble

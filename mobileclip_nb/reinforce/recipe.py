@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ..augment.pipeline import DATACOMPDR, AugmentSpec
+from ..augment.pipeline import AugmentSpec, DATACOMPDR
 from ..core.config import Spec
-from ..core.runtime import suggest
+from ..core.runtime.errors import suggest
+from ..preprocessing.images import open_image
 from .captioner import CaptionerSpec
 from .teachers import TeacherSpec
 from ..shards.sample import StoreSpec

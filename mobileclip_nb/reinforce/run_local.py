@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import torch
 from tqdm import tqdm
+
+from ..core.files import lock_folder, make_writable
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #5c7bc18b
 from mobileclip_nb.core.files import (
@@ -57,13 +58,12 @@ from mobileclip_nb.shards.job import (
     as_json,
     check_apart,
     find_foreign_files,
-    lock_folder,
-    make_writable,
     mark_done,
     mark_failed,
     name_outputs,
     survey,
 )
+from ..core.files import lock_folder, make_writable
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #988782a3
 class _Piece(NamedTuple):

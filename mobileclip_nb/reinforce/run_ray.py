@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import numpy as np
 
-from ..core.runtime import import_optional
 from ..core.files import without_secrets
-from ..shards.job import Job, mark_failed
-from .run_local import Loader, ReinforceReport, run_jobs, stream
-from .recipe import ReinforceSpec
-from .annotate import load_models
-from ..shards.tar import tar_file
-from ..shards.sample import Sample, to_members
 from ..core.processes import Event
+from ..core.runtime.errors import import_optional
+from .annotate import load_models
+from .recipe import ReinforceSpec
+from .run_local import Loader, ReinforceReport, run_jobs, stream
+from ..shards.job import Job, mark_failed
+from ..shards.sample import Sample, to_members
+from ..shards.tar import tar_file
 
 # %% ../../nbs/reinforce/06_run_ray.ipynb #2844dcb9
 class Reinforcer:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'TeacherSpec', 'Squashed', 'parse_preprocessing', 'check_gelu', 'Teacher', 'load_teacher', 'Ensemble',
-           'load_ensemble', 'join_embeddings', 'split']
+           'load_ensemble', 'join_embeddings']
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #ba559872
 import math, pickle
@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn, Tensor
 
-from ..models.weights import is_place
-from ..models.factory import create_model
-from ..core.runtime import suggest
-from ..preprocessing.transform import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 from ..core.config import Spec
-from ..preprocessing.tokenizer import tokenize
+from ..core.runtime.errors import suggest
+from ..models.factory import create_model
+from ..models.weights import is_place
 from ..models.zoo import find_record
+from ..preprocessing.tokenizer import tokenize
+from ..preprocessing.transform import FILTERS, OPENAI_MEAN, OPENAI_STD, Pixels, rgb
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #b4d47149
 HOMES = ('hf-hub:', 'local-dir:')  # prefixes of places that hold a model with its weights
@@ -343,16 +342,3 @@ def join_embeddings(
 ) -> Tensor:  # `(B, D)`
     "Embeddings side by side, lengths unchanged, as shards store them (MobileCLIP, released data)"
     return torch.cat(list(parts.values()), dim=-1)
-
-
-def split(
-    rows: Tensor,  # `(..., D)`
-    widths: Sequence[int],  # D_k, their sum is D
-) -> tuple[Tensor, ...]:  # `(..., D_k)` each
-    "Undo `join_embeddings`"
-    if rows.shape[-1] != sum(widths):
-        raise ValueError(
-            f"Rows are {rows.shape[-1]} wide and teachers {tuple(widths)} give {sum(widths)}; "
-            "these rows come from other teachers"
-        )
-    return torch.split(rows, list(widths), dim=-1)

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core.runtime import suggest, import_optional
+from ..core.runtime.errors import suggest, import_optional, Faulty
 from ..datasets.emoji import attribution, load_emoji
 from ..datasets.caption_noise import NoiseSpec
-from ..datasets.pairs import SUFFIXES, open_image, read_pairs
+from ..datasets.pairs import SUFFIXES, read_pairs
+from ..preprocessing.images import open_image
 from ..core.files import join_url, list_shards, last_part, write_bytes
 from .io import Skips, read_shard
 from mobileclip_nb.shards.job import (
@@ -34,7 +35,7 @@ from mobileclip_nb.shards.job import (
     find_shards,
     file_size,
 )
-from .safe_io import Faulty, Limits, read_json
+from .safe_io import Limits, read_json
 from .sample import Sample
 from ..core.config import Spec
 

@@ -6,38 +6,35 @@
 __all__ = ['DONE', 'FAILED', 'FATAL', 'file_size', 'find_shards', 'find_foreign_files', 'as_line', 'as_json', 'fingerprint_rows',
            'fingerprint_file', 'marker_url', 'read_marker', 'name_outputs', 'Job', 'marker', 'describe_error',
            'mark_done', 'mark_failed', 'Survey', 'survey', 'LeftOut', 'ShardsReport', 'ShardJob', 'finish_job',
-           'read_report', 'check_apart', 'make_writable', 'lock_folder']
+           'read_report', 'check_apart']
 
 # %% ../../nbs/shards/08_job.ipynb #6b210bea
 import errno, hashlib, json, os, re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import fsspec
-from filelock import FileLock, Timeout
 
 from mobileclip_nb.core.files import (
     exists,
     is_local,
     join_url,
-    list_shards,
     last_part,
     list_folder,
+    list_shards,
+    open_for_writing,
     read_bytes,
     remove,
     remove_partial,
     without_secrets,
     write_bytes,
-    open_for_writing,
 )
-from .io import MANIFEST, PUBLISHED, Entry, write_manifests, write_shard
-from .sample import Sample
 from ..core.processes import Event
+from .io import Entry, MANIFEST, PUBLISHED, write_manifests, write_shard
+from .sample import Sample
 
 # %% ../../nbs/shards/08_job.ipynb #72bfcb09
 def file_size(
@@ -254,7 +251,7 @@ def survey(
     if other:
         raise ValueError(
             f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, "
-            f"were made from "
+            "were made from "
             f"other inputs of the same name. Choose another folder; or, if the input was "
             f"corrected, remove those shards there and run again"
         )
@@ -313,7 +310,7 @@ def _begun(
     if not isinstance(had, dict):
         raise ValueError(
             f"{without_secrets(place)!r} does not say what job was begun here, "
-            f"so its folder is not used; "
+            "so its folder is not used; "
             f"choose an empty folder"
         )
     known = 'place' in had and (not is_local(had['place']) or exists(had['place']))
@@ -347,7 +344,7 @@ class ShardJob:
         if foreign:
             raise ValueError(
                 f"{last_part(out)} holds {foreign}, which is not of this job; "
-                f"choose an empty folder"
+                "choose an empty folder"
             )
         if had is not None:
             _check_same(out, had, job)
@@ -432,9 +429,7 @@ def read_report(
 
 # %% ../../nbs/shards/08_job.ipynb #4ac46c65
 # fmt: off
-FATAL = {  # the next shard would fail too
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR,
-}
+FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}  # the next shard would fail too
 # fmt: on
 
 
@@ -459,43 +454,6 @@ def check_apart(
     above = any(_real(shard).startswith(target) for shard in shards.values())
     if below or above:
         raise ValueError(
-            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r}"
-            f" lie in each other; what comes out would go in again. "
-            f"Choose an output folder of its own"
+            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} lie in each other; what comes out "
+            f"would go in again. Choose an output folder of its own"
         )
-
-
-def make_writable(folder: str) -> None:
-    "Create a local folder, or raise OSError if it cannot be written to"
-    path = Path(folder.removeprefix('file://'))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / '.lock').touch()
-    except OSError as e:
-        raise type(e)(
-            e.errno,
-            f"cannot write to {without_secrets(folder)!r} ({e.strerror}); choose another folder or "
-            f"change its permissions",
-        ) from None
-
-# %% ../../nbs/shards/08_job.ipynb #dc6421a2
-@contextmanager
-def lock_folder(out: str) -> Iterator[None]:
-    "Hold the lock of a local folder and remove the temporary files of killed runs"
-    if not is_local(out):
-        yield
-        return
-    path = Path(out.removeprefix('file://'), '.lock')
-    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"Another run is writing to {without_secrets(out)!r}. "
-            f"Wait until it ends, or choose another folder"
-        ) from None
-    try:
-        remove_partial(out)
-        yield
-    finally:
-        lock.release()

@@ -17,10 +17,10 @@ from mobileclip_nb.train.options import (
     LAUNCH_OPTIONS,
     OPTIONS,
     add_options,
-    announced,
+    describe_run,
     run_config,
     opening_of,
-    ready,
+    check_folder,
     recipe_of,
 )
 from .run import RunResult, run
@@ -90,8 +90,8 @@ def train_rank(
     set_threads(args.threads)
     r, how, first = recipe_of(args), opening_of(args), not _rank()[0]
     if first:
-        _say(announced(r, args.scale))
-        ready(args.out, args.resume, r, args.data, how)
+        _say(describe_run(r, args.scale))
+        check_folder(args.out, args.resume, r, args.data, how)
     device = own_device(args.device)
 
     def before(model: CLIP, data: RunData) -> None:

@@ -17,21 +17,21 @@ import torch
 from torch import nn
 
 from ..loaders.batches import Batches
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from .distributed import current_ranks
 from ..core.config import Spec
 from .log import Log
 from .objective import objective as plain
-from .sharding import any_rank, broadcast_bytes
+from .distributed import any_rank, broadcast_bytes
 from mobileclip_nb.train.checkpoint import (
     BEST,
     State,
-    TrainSpec,
     find_best,
     link_file,
     save_state,
     trained_model,
 )
+from .config import TrainSpec
 from .statistics import BATCHES, Recomputed, recompute_statistics
 from .step import place_batch
 

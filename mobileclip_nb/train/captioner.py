@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'WEB', 'names_of', 'good_captions', 'noisy_caption', 'emoji_captions', 'CocaLoss', 'coca_loss',
-           'CaptionRecipe', 'prepare_images', 'caption_scores', 'emoji_scores', 'CaptionFit', 'RunConfig',
+           'CaptionRecipe', 'prepare_images', 'caption_scores', 'emoji_scores', 'CaptionFit', 'CaptionerRunConfig',
            'fit_captioner', 'make_captioner', 'extend_vocabulary', 'FinetuneConfig', 'finetune_captioner']
 
 # %% ../../nbs/train/42_captioner.ipynb #3db40808
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..loaders.batches import Batch, Batches, BatchSpec, PairData, from_pairs, pair_data
-from ..augment.jitter import Jitter
+from ..augment.pipeline.jitter import Jitter
 from mobileclip_nb.reinforce.captioner import (
     ATTRIBUTION,
     NANO,
@@ -42,7 +42,7 @@ from mobileclip_nb.reinforce.caption_sampling import (
     decode_text,
 )
 from ..core.runtime import seed_all
-from ..core.errors import suggest
+from ..core.runtime.errors import suggest
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
 from ..core.ledger import append, record_run as run_record
 from ..losses.contrastive import clip_loss
@@ -318,7 +318,7 @@ class CaptionFit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class CaptionerRunConfig:
     "How a captioner's training is carried out; no influence on its result"
 
     out: str | Path | None = None  # the runs' folder; without one nothing is saved
@@ -333,7 +333,7 @@ def _stage(
     batches: Batches,
     spec: TrainSpec,
     stage: str,  # subfolder
-    run: RunConfig,
+    run: CaptionerRunConfig,
     **more: Any,  # of `train`
 ) -> Trained:
     "Train one stage"
@@ -349,7 +349,7 @@ def fit_captioner(
     noisy: PairData,  # for the first stage
     good: PairData,  # for the second
     judge: Callable[[nn.Module, Vocab], dict[str, float]] | None = None,  # evaluates the result
-    run: RunConfig = RunConfig(),
+    run: CaptionerRunConfig = CaptionerRunConfig(),
 ) -> CaptionFit:
     "Train a captioner in two stages: many noisy captions, then clean ones (MobileCLIP2 §3.2)"
     vocab = Vocab.for_texts({c for d in (noisy, good) for captions in d.captions for c in captions})
@@ -390,7 +390,7 @@ def make_captioner(
         for s in ('noisy', 'good')
     )
     evaluate = partial(emoji_scores, limit=limit, skin_tones=r.skin_tones)
-    run = RunConfig(out, True, ledger, scale, progress)
+    run = CaptionerRunConfig(out, True, ledger, scale, progress)
     done = fit_captioner(r, noisy, good, evaluate, run)
     save_captioner(done.captioner, dest)
     return done

@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'OptimSpec', 'LossSpec', 'TrainSpec']
 from dataclasses import dataclass
 
 from ..core.config import Spec
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from ..losses.distillation import expand_scales
 
 # %% ../../nbs/train/00_config.ipynb #1c0f4430

@@ -21,7 +21,7 @@ from ..shards.job import file_size
 from .loop import train
 from .recipe import Recipe
 from .source import source_parts
-from .checkpoint import TrainSpec
+from .config import TrainSpec
 
 # %% ../../nbs/train/33_cost.ipynb #8ae97f22
 def format_bytes(n: float, unit: str = 'B') -> str:

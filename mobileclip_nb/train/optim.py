@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.runtime import suggest
+from ..core.errors import suggest
 from .config import PARTS, OptimSpec
 
 # %% ../../nbs/train/01_optim.ipynb #0477cba6

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..core.runtime import pick_device
 from .distributed import Ranks, current_ranks
-from .sharding import broadcast_bytes
+from .distributed import broadcast_bytes
 from .recipe import NOTE, Note, note_to_resume, parse_note
 
 # %% ../../nbs/train/34_process_group.ipynb #4256bf1f

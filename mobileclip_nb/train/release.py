@@ -16,8 +16,8 @@ from torch import nn
 
 from ..models.weights import save_weights
 from ..models.clip import CLIP
-from ..core.runtime import suggest
-from .freeze import freeze
+from ..core.errors import suggest
+from .optim import freeze
 from .loop import Trained
 from .between_steps import refresh_model
 from .recipe import Note, read_note

@@ -25,11 +25,11 @@ from mobileclip_nb.train.data import (
     describe_split,
     describe_texts,
     divide_batch,
-    has_shards,
+    is_shards,
     held_of,
     is_own,
     load_parts,
-    need_two,
+    check_pairs,
     old_batch,
     reader_count,
 )
@@ -59,7 +59,7 @@ def _check_teachers(r: Recipe, place: str) -> None:
     "Raise an error where the recipe learns from teacher embeddings and the place has none"
     if not r.train.loss.distill or r.train.loss.online:
         return
-    if not (place in EMOJI or Path(place).exists()) or has_shards(place):
+    if not (place in EMOJI or Path(place).exists()) or is_shards(place):
         return
     raise ValueError(
         f"{place!r} holds pictures with captions, and {r.name} learns from teachers' rows, which "
@@ -101,7 +101,7 @@ def _divide(
     counts = divide_batch(r.stream.batch, weights, sizes, world)
     there = ', '.join(f'{n} pictures in {l.place}' for l, n in zip(loaded, sizes) if n is not None)
     total = sum(counts)
-    need_two(total, f' of {r.stream.batch} asked for ({there})' if there else '')
+    check_pairs(total, f' of {r.stream.batch} asked for ({there})' if there else '')
     if total < r.stream.batch:
         say(f'{total} pairs a step instead of {r.stream.batch}: there are {there}')
     for l, n, k, due in zip(loaded, sizes, counts, shares(total, weights)):

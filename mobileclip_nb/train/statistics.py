@@ -15,12 +15,16 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..loaders.batches import Batch
-from .distributed import Ranks, current_ranks
+from mobileclip_nb.train.distributed import (
+    Ranks,
+    any_rank,
+    current_ranks,
+    sum_over_ranks,
+    sync_norms,
+)
 from ..losses.contrastive import to_full_precision
-from .sync_norm import sum_over_ranks, sync_norms
 from .accumulate import split_batch
 from .objective import encode_batch
-from .sharding import any_rank
 
 # %% ../../nbs/train/13_statistics.ipynb #95502d44
 class Sums:
@@ -141,7 +145,7 @@ def recompute_statistics(
     return Recomputed(new, n * ranks.world if moved else 0)
 
 # %% ../../nbs/train/13_statistics.ipynb #b88d0026
-# a run of fewer than MEMORIES / momentum steps lags; measured in `experiments/01_efficiency`
+# A run of fewer than MEMORIES / momentum steps lags; measured in `experiments/01_efficiency`
 MEMORIES = 10
 
 

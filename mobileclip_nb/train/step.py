@@ -19,8 +19,10 @@ from .distributed import current_ranks
 from .optim import clamp_scale, lr_at, set_lr
 from .accumulate import accumulate_gradient
 from .objective import objective as plain
-from .sharding import average_rest, clip_gradient, mean_over_ranks
-from .checkpoint import State, TrainSpec, save_state
+from .sharding import average_rest, clip_gradient
+from .distributed import mean_over_ranks
+from .checkpoint import State, save_state
+from .config import TrainSpec
 
 # %% ../../nbs/train/21_step.ipynb #7c416edf
 class Step(NamedTuple):
