@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mobileclip_nb.loaders.batches import Batch, Batches, BatchSpec, pair_data
-from mobileclip_nb.augment.pipeline.jitter import STILL
+from mobileclip_nb.augment.jitter import STILL
 from mobileclip_nb.blocks.reparam import randomize_
 from mobileclip_nb.models.clip import CLIP
 from mobileclip_nb.train.optim import freeze

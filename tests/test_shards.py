@@ -23,7 +23,7 @@ from mobileclip_nb.shards.io import (
     write_shard,
 )
 from mobileclip_nb.shards.safe_io import Limits
-from mobileclip_nb.core.runtime.errors import Faulty
+from mobileclip_nb.core.errors import Faulty
 from mobileclip_nb.shards.sample import (
     Sample,
     StoreSpec,
