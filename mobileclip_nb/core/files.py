@@ -126,8 +126,8 @@ def _without_secrets(
         raise FileNotFoundError(f"Nothing at {without_secrets(url)!r} to {what}") from None
     except (IsADirectoryError, NotADirectoryError):
         raise ValueError(
-            f"Cannot {what} {without_secrets(url)!r}: it, or a part of its path, is of the wrong kind "
-            "(a folder, a file)"
+            f"Cannot {what} {without_secrets(url)!r}: it, or a part of its path, "
+            "is of the wrong kind (a folder, a file)"
         ) from None
     except ImportError as e:
         raise ModuleNotFoundError(
@@ -357,8 +357,8 @@ def list_shards(
     found = [file for file in found if '/.' not in '/' + file[len(top) :]]
     if not found:
         raise FileNotFoundError(
-            f"No shards at {without_secrets(place)!r}; give a .tar file, a folder with some, a glob, "
-            "or braces such as {0000..0003}.tar"
+            f"No shards at {without_secrets(place)!r}; "
+            "give a .tar file, a folder with some, a glob, or braces such as {0000..0003}.tar"
         )
     if not is_local(text):
         return sorted(fs.unstrip_protocol(file) for file in found)

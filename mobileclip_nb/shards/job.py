@@ -251,8 +251,8 @@ def survey(
     other = [j.name for j in skipped if j.source and done[j.name]['source'] not in ('', j.source)]
     if other:
         raise ValueError(
-            f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, were made from "
-            f"other inputs of the same name. Choose another folder; or, if the input was "
+            f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, "
+            f"were made from other inputs of the same name. Choose another folder; or, if the input was "
             f"corrected, remove those shards there and run again"
         )
     return Survey([job for job in jobs if job.name not in done], done, len(skipped))
@@ -309,8 +309,8 @@ def _begun(
         had = None
     if not isinstance(had, dict):
         raise ValueError(
-            f"{without_secrets(place)!r} does not say what job was begun here, so its folder is not used; "
-            f"choose an empty folder"
+            f"{without_secrets(place)!r} does not say what job was begun here, "
+            f"so its folder is not used; choose an empty folder"
         )
     known = 'place' in had and (not is_local(had['place']) or exists(had['place']))
     return had if known or 'place' not in job else had | dict(place=job['place'])
@@ -342,7 +342,8 @@ class ShardJob:
         foreign = find_foreign_files(out) if had is None else ''
         if foreign:
             raise ValueError(
-                f"{last_part(out)} holds {foreign}, which is not of this job; choose an empty folder"
+                f"{last_part(out)} holds {foreign}, which is not of this job; "
+                "choose an empty folder"
             )
         if had is not None:
             _check_same(out, had, job)
@@ -452,6 +453,6 @@ def check_apart(
     above = any(_real(shard).startswith(target) for shard in shards.values())
     if below or above:
         raise ValueError(
-            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} lie in each other; what comes out "
-            f"would go in again. Choose an output folder of its own"
+            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} "
+            f"lie in each other; what comes out would go in again. Choose an output folder of its own"
         )
