@@ -252,7 +252,8 @@ def survey(
     if other:
         raise ValueError(
             f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, "
-            f"were made from other inputs of the same name. Choose another folder; or, if the input was "
+            f"were made from other inputs of the same name. "
+            f"Choose another folder; or, if the input was "
             f"corrected, remove those shards there and run again"
         )
     return Survey([job for job in jobs if job.name not in done], done, len(skipped))
@@ -454,5 +455,6 @@ def check_apart(
     if below or above:
         raise ValueError(
             f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} "
-            f"lie in each other; what comes out would go in again. Choose an output folder of its own"
+            f"lie in each other; what comes out would go in again. "
+            f"Choose an output folder of its own"
         )
