@@ -27,8 +27,6 @@ from mobileclip_nb.losses.contrastive import (
     sigmoid_contrast,
 )
 
-pass
-
 # %% ../../nbs/losses/01_distillation.ipynb #4b88e211
 def expand_scales(
     scales: float | Sequence[float],  # logit scales, above 0; one serves all
