@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..preprocessing.resize import FILTERS, resample
 from ..core.config import Spec, plain
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..core.runtime import digest_keys
 from mobileclip_nb.augment.operations import (
     OPS,

@@ -16,7 +16,7 @@ from PIL import Image
 from .operations import draw_integer
 from .pipeline import Params
 from ..core.config import Spec
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 
 # %% ../../nbs/augment/03_range_augment.ipynb #999a0317
 def _scale_around(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..core.ledger import markdown_table
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 
 # %% ../../nbs/bench/00_latency.ipynb #0546c3f7
 def time_rounds(

@@ -20,7 +20,7 @@ from PIL import Image
 from ..augment.operations import OPS
 from ..augment.pipeline import DATACOMPDR, pack, rng_for, sample as draw_params, unpack
 from ..core.ledger import markdown_table
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from ..datasets.emoji import load_emoji
 from ..loaders.replay import jpeg_head, upper_rows, view
 from ..loaders.select import StreamSpec, stored

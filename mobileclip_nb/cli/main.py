@@ -309,7 +309,7 @@ def run_demo(
 ) -> int:  # exit status
     "Run the demo notebook; keep it and an HTML page"
     from mobileclip_nb.core.files import atomic_write
-    from mobileclip_nb.core.runtime.errors import import_optional
+    from mobileclip_nb.core.errors import import_optional
 
     nbformat, nbconvert = import_optional('nbformat', 'lab'), import_optional('nbconvert', 'lab')
     for package, extra in DEMO_NEEDS.items():

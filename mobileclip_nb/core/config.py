@@ -10,7 +10,7 @@ import dataclasses, hashlib, json, os, types, typing
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
-from .runtime.errors import suggest
+from .errors import suggest
 
 # %% ../../nbs/core/01_config.ipynb #d61aa803
 @dataclass(frozen=True, repr=False)

@@ -128,8 +128,7 @@ def _without_secrets(
     except (IsADirectoryError, NotADirectoryError):
         raise ValueError(
             f"Cannot {what} {without_secrets(url)!r}: it, or a part of its path, "
-            "is of the wrong kind "
-            "(a folder, a file)"
+            "is of the wrong kind (a folder, a file)"
         ) from None
     except ImportError as e:
         raise ModuleNotFoundError(
@@ -359,9 +358,8 @@ def list_shards(
     found = [file for file in found if '/.' not in '/' + file[len(top) :]]
     if not found:
         raise FileNotFoundError(
-            f"No shards at {without_secrets(place)!r}; give a .tar file, a folder with some, "
-            "a glob, "
-            "or braces such as {0000..0003}.tar"
+            f"No shards at {without_secrets(place)!r}; "
+            "give a .tar file, a folder with some, a glob, or braces such as {0000..0003}.tar"
         )
     if not is_local(text):
         return sorted(fs.unstrip_protocol(file) for file in found)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from filelock import lock_descriptor
 
 from .config import SCALES, Spec, scale as scale_now
-from .runtime.errors import suggest
+from .errors import suggest
 
 # %% ../../nbs/core/05_ledger.ipynb #481938b6
 def _package_folder() -> Path:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from .runtime.errors import suggest
+from .errors import suggest
 
 # %% ../../nbs/core/06_papers.ipynb #4362022e
 class Cell(NamedTuple):

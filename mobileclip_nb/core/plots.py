@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .runtime.errors import suggest, import_optional
+from .errors import suggest, import_optional
 
 # %% ../../nbs/core/07_plots.ipynb #89976120
 COLORS = dict(

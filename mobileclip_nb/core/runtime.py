@@ -10,7 +10,7 @@ import ctypes, hashlib, importlib, json, pickle, random, sys
 from collections.abc import Callable
 from functools import cache
 
-from .runtime.errors import suggest
+from .errors import suggest
 
 # %% ../../nbs/core/03_runtime.ipynb #a3fd2985
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..core.config import Spec
 
 # %% ../../nbs/datasets/01_caption_noise.ipynb #467550fe

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..core.files import cache_dir, atomic_write
-from ..core.runtime.errors import suggest, import_optional
+from ..core.errors import suggest, import_optional
 from .caption_noise import NoiseSpec, add_caption_noise
 
 # %% ../../nbs/datasets/02_emoji.ipynb #176530ec

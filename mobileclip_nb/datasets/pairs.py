@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..core.ledger import markdown_table
 from ..preprocessing.images import open_image
 

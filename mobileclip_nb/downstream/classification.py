@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..loaders.batches import seeded
 from ..core.runtime import pick_device, seed_all
 from ..core.files import atomic_write
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..datasets.emoji import attribution, concepts, draw_all
 from ..models.mci import MCI, MCi
 from ..core.config import Spec

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.ledger import Run, append, read, record_run as run_record
 from ..core.plots import COLORS, ROLES, figure, style
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from mobileclip_nb.experiments.efficiency_run import (
     ARMS,
     Arm,

@@ -22,7 +22,7 @@ from ..augment.pipeline import AugmentSpec
 from ..core.config import Spec
 from ..core.files import atomic_write
 from ..core.runtime import seed_all
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..datasets.caption_noise import NoiseSpec, add_caption_noise
 from ..datasets.emoji import load_emoji
 from ..evaluate.retrieval import retrieval

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.files import lock_folder, sha256
 from ..core.ledger import Run, code_version, read, spread
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..datasets.emoji import TEMPLATES, concepts
 from ..evaluate.runs import emoji_judge, seen_judge
 from ..models.zoo import find_record

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core.runtime import pick_device
 from ..core.files import atomic_write
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from mobileclip_nb.inference.predict import (
     IMAGES,
     check_positive,

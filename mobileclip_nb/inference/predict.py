@@ -24,7 +24,7 @@ import warnings
 from ..core.files import atomic_write
 from ..core.processes import Prefetcher
 from ..core.runtime import pick_device
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from ..preprocessing.images import open_image
 from ..models.clip import CLIP
 from ..models.factory import create_model

@@ -22,7 +22,7 @@ from ..datasets.pairs import Pairs
 from ..preprocessing.images import open_image
 from ..preprocessing.transform import center_square
 from ..augment.fast_operations import look_up_values
-from mobileclip_nb.augment.pipeline.jitter import (
+from mobileclip_nb.augment.jitter import (
     STILL,
     Jitter,
     JitterParams,

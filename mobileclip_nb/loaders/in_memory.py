@@ -18,7 +18,7 @@ from tqdm import tqdm
 from typing import NamedTuple
 
 from ..augment.pipeline import unpack
-from ..core.runtime.errors import Faulty, suggest
+from ..core.errors import Faulty, suggest
 from mobileclip_nb.loaders.batches import (
     Batch,
     BatchChoice,
@@ -28,7 +28,7 @@ from mobileclip_nb.loaders.batches import (
     seeded,
     tokenize_captions,
 )
-from ..augment.pipeline.jitter import Jitter, STILL
+from ..augment.jitter import Jitter, STILL
 from .select import Transform
 from ..preprocessing.tokenizer import tokenize
 from ..shards.io import Skips, read_shard

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..augment.pipeline import rng_for
-from ..augment.pipeline.range_augment import RangeAugment
+from ..augment.range_augment import RangeAugment
 from .batches import Batch
 
 # %% ../../nbs/loaders/07_ranged.ipynb #61881e86

@@ -18,7 +18,7 @@ from ..augment.operations import OPS
 from ..preprocessing.images import MAX_PIXELS
 from ..augment.fast_operations import perform_fast
 from ..preprocessing.resize import resample
-from ..core.runtime.errors import Faulty
+from ..core.errors import Faulty
 from ..preprocessing.images import decode_image
 
 # %% ../../nbs/loaders/02_replay.ipynb #747447d4

@@ -22,7 +22,7 @@ from mobileclip_nb.augment.pipeline import (
     unpack,
 )
 from ..core.config import Spec
-from ..core.runtime.errors import Faulty, suggest
+from ..core.errors import Faulty, suggest
 from .replay import read_size, view
 from ..preprocessing.token_cache import TokenCache
 from ..preprocessing.transform import Pixels

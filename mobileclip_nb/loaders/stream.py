@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core.files import cache_dir, is_local, last_part, without_secrets
 from ..core.processes import end_with_parent
-from ..core.runtime.errors import Faulty
+from ..core.errors import Faulty
 from .batches import Batch, normalize_batch
 from .epoch_order import Mix, Order, Slot
 from .select import Example, StreamSpec, Transform, choose, read_sample, render

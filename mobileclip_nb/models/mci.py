@@ -15,7 +15,7 @@ from ..blocks.largekernel import LargeKernel
 from ..blocks.mobileone import MobileOne
 from ..blocks.repcpe import RepCPE
 from ..blocks.repmixer import RepMixerBlock
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..core.config import Spec
 
 # %% ../../nbs/models/00_mci.ipynb #dbc76d78

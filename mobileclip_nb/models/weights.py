@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..blocks.reparam import fold
 from ..core.files import atomic_write
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from .clip import CLIP
 from mobileclip_nb.models.key_maps import (
     form_of,

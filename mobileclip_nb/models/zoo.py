@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .clip import CLIP
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from .mci import MCI, MCi, MCiSpec
 from .vit import VIT, ViT, ViTSpec
 from ..core.papers import average38, scores

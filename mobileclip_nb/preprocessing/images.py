@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core.runtime.errors import Faulty, suggest
+from ..core.errors import Faulty, suggest
 
 # %% ../../nbs/preprocessing/00_images.ipynb #36ab6c61
 ALPHA = ('RGBA', 'LA', 'PA', 'RGBa', 'La')  # PIL's modes with transparency

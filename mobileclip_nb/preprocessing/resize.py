@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.runtime import compile_loops
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 
 # %% ../../nbs/preprocessing/01_resize.ipynb #478141f7
 BITS = 22  # fractional bits of a weight

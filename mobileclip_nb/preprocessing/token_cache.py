@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from mobileclip_nb.preprocessing.tokenizer import (
     EOT,
     PAD,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from .images import to_upright_rgb
 from ..core.config import Spec
 

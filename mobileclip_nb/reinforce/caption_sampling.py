@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..core.config import Spec
 from ..core.runtime import digest_keys
 from ..preprocessing.tokenizer import EOT, PAD, SOT, VOCAB, decode, ids_in_use, tokenize

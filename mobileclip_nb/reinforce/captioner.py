@@ -31,7 +31,7 @@ from mobileclip_nb.reinforce.caption_sampling import (
 from ..models.weights import ABOUT, clean_tag, complaint, is_place, locate, read_state
 from ..core.runtime import pick_device
 from ..core.files import atomic_write
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..preprocessing.transform import OPENAI_MEAN, OPENAI_STD, Pixels
 from ..core.config import Spec
 

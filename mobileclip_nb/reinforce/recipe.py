@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from ..augment.pipeline import AugmentSpec, DATACOMPDR
 from ..core.config import Spec
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..preprocessing.images import open_image
 from .captioner import CaptionerSpec
 from .teachers import TeacherSpec

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.files import without_secrets
 from ..core.processes import Event
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from .annotate import load_models
 from .recipe import ReinforceSpec
 from .run_local import Loader, ReinforceReport, run_jobs, stream

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn, Tensor
 
 from ..core.config import Spec
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..models.factory import create_model
 from ..models.weights import is_place
 from ..models.zoo import find_record

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core.runtime.errors import suggest, import_optional, Faulty
+from ..core.errors import suggest, import_optional, Faulty
 from ..datasets.emoji import attribution, load_emoji
 from ..datasets.caption_noise import NoiseSpec
 from ..datasets.pairs import SUFFIXES, read_pairs

@@ -15,7 +15,7 @@ import torch
 
 from .quantize import Packed
 from .safe_io import Limits, gunzip, read_npz, read_pth
-from ..core.runtime.errors import Faulty
+from ..core.errors import Faulty
 from .sample import HOLDERS, assign_rows
 
 # %% ../../nbs/shards/07_embeddings.ipynb #e7ea2ed2

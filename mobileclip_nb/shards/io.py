@@ -26,7 +26,7 @@ from mobileclip_nb.core.files import (
     open_for_writing,
 )
 from .safe_io import Limits, read_json
-from ..core.runtime.errors import REASONS, Faulty
+from ..core.errors import REASONS, Faulty
 from mobileclip_nb.shards.tar import (
     END,
     RECORD,

@@ -251,8 +251,8 @@ def survey(
     if other:
         raise ValueError(
             f"{len(other)} finished shards in {without_secrets(out)!r}, first {other[0]!r}, "
-            "were made from "
-            f"other inputs of the same name. Choose another folder; or, if the input was "
+            f"were made from other inputs of the same name. "
+            f"Choose another folder; or, if the input was "
             f"corrected, remove those shards there and run again"
         )
     return Survey([job for job in jobs if job.name not in done], done, len(skipped))
@@ -310,8 +310,7 @@ def _begun(
     if not isinstance(had, dict):
         raise ValueError(
             f"{without_secrets(place)!r} does not say what job was begun here, "
-            "so its folder is not used; "
-            f"choose an empty folder"
+            f"so its folder is not used; choose an empty folder"
         )
     known = 'place' in had and (not is_local(had['place']) or exists(had['place']))
     return had if known or 'place' not in job else had | dict(place=job['place'])
@@ -454,6 +453,7 @@ def check_apart(
     above = any(_real(shard).startswith(target) for shard in shards.values())
     if below or above:
         raise ValueError(
-            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} lie in each other; what comes out "
-            f"would go in again. Choose an output folder of its own"
+            f"Input {without_secrets(src)!r} and output {without_secrets(out)!r} "
+            f"lie in each other; what comes out would go in again. "
+            f"Choose an output folder of its own"
         )

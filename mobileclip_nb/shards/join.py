@@ -31,7 +31,7 @@ from mobileclip_nb.shards.job import (
     file_size,
 )
 from .safe_io import read_json
-from ..core.runtime.errors import Faulty
+from ..core.errors import Faulty
 from .tar import read_tar, split_name
 from .sample import Sample, from_members, to_members
 

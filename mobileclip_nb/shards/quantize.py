@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ..core.runtime import compile_loops
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 
 # %% ../../nbs/shards/02_quantize.ipynb #71e206f4
 @lru_cache(64)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core.config import Spec
-from ..core.runtime.errors import Faulty
+from ..core.errors import Faulty
 
 # %% ../../nbs/shards/00_safe_io.ipynb #294ac19a
 @dataclass(frozen=True, repr=False)

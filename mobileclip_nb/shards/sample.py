@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..core.runtime.errors import suggest, Faulty
+from ..core.errors import suggest, Faulty
 from mobileclip_nb.shards.safe_io import (
     Limits,
     check_finite,

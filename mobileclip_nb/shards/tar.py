@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 from .safe_io import Limits
-from ..core.runtime.errors import Faulty
+from ..core.errors import Faulty
 
 # %% ../../nbs/shards/01_tar.ipynb #257b7807
 BLOCK = 512  # bytes

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..loaders.batches import Batch, Batches, BatchSpec, PairData, from_pairs, pair_data
-from ..augment.pipeline.jitter import Jitter
+from ..augment.jitter import Jitter
 from mobileclip_nb.reinforce.captioner import (
     ATTRIBUTION,
     NANO,
@@ -42,7 +42,7 @@ from mobileclip_nb.reinforce.caption_sampling import (
     decode_text,
 )
 from ..core.runtime import seed_all
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..datasets.emoji import HANDS, Emoji, caption_words, concepts, load_emoji
 from ..core.ledger import append, record_run as run_record
 from ..losses.contrastive import clip_loss

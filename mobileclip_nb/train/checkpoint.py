@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import nn
-from timm.utils import ModelEmaV3
 
 from ..core.files import atomic_write
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from .config import TrainSpec
 from .distributed import broadcast_bytes, current_ranks, sync_norms
 from .optim import freeze, make_optimizer
@@ -34,7 +33,7 @@ from mobileclip_nb.train.sharding import (
 )
 
 # %% ../../nbs/train/21_checkpoint.ipynb #0e9850a2
-class EMA(ModelEmaV3):
+class EMA:
     "Exponential moving average of a model's weights and statistics, itself a model in eval mode"
 
     def __init__(
@@ -42,21 +41,22 @@ class EMA(ModelEmaV3):
         model: nn.Module,  # is copied
         decay: float,  # share of the old average kept at each step, 0–1
     ):
-        # Tensor by tensor, since whole tensors and shares do not fit into one `foreach` call
-        super().__init__(model, decay, foreach=False)
-        self.requires_grad_(False)
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
 
-    @property
-    def model(self) -> nn.Module:
-        "The average"
-        return self.module
-
-    def get_decay(
+    @torch.no_grad()
+    def update(
         self,
+        model: nn.Module,  # after an update
         step: int,  # counted from 0
-    ) -> float:  # share of the old average kept at this step
-        "The decay of a step, which grows from 1/10 to `decay`"
-        return min(self.decay, (1 + step) / (10 + step))
+    ) -> None:
+        "Move the average towards `model`"
+        keep, new = min(self.decay, (1 + step) / (10 + step)), model.state_dict()
+        for name, old in self.model.state_dict().items():
+            old, now = own_part(old), own_part(new[name])
+            if old.is_floating_point():
+                old.lerp_(now, 1 - keep)
+            else:
+                old.copy_(now)
 
 # %% ../../nbs/train/21_checkpoint.ipynb #b9975748
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ..core.files import atomic_write
-from ..core.runtime.errors import suggest, import_optional
+from ..core.errors import suggest, import_optional
 
 # %% ../../nbs/train/20_log.ipynb #b98ed271
 class Sink(Protocol):

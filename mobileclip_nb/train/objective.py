@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.config import Spec
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..loaders.batches import Batch
 from ..losses.contrastive import Gathered, clip_loss, sigmoid_loss, to_full_precision
 from mobileclip_nb.losses.distillation import (

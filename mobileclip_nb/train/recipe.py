@@ -19,7 +19,7 @@ from ..augment.pipeline import DATACOMPDR
 from ..core.config import SCALES, Spec, plain
 from ..core.files import atomic_write
 from ..core.runtime import seed_all
-from ..core.runtime.errors import suggest
+from ..core.errors import suggest
 from ..datasets.emoji import TEMPLATES
 from ..loaders.batches import BatchSpec
 from ..loaders.stream import StreamSpec

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..augment.pipeline import DATACOMPDR, AugmentSpec, apply, describe_params, unpack
 from ..core.files import atomic_write
-from ..core.runtime.errors import import_optional
+from ..core.errors import import_optional
 from ..preprocessing.images import open_image
 from ..core.files import is_local, without_secrets
 from ..core.plots import COLORS, GRAY, figure, png, style
