@@ -347,13 +347,14 @@ def fault_of_node(n):
 
 
 def is_program(text):
-    "A string that holds Python: it imports something and parses"
+    "A string that holds a program: several statements, one of them an import"
     if not re.search(r'(?:^|[\n;]\s*)(?:import|from) \w', text):
         return False
     try:
-        return any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(text).body)
+        body = ast.parse(text).body
     except SyntaxError:
         return False
+    return len(body) > 1
 
 
 def code(nb):

@@ -138,7 +138,8 @@ def run_all_early(
             f"{found[f'heldout_r1{how}_at_{end}']:.1%}" for how in ('', '_recomputed')
         )
         say(
-            f'{k + 1}/{len(todo)}  {variant_name(s.arm)}, noise {s.noise:g}, seed {s.seed}: R@1 after '
+            f'{k + 1}/{len(todo)}  {variant_name(s.arm)}, noise {s.noise:g}, '
+            f'seed {s.seed}: R@1 after '
             f'{points[-1]} steps {running} with running statistics, {recomputed} with recomputed '
             'ones'
         )

@@ -232,7 +232,7 @@ def _from_tars(urls: list[str], spec: BuildSpec) -> ImageSource:
     mark = fingerprint_rows(((last_part(u), file_size(u)) for u in urls), 'shards')
     return ImageSource(islice(rows(), spec.limit), mark, spec.limit, left)
 
-
+# %% ../../nbs/shards/09_build.ipynb #b4e1c7d3
 def recognize_source(
     src: str | Path,  # as `build` takes it
     spec: BuildSpec = BuildSpec(),

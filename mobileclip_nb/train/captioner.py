@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+# %% ../../nbs/train/42_captioner.ipynb #e7a2d9c5
 from ..loaders.batches import Batch, Batches, BatchSpec, PairData, from_pairs, pair_data
 from ..augment.jitter import Jitter
 from mobileclip_nb.reinforce.captioner import (
