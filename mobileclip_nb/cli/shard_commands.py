@@ -82,9 +82,9 @@ def show_command(
         raise ValueError(f'--png {args.png}: the picture is a .png')
     text, sample, made = show_sample(args.place, which), find_sample(args.place, which)[0], {}
     if args.png:
-        from mobileclip_nb.widgets.sample_inspector import save_still
+        from mobileclip_nb.widgets.sample_inspector import save_sample_figure
 
-        made = dict(png=str(save_still(args.place, which, args.png)))
+        made = dict(png=str(save_sample_figure(args.place, which, args.png)))
     embeddings = {'image': sample.image_emb, **sample.text_emb}
     fields = ('key', 'uid', 'sha256', 'captions', 'synthetic', 'param_aug')
     result = {k: getattr(sample, k) for k in fields}
@@ -97,7 +97,7 @@ def caption_command(
     args: argparse.Namespace,  # `images`, `captioner`, `weights`, `n`, `length`, `seed`, `device`
 ) -> int:  # exit status
     "Let a captioner describe pictures"
-    from mobileclip_nb.inference.predict import opened, pictures
+    from mobileclip_nb.inference.predict import open_images, list_images
     from mobileclip_nb.reinforce.caption_sampling import diversity
     from mobileclip_nb.reinforce.captioner import load_captioner
 
@@ -106,7 +106,7 @@ def caption_command(
     captioner = load_captioner(args.captioner, args.weights, ready_to_compute(args))
     sampling, skipped, all_texts = captioner.spec.sampling, [], []
     sampling = sampling.but(n=args.n, seed=args.seed, length=args.length or sampling.length)
-    for name, image in opened(pictures(args.images), skipped, 'skip'):
+    for name, image in open_images(list_images(args.images), skipped, 'skip'):
         (texts,) = captioner.captions([image], [Path(name).stem], sampling)
         shown = '\n'.join([name, *(f'  {t}' for t in texts)])
         answer(dict(image=name, captions=texts), shown, args.json)
