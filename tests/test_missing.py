@@ -96,7 +96,7 @@ NEEDED = [
     (
         'clip_benchmark',
         'pip install clip_benchmark',
-        ('mobileclip_nb.models.open_clip_adapter', 'clip_benchmark', 'eval'),
+        ('mobileclip_nb.open_clip_tools', 'clip_benchmark', 'eval'),
     ),
 ]
 
