@@ -46,7 +46,7 @@ class Latency(NamedTuple):
 
 
 def compare_times(
-    ms: dict[str, list[float]],  # as `rounds` gives them
+    ms: dict[str, list[float]],  # as `time_rounds` gives them
     base: str | None = None,  # the variant that others are compared with; by default the first
 ) -> list[Latency]:  # in the order of `ms`
     "Summarize rounds as medians, and as ratios taken within each round; a `KeyError` for `base`"
@@ -64,7 +64,7 @@ def compare_times(
 
 # %% ../../nbs/bench/00_latency.ipynb #e10b8960
 def format_latencies(
-    found: list[Latency],  # as `compare` gives them
+    found: list[Latency],  # as `compare_times` gives them
 ) -> str:  # Markdown
     "Latencies as a table, ratios with their quartiles"
     base = next((f.name for f in found if f.ratio == f.ratio_p25 == f.ratio_p75 == 1), 'the base')

@@ -292,7 +292,7 @@ def markdown_table(
 # %% ../../nbs/core/05_ledger.ipynb #a89311c6
 def _check_one_scale(
     runs: list[Run],
-    what: str,  # `table` or `mean`
+    what: str,  # `tabulate_runs` or `mean`
 ) -> None:
     "Raise `ValueError` for runs of different scales"
     scales = sorted({run.scale for run in runs})

@@ -122,7 +122,7 @@ class Event(NamedTuple):
 
 def _serve(
     pipe: Connection,  # to the parent
-    work: Callable[..., Iterator[Event]],  # as `processes`
+    work: Callable[..., Iterator[Event]],  # as `run_processes`
     arguments: tuple,  # of this worker
 ) -> None:
     "Run a worker process from beginning to end"
@@ -143,7 +143,7 @@ class _Crew:
         self,
         jobs: Sequence[Any],  # each has a `name`
         start: Callable[[Connection], Any],  # starts a process
-        lost: Callable[[Any, str], Event],  # as `processes`
+        lost: Callable[[Any, str], Event],  # as `run_processes`
     ):
         self.waiting, self.start, self.lost = deque(jobs), start, lost
         self.assigned = {}  # by pipe: the jobs of a worker; None until it is ready

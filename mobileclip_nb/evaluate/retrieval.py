@@ -128,7 +128,7 @@ def retrieval(
     captions: Sequence[str | Sequence[str]],  # N; one text each or several
     tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids; None: `tokenize`
     batch: int = 256,  # images at a time
-    equal_texts: bool = False,  # as for `positives`
+    equal_texts: bool = False,  # as for `find_positives`
 ) -> Retrieval:
     "Evaluate a model by retrieval (CLIP Appendix E.1, MobileCLIP §5)"
     if len(images) != len(captions):
@@ -158,7 +158,7 @@ class RetrievalEvaluator:
         limit: int = 0,  # images a split; 0 takes the size of the smallest, -1 takes all
         tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids
         batch: int = 256,  # images at a time
-        equal_texts: bool = False,  # as for `positives`
+        equal_texts: bool = False,  # as for `find_positives`
     ):
         if not splits:
             raise ValueError("Retrieval needs at least one split: {'heldout': pictures}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from ..core.files import lock_folder, sha256
+from ..core.files import sha256
 from ..core.ledger import Run, code_version, read, spread
 from ..core.errors import suggest
 from ..datasets.emoji import TEMPLATES, concepts
@@ -71,16 +71,21 @@ def _packaged(name: str) -> Path:
     return Path(str(files('mobileclip_nb'))) / 'weights' / SHIPPED[name]
 
 
+def _say_nothing(text: str) -> None:
+    "Take what is said of the data of later seeds, which are the same"
+
+
 def _run_seed(
     r: Recipe,  # at its size, with its seed
     scale: str,
     ledger: Path,
     say: Callable[[str], None],
+    first: bool,  # say what the data hold
 ) -> RunResult:
     "Run one seed of a shipped recipe, or go on with it"
     side, seed = find_record(r.model).pixels.side, r.train.seed
     out = Path('runs') / f"{r.name}-{r.id}-{code_version().replace(':', '-')}"
-    data = load_data(r.data, side, r.skin_tones, say)
+    data = load_data(r.data, side, r.skin_tones, say if first else _say_nothing)
     judge = emoji_judge(side) if r.data == 'emoji' else seen_judge(side)
     done = run(r, data, out, judge=judge, resume=True, ledger=ledger, scale=scale)
     if not done.run.new:
@@ -102,9 +107,9 @@ def make_weights(
     dest = _packaged(name) if dest is None else dest
     before = sha256(dest) if dest.exists() else None
     old = read(ledger, run=name, scale=scale) if ledger.exists() else []
-    for seed in seeds:
-        done = _run_seed(recipe(name).at(scale, seed), scale, ledger, say)
-        if seed != seeds[0]:
+    for k, seed in enumerate(seeds):
+        done = _run_seed(recipe(name).at(scale, seed), scale, ledger, say, first=k == 0)
+        if k > 0:
             continue
         release(done.model, dest)
         if old:

@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 import warnings
 
-from ..core.files import atomic_write
 from ..core.processes import Prefetcher
 from ..core.runtime import pick_device
-from ..core.errors import import_optional
 from ..preprocessing.images import open_image
 from ..models.clip import CLIP
 from ..models.factory import create_model
@@ -89,7 +87,7 @@ def _open(source: object) -> Image.Image:  # RGB
 
 # %% ../../nbs/inference/00_predict.ipynb #05d1f69c
 def open_images(
-    todo: Sequence[tuple[str, object]],  # what `pictures` returns
+    todo: Sequence[tuple[str, object]],  # what `list_images` returns
     skipped: list[tuple[str, str]],  # names and reasons are appended here
     on_error: str = 'raise',  # or `skip`
 ) -> Iterator[tuple[str, Image.Image]]:  # name and image
@@ -252,10 +250,10 @@ class ImageBatch(NamedTuple):
 
 
 def _prepare(
-    todo: Sequence[tuple[str, object]],  # what `pictures` returns
+    todo: Sequence[tuple[str, object]],  # what `list_images` returns
     pixels: Pixels,  # of the model
     batch: int,  # images at a time
-    on_error: str,  # as `opened` takes it
+    on_error: str,  # as `open_images` takes it
 ) -> Iterator[ImageBatch]:
     "Open and resize images, batch by batch"
     for sources in _batches(todo, batch):
@@ -269,9 +267,9 @@ def _prepare(
 # %% ../../nbs/inference/00_predict.ipynb #66be59a0
 def embed_in_batches(
     model: CLIP,  # in eval mode, with a record
-    todo: Sequence[tuple[str, object]],  # what `pictures` returns
+    todo: Sequence[tuple[str, object]],  # what `list_images` returns
     batch: int | None = None,  # images at a time; None takes `default_batch`
-    on_error: str = 'raise',  # as `opened` takes it
+    on_error: str = 'raise',  # as `open_images` takes it
     progress: bool = False,  # draw a bar on a terminal if it takes more than two seconds
 ) -> Iterator[tuple[ImageBatch, Tensor]]:  # a batch and its embeddings `(B, D)`, unit length
     "Embed images batch by batch, while a thread prepares the next ones"

@@ -101,7 +101,7 @@ def shared_targets(
 def require_pairs(
     image: Tensor | Gathered,  # `(B, D)`
     text: Tensor | Gathered,  # `(B, D)`
-) -> tuple[Gathered, Gathered]:  # both as `Rows`
+) -> tuple[Gathered, Gathered]:  # both as `Gathered`
     "Raise ValueError unless images and texts are pairs"
     i, t = as_gathered(image), as_gathered(text)
     if i.own.shape != t.own.shape or i.all.shape != t.all.shape or i.start != t.start:

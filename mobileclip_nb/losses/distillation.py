@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mobileclip_nb.losses.contrastive import (
     Gathered,
-    as_gathered,
     mean_over_chunks,
     clip_loss,
     cosines,

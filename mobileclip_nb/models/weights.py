@@ -332,9 +332,10 @@ def complaint(
     "Report every difference between the tensors of a file and those of a model"
     names = names or {}
     missing = [k for k in wanted if k not in offered]
-    extra = [*unknown, *(names.get(k, k) for k in offered if k not in wanted)]
-    for i, key in enumerate(extra[:8]):
-        extra[i] = key + suggest(key, missing)
+    extra = []
+    for i, key in enumerate([*unknown, *(k for k in offered if k not in wanted)]):
+        hint = suggest(key, missing) if i < 8 else ''
+        extra.append(names.get(key, key) + hint)
     shapes = []
     for key, tensor in wanted.items():
         if key in offered and offered[key].shape != tensor.shape:

@@ -167,7 +167,7 @@ def mask_logits(
 
 # %% ../../nbs/reinforce/00_caption_sampling.ipynb #86897ff1
 def keep_probable(
-    logits: Tensor,  # `(R, V)` of `allowed`
+    logits: Tensor,  # `(R, V)` of `mask_logits`
     s: Sampling,  # method `top_p` or `top_k`
 ) -> tuple[Tensor, Tensor]:  # probabilities `(R, K)`, descending, and their indices `(R, K)`
     "Probabilities after top-k or top-p and temperature, sorted (Holtzman et al. §3)"
@@ -184,7 +184,7 @@ def keep_probable(
 
 
 def sample_tokens(
-    logits: Tensor,  # `(R, V)` of `allowed`
+    logits: Tensor,  # `(R, V)` of `mask_logits`
     u: Tensor,  # `(R,)` uniform, 0–1
     s: Sampling,  # method `top_p` or `top_k`
 ) -> Tensor:  # `(R,)` indices of the vocabulary

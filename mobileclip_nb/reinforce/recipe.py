@@ -13,7 +13,6 @@ from typing import Any, Self
 from ..augment.pipeline import AugmentSpec, DATACOMPDR
 from ..core.config import Spec
 from ..core.errors import suggest
-from ..preprocessing.images import open_image
 from .captioner import CaptionerSpec
 from .teachers import TeacherSpec
 from ..shards.sample import StoreSpec

@@ -63,7 +63,6 @@ from mobileclip_nb.shards.job import (
     name_outputs,
     survey,
 )
-from ..core.files import lock_folder, make_writable
 
 # %% ../../nbs/reinforce/05_run_local.ipynb #988782a3
 class _Piece(NamedTuple):

@@ -131,7 +131,7 @@ def run_on_ray(
     jobs: Sequence[Job],
     spec: ReinforceSpec,
     workers: int,  # actors
-    address: str | None = None,  # see `cluster`
+    address: str | None = None,  # see `start_cluster`
     device: str = 'cpu',  # `cuda` gives each actor one GPU
     threads: int = 1,  # CPUs an actor, which augment in parallel
     load: Loader = load_models,  # importable on every node

@@ -234,7 +234,7 @@ def _from_tars(urls: list[str], spec: BuildSpec) -> ImageSource:
 
 # %% ../../nbs/shards/09_build.ipynb #b4e1c7d3
 def recognize_source(
-    src: str | Path,  # as `build` takes it
+    src: str | Path,  # as `build_shards` takes it
     spec: BuildSpec = BuildSpec(),
 ) -> ImageSource:
     "Recognize a source by its name, or by its contents"

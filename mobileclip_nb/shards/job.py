@@ -235,7 +235,7 @@ def _checked(
 
 # %% ../../nbs/shards/08_job.ipynb #3a7cafa9
 def survey(
-    shards: dict[str, str],  # of `named`
+    shards: dict[str, str],  # of `name_outputs`
     out: str,  # output folder
     deep: bool = False,  # compare the hashes of finished shards, not only their sizes
 ) -> Survey:
@@ -440,7 +440,7 @@ def _real(url: str | Path) -> str:
 def check_apart(
     src: str | Path,  # what was asked for
     out: str | Path,  # output folder
-    shards: dict[str, str],  # of `named(src)`
+    shards: dict[str, str],  # of `name_outputs(src)`
 ) -> None:
     "Raise if input and output lie in each other"
     text, target = str(src), _real(out)

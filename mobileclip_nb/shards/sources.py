@@ -6,10 +6,8 @@
 __all__ = ['Source', 'read_config', 'source_of']
 
 # %% ../../nbs/shards/12_sources.ipynb #70719d21
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 

@@ -7,7 +7,7 @@ __all__ = ['BLOCK', 'MOST_HEADER', 'END', 'RECORD', 'Member', 'find_name_fault',
 
 # %% ../../nbs/shards/01_tar.ipynb #bae99d97
 import re, tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from .safe_io import Limits

@@ -23,7 +23,6 @@ from .build import inspect_image
 from mobileclip_nb.shards.io import (
     PUBLISHED,
     Entry,
-    Manifest,
     Skips,
     read_manifest,
     read_published,

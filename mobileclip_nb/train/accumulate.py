@@ -177,5 +177,5 @@ def warn_of_parts(
         "one pass (nbs/train/12_accumulate.ipynb measures how far off it is); "
         "train.frozen_norm=true makes the two equal, for weights that are trained already; "
         "fewer and larger parts bring them nearer; "
-        "TrainSpec.sync_norm does not help, since it joins ranks and not parts"
+        "train.sync_norm does not help, since it joins ranks and not parts"
     )

@@ -360,10 +360,10 @@ def fit_captioner(
     size, context = min(r.batch, len(good.images)), NANO['text_cfg']['context_length']
     mean, std = NANO_PIXELS.mean, NANO_PIXELS.std
     stream = BatchSpec(size, context, r.seed, r.jitter, mean=mean, std=std)
-    encode_texts = partial(encode_texts, vocab)
+    to_tokens = partial(encode_texts, vocab)
     objective = partial(coca_loss, contrast=r.contrast, caption=r.caption)
     evaluate = (lambda m: judge(m, vocab)) if judge else None
-    noisy, good = (Batches(data, stream, encode_texts) for data in (noisy, good))
+    noisy, good = (Batches(data, stream, to_tokens) for data in (noisy, good))
     first = _stage(model, noisy, r.first, 'first', run, objective=objective)
     second = _stage(model, good, r.second, 'second', run, objective=objective, judge=evaluate)
     if run.ledger and second.new:

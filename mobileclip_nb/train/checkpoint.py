@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ..core.files import atomic_write
-from ..core.errors import suggest
 from .config import TrainSpec
 from .distributed import broadcast_bytes, current_ranks, sync_norms
 from .optim import freeze, make_optimizer
@@ -240,7 +239,7 @@ def read_checkpoint(
 # %% ../../nbs/train/21_checkpoint.ipynb #55e10013
 def load_run(
     path: str | Path,  # a run's folder, or one of its `.pt` files
-) -> dict[str, Any]:  # of `read_state`, and `file`, the file's name
+) -> dict[str, Any]:  # of `read_checkpoint`, and `file`, the file's name
     "Read the newest checkpoint of a run that can be read"
     path, bad = Path(path), []
     if not path.is_dir():

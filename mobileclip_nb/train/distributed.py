@@ -55,7 +55,7 @@ class _All(torch.autograd.Function):
 
 def gather(
     x: Tensor,  # `(b, ...)`, the same shape on every rank
-    ranks: Ranks,  # of `here`
+    ranks: Ranks,  # of `current_ranks`
     grad: bool = True,  # propagate gradients back to the rank that holds the rows
 ) -> Tensor:  # `(b*world, ...)` in the order of ranks
     "Collect the rows of all ranks; with one rank return the tensor itself (CLIP §2.3)"
@@ -69,7 +69,7 @@ def gather(
 # %% ../../nbs/train/02_distributed.ipynb #ab3a38ec
 def gather_rows(
     x: Tensor,  # `(b, ...)` of this rank
-    ranks: Ranks,  # of `here`
+    ranks: Ranks,  # of `current_ranks`
     grad: bool = True,  # propagate gradients back to the rank that holds the rows
 ) -> Gathered:  # own rows, all rows, and the index of the first own row in all
     "Gather rows into the form that the losses take"
@@ -78,7 +78,7 @@ def gather_rows(
 
 def check_same_size(
     n: int,  # rows of this rank
-    ranks: Ranks,  # of `here`
+    ranks: Ranks,  # of `current_ranks`
     device: torch.device | str = 'cpu',  # where the process group communicates
 ) -> None:
     "Raise `ValueError` on every rank if the ranks hold different numbers of rows"

@@ -20,7 +20,7 @@ from ..models.zoo import build, find_record
 from ..preprocessing.tokenizer import ids_in_use
 from .config import TrainSpec
 from .distributed import current_ranks
-from .objective import encode_batch, loss_of, objective as plain, with_teachers
+from .objective import encode_batch, loss_of, with_teachers
 from .optim import thaw
 from .recipe import NOTE, PROMPTS, Recipe, recipe
 from .release import from_run
@@ -45,7 +45,7 @@ def load_start(
 
 
 def start_name(
-    model: CLIP | str | Path,  # as `started` takes it
+    model: CLIP | str | Path,  # as `load_start` takes it
 ) -> str:
     "Name the weights that a run began with, for its folder"
     if isinstance(model, nn.Module):
@@ -152,7 +152,7 @@ class Tuned(NamedTuple):
 
 # %% ../../nbs/train/41_finetune.ipynb #8a516119
 def finetune(
-    model: CLIP | str | Path,  # as `started` takes it
+    model: CLIP | str | Path,  # as `load_start` takes it
     data: str | Path,  # a place, or several as `A:3,B:1`
     out: str | Path | None = None,  # the run's folder
     r: Recipe | None = None,  # at its size; None takes `finetune` at scale `nano`

@@ -17,7 +17,6 @@ from tqdm import tqdm
 import math, signal, sys, threading, time
 
 from ..core.ledger import append, record_run
-from ..core.errors import suggest
 from ..loaders.batches import Batch, Batches
 from .accumulate import warn_of_parts
 from mobileclip_nb.train.between_steps import (

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.config import Spec
-from ..core.errors import suggest
 from ..loaders.batches import Batch
 from ..losses.contrastive import Gathered, clip_loss, sigmoid_loss, to_full_precision
 from mobileclip_nb.losses.distillation import (
@@ -171,7 +170,7 @@ def loss_of(
     features: Features,
     batch: Batch,  # labels and teacher embeddings are read
     spec: ObjectiveSpec,
-    ranks: Ranks = Ranks(),  # of `here`
+    ranks: Ranks = Ranks(),  # of `current_ranks`
 ) -> NamedTuple:  # `total` and its terms, scalars in nats
     "Loss of a batch from its features (MobileCLIP §3)"
     ask = spec.loss.but(same=spec.loss.same or getattr(spec, 'same', False))

@@ -137,18 +137,18 @@ def recipe_of(
     from mobileclip_nb.train.recipe import recipe
 
     _check_numbers(args)
-    names = {c: c.partition('=')[0].strip() for c in args.set or ()}
-    if args.steps and args.scale in names.values():
+    changes = [(c, c.partition('=')[0].strip()) for c in args.set or ()]
+    if args.steps and args.scale in [name for _, name in changes]:
         raise ValueError(
             f'--steps and --set {args.scale}=... both say how long the run is; give one'
         )
-    r = with_fields(recipe(args.recipe), [c for c, name in names.items() if '.' not in name])
+    r = with_fields(recipe(args.recipe), [c for c, name in changes if '.' not in name])
     if args.steps:
         r = r.but(**{args.scale: args.steps})
     r = r.at(args.scale, args.seed)
     if args.freeze:
         r = r.but(train=r.train.but(frozen=args.freeze))
-    return with_fields(r, [c for c, name in names.items() if '.' in name])
+    return with_fields(r, [c for c, name in changes if '.' in name])
 
 # %% ../../nbs/train/43_options.ipynb #234714d8
 def opening_of(

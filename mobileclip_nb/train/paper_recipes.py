@@ -161,7 +161,7 @@ def _script_row(
     name: str,  # MODEL.DATA
     data: str,  # the script is `run_` and this
     model: str,
-    changes: dict[str, object],  # fields of `Row`
+    changes: dict[str, object],  # fields of `PaperRecipe`
 ) -> PaperRecipe:
     "A run that follows a script"
     sources = _script_sources(f'run_{data}', 'crop' in changes)

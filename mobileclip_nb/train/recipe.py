@@ -27,7 +27,6 @@ from ..models.clip import CLIP
 from ..models.zoo import Record, build, find_record, image_spec, kept_ids
 from ..preprocessing.tokenizer import ids_in_use
 from ..preprocessing.transform import Pixels
-from ..shards.job import file_size
 from .checkpoint import checkpoints
 from .config import LossSpec, TrainSpec
 from .objective import with_bias

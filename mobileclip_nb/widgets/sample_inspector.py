@@ -226,7 +226,7 @@ def draw_sample(
 
 
 def render_sample(
-    sample: Sample,  # as for `picture`
+    sample: Sample,  # as for `draw_sample`
     spec: AugmentSpec,  # the pipeline
     widths: Sequence[int] = (),  # D_k of the teachers
     names: Sequence[str] = (),  # of the teachers
@@ -317,7 +317,7 @@ _NOTE = 'mobileclip_nb'  # key of the PNG's text
 
 def _read_note(
     path: Path,
-) -> dict[str, str] | None:  # shard and key; None if `save_still` did not write the file
+) -> dict[str, str] | None:  # shard and key; None if `save_sample_figure` did not write the file
     "Read which sample a PNG shows"
     try:
         with Image.open(path) as image:
