@@ -214,7 +214,8 @@ def apply(
     "Apply the parameters of one augmentation (MobileCLIP §3)"
     if image.mode != 'RGB':
         raise ValueError(
-            f"The picture has mode {image.mode}; make it RGB first, with `preprocessing.transform.rgb`, "
+            f"The picture has mode {image.mode}; make it RGB first, "
+            "with `preprocessing.transform.rgb`, "
             "in the same way as the teachers' pictures were"
         )
     side, todo = side or spec.side, _checked(spec, params)
