@@ -187,7 +187,7 @@ def is_public_api(function, nb):
     "Constructors, losses and names of `mobileclip_nb.__all__` may take more parameters"
     import mobileclip_nb
 
-    public = {'train', 'finetune', 'reinforce', 'reinforce_on_ray', *mobileclip_nb.__all__}
+    public = {'train', 'finetune', 'reinforce', *mobileclip_nb.__all__}
     return function.name in public | {'__init__'} or function.name.endswith(('_loss', '_distill'))
 
 

@@ -153,20 +153,25 @@ class Clock:
         return self.now
 
 
-def test_the_first_checkpoint_comes_early(tmp_path):
-    "A run killed after a minute of slow steps does not start over, and ends at the numbers of a run that was left alone"
-    whole = train(small(), data(), SPEC, progress=False)
+def crash_by_clock(out, clock):
+    "A run that dies at its sixth step; its steps take as long as the clock says"
     with pytest.raises(MemoryError):
         train(
             small(),
             data(),
             SPEC,
-            tmp_path,
+            out,
             save_every=200,
             objective=crash_at(6),
             progress=False,
-            clock=Clock(25.0),
+            clock=clock,
         )
+
+
+def test_the_first_checkpoint_comes_early(tmp_path):
+    "A run killed after a minute of slow steps does not start over, and ends at the numbers of a run that was left alone"
+    whole = train(small(), data(), SPEC, progress=False)
+    crash_by_clock(tmp_path, Clock(25.0))
     assert (
         load_run(tmp_path)['step'] == 3 and len(checkpoints(tmp_path)) == 1
     )  # 25, 50 and 75 s; and no second one by the clock
@@ -176,17 +181,7 @@ def test_the_first_checkpoint_comes_early(tmp_path):
 
 def test_a_clock_that_stands_writes_nothing(tmp_path):
     "Only the clock decides"
-    with pytest.raises(MemoryError):
-        train(
-            small(),
-            data(),
-            SPEC,
-            tmp_path,
-            save_every=200,
-            objective=crash_at(6),
-            progress=False,
-            clock=lambda: 0.0,
-        )
+    crash_by_clock(tmp_path, lambda: 0.0)
     assert not checkpoints(tmp_path)
 
 

@@ -171,10 +171,10 @@ def reinforce_command(
     )
     job = (args.source, args.out, spec, args.workers)
     if args.engine == 'ray':
-        from mobileclip_nb.reinforce.run_ray import reinforce_on_ray as on_ray
+        from mobileclip_nb.reinforce.run_ray import RayConfig, reinforce_on_ray
 
-        cluster = (args.address, device, args.threads)
-        return reported(on_ray(*job, *cluster, deep=args.deep), args)
+        config = RayConfig(args.address, device, args.threads)
+        return reported(reinforce_on_ray(*job, config, deep=args.deep), args)
     if args.address:
         raise ValueError('--address belongs to --engine ray')
     from mobileclip_nb.reinforce.run_local import reinforce as run

@@ -71,10 +71,6 @@ def _packaged(name: str) -> Path:
     return Path(str(files('mobileclip_nb'))) / 'weights' / SHIPPED[name]
 
 
-def _say_nothing(text: str) -> None:
-    "Take what is said of the data of later seeds, which are the same"
-
-
 def _run_seed(
     r: Recipe,  # at its size, with its seed
     scale: str,
@@ -85,7 +81,7 @@ def _run_seed(
     "Run one seed of a shipped recipe, or go on with it"
     side, seed = find_record(r.model).pixels.side, r.train.seed
     out = Path('runs') / f"{r.name}-{r.id}-{code_version().replace(':', '-')}"
-    data = load_data(r.data, side, r.skin_tones, say if first else _say_nothing)
+    data = load_data(r.data, side, r.skin_tones, say if first else lambda text: None)
     judge = emoji_judge(side) if r.data == 'emoji' else seen_judge(side)
     done = run(r, data, out, judge=judge, resume=True, ledger=ledger, scale=scale)
     if not done.run.new:

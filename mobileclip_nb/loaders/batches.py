@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PairData', 'decode_images', 'pair_data', 'from_pairs', 'seeded', 'BatchSpec', 'Batch', 'Texts', 'tokenize_captions',
-           'pick_captions', 'normalize_batch', 'as_input', 'stream_id', 'BatchChoice', 'Batches']
+           'pick_captions', 'normalize_batch', 'as_input', 'hash_batches', 'stream_id', 'BatchChoice', 'Batches']
 
 # %% ../../nbs/loaders/01_batches.ipynb #be3eff14
 import hashlib, json, zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -217,6 +217,15 @@ def as_input(
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 # %% ../../nbs/loaders/01_batches.ipynb #9d09f197
+def hash_batches(
+    text: str,  # all that is not a tensor
+    tensors: Iterable[Tensor | None],  # None is left out
+) -> str:  # ten hexadecimal digits
+    "Hash what batches are made of"
+    sums = [zlib.crc32(np.ascontiguousarray(t.numpy())) for t in tensors if t is not None]
+    return hashlib.sha256(f'{text}{sums}'.encode()).hexdigest()[:10]
+
+
 def stream_id(
     data: PairData,
     spec: BatchSpec,
@@ -224,8 +233,7 @@ def stream_id(
 ) -> str:  # ten hexadecimal digits
     "Hash images, captions, tokens and spec"
     text = json.dumps([spec.to_dict(), data.captions, list(data.images.shape)])
-    sums = [zlib.crc32(np.ascontiguousarray(t.numpy())) for t in (data.images, texts.tokens)]
-    return hashlib.sha256(f'{text}{sums}'.encode()).hexdigest()[:10]
+    return hash_batches(text, (data.images, texts.tokens))
 
 # %% ../../nbs/loaders/01_batches.ipynb #52b00007
 class BatchChoice(NamedTuple):

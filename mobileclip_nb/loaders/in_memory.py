@@ -6,7 +6,7 @@
 __all__ = ['ViewData', 'Views', 'render_views', 'LoadConfig', 'load_views', 'ViewSpec', 'ViewBatches']
 
 # %% ../../nbs/loaders/05_in_memory.ipynb #9c0777da
-import hashlib, json, zlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
@@ -24,6 +24,7 @@ from mobileclip_nb.loaders.batches import (
     BatchChoice,
     BatchSpec,
     Batches,
+    hash_batches,
     pick_captions,
     seeded,
     tokenize_captions,
@@ -337,8 +338,7 @@ class ViewBatches(Batches):
         text = json.dumps([self.spec.to_dict(), *texts])
         tensors = [views.images, views.image_rows, views.text_rows, views.syn_rows]
         tensors += [self.texts.tokens, self.syn and self.syn.tokens]
-        sums = [zlib.crc32(np.ascontiguousarray(t.numpy())) for t in tensors if t is not None]
-        return hashlib.sha256(f'{text}{sums}'.encode()).hexdigest()[:10]
+        return hash_batches(text, tensors)
 
     def choose(self, step: int) -> BatchChoice:
         "Draw images, views, captions, templates and augmentation of a step"
