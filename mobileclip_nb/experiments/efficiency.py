@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from ..core.ledger import Run, append, read, record_run as run_record
+from ..core.ledger import Run, append, markdown_table, read, record_run as run_record
 from ..core.plots import COLORS, ROLES, figure, style
 from ..core.errors import suggest
 from mobileclip_nb.experiments.efficiency_run import (
@@ -251,18 +251,15 @@ def noise_table(
 ) -> str:  # Markdown
     "Baseline and reinforced R@1 at each noise, and the ratio of the reinforced run"
     runs = list(runs)
-    rows = [
-        '| wrong captions | seeds | baseline R@1, % | reinforced R@1, % '
-        '| reinforced: times fewer samples |',
-        '|---|---|---|---|---|',
-    ]
+    columns = 'wrong captions', 'seeds', 'baseline R@1, %', 'reinforced R@1, %'
+    rows = []
     for noise in noises:
         base = curves(runs, 'plain', noise, concepts)
         rich = curves(runs, 'reinforced', noise, concepts)
         seeds = 0 if rich is None else len(rich.r1)
-        cells = (f'{noise:.0%}', f'{seeds}', _end(base), _end(rich), _ratio_cell(base, rich))
-        rows.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(rows)
+        ratio = _ratio_cell(base, rich)
+        rows.append([f'{noise:.0%}', f'{seeds}', _end(base), _end(rich), ratio])
+    return markdown_table([*columns, 'reinforced: times fewer samples'], rows)
 
 # %% ../../nbs/experiments/01_efficiency.ipynb #b2c098bf
 def efficiency_table(
@@ -272,18 +269,15 @@ def efficiency_table(
 ) -> str:  # Markdown
     "R@1 at the end of each condition, and how many times fewer samples than the baseline it needs"
     runs = list(runs)
-    rows = [
-        '| noise | concepts | variant | seeds | R@1 at the end, % | times fewer samples |',
-        '|---|---|---|---|---|---|',
-    ]
+    columns = 'noise', 'concepts', 'variant', 'seeds', 'R@1 at the end, %', 'times fewer samples'
+    rows = []
     for arm, noise, concepts in conditions:
         c, b = curves(runs, arm, noise, concepts), curves(runs, base, noise, concepts)
         ratio = '' if arm == base or c is None else _ratio_cell(b, c)
         seeds = 0 if c is None else len(c.r1)
         label = _LABELS.get(arm, arm)
-        cells = (f'{noise:.0%}', f'{concepts:.3g}', label, f'{seeds}', _end(c), ratio)
-        rows.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(rows)
+        rows.append([f'{noise:.0%}', f'{concepts:.3g}', label, f'{seeds}', _end(c), ratio])
+    return markdown_table(columns, rows)
 
 # %% ../../nbs/experiments/01_efficiency.ipynb #4292b4ca
 _COLORS = dict(plain=ROLES['baseline'], reinforced=ROLES['reinforced'])
@@ -369,7 +363,7 @@ def table_early(
     "Recall and cosine at the first points, with running and with recomputed statistics"
     runs = list(runs)
     columns = 'samples', 'seeds', 'R@1, %: running', 'recomputed', 'cosine: running', 'recomputed'
-    rows = [f'| variant | {" | ".join(columns)} |', '|---' * 7 + '|']
+    rows = []
     kinds = (('heldout_r1', 100, '.1f'), ('cosine', 1, '.2f'))
     for name in ('plain', 'reinforced'):
         found = [
@@ -381,8 +375,8 @@ def table_early(
         for k, n in enumerate(() if first is None else first.samples):
             cells = [_spread(unit * c.r1[:, k], form) for c, unit, form in found]
             label = _LABELS.get(name, name)
-            rows.append(f"| {label} | {n:,} | {len(first.r1)} | {' | '.join(cells)} |")
-    return '\n'.join(rows)
+            rows.append([label, f'{n:,}', f'{len(first.r1)}', *cells])
+    return markdown_table(['variant', *columns], rows)
 
 # %% ../../nbs/experiments/01_efficiency.ipynb #04d219a6
 def against_longer(
