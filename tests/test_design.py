@@ -177,7 +177,17 @@ def test_notebooks_are_clean(tmp_path):
 
 def test_code_is_formatted():
     "`ruff format` would change nothing"
-    command = [sys.executable, '-m', 'ruff', 'format', '--check', 'nbs', 'tests', 'setup.py', 'mobileclip_nb/__init__.py']
+    command = [
+        sys.executable,
+        '-m',
+        'ruff',
+        'format',
+        '--check',
+        'nbs',
+        'tests',
+        'setup.py',
+        'mobileclip_nb/__init__.py',
+    ]
     done = subprocess.run(command, cwd=design.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
