@@ -1,0 +1,71 @@
+"""Runs notebooks in forked processes: each starts with the large packages already imported.
+
+Reads one JSON line a notebook (path, folder, env) from standard input; answers its process id, then its exit status.
+A kernel for each of 120 notebooks imports torch, torchvision, timm and open_clip 120 times, which takes longer than most of them run.
+"""
+
+import json, os, signal, sys, traceback
+from pathlib import Path
+
+import design
+
+SKIP = {'slow', 'gpu', 'net'}
+PRELOADED = 'torch', 'torchvision', 'timm', 'open_clip', 'matplotlib.pyplot', 'IPython', 'nbformat'
+
+
+def code_cells(path):
+    "The sources of the code cells that are not flagged slow, gpu or net"
+    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    return [s for s in sources if not SKIP & set(design.DIRECTIVE.findall(s))]
+
+
+def run(path):
+    "Run the cells of a notebook in this process; raises what a cell raises, with its source"
+    from execnb.shell import CaptureShell
+
+    shell = CaptureShell(mpl_format='png')
+    for source in code_cells(path):
+        shell.run(source)
+        if shell.exc:
+            trace = ''.join(traceback.format_exception(shell.exc))
+            raise RuntimeError(f'{path}\n\n{source}\n\n{trace}')
+
+
+def child(path, folder, env, log):
+    "In a new process: run one notebook, what it prints goes into a file"
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.path.insert(0, '')
+    status = 0
+    try:
+        run(path)
+    except BaseException as e:
+        print(e, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def serve():
+    for module in PRELOADED:
+        __import__(module)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            child(**asked)
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == '__main__':
+    serve()
