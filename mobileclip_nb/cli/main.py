@@ -162,12 +162,8 @@ def split_scores(
 ) -> dict[str, Any]:  # the fields of `Retrieval`, and those of `Scores` after `zeroshot_`
     "Retrieval and zero-shot scores of one split, from one pass over its images"
     from mobileclip_nb.evaluate.retrieval import score_retrieval, count_shared, find_positives
-    from mobileclip_nb.evaluate.zeroshot import (
-        build_classifier,
-        embed_images,
-        embed_texts,
-        top_scores,
-    )
+    from mobileclip_nb.evaluate.metrics import top_scores
+    from mobileclip_nb.evaluate.zeroshot import build_classifier, embed_images, embed_texts
     from mobileclip_nb.inference.predict import default_batch
 
     first = [c[0] for c in captions]
