@@ -432,7 +432,8 @@ def fetch_dataset(
         reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
         raise OSError(
             f"Cannot get {key!r} from the hub repository {repo!r} ({reason}). Check the "
-            f"connection, or put the data set into a folder {folder_names(key)[0]!r} and give its parent folder"
+            f"connection, or put the data set into a folder {folder_names(key)[0]!r} and give the "
+            "folder above it"
         ) from e
     return open_wds(folder, key)
 
