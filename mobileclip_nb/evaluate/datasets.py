@@ -374,7 +374,8 @@ def list_class_images(
 ) -> list[Path]:  # sorted by class and name; empty where a list or captions are there
     "Find images that lie in one folder a class"
     folder = Path(folder)
-    if not folder.is_dir() or any(folder.glob('*.csv')) or any(folder.glob('*.jsonl')):
+    lists = [p for suffix in ('csv', 'tsv', 'jsonl') for p in folder.glob(f'*.{suffix}')]
+    if lists or not folder.is_dir():
         return []
     images = [p for p in folder.glob('*/*') if p.suffix.lower().lstrip('.') in PICTURES]
     captions = any(p.with_suffix('.txt').is_file() for p in images[:1])
