@@ -119,7 +119,11 @@ def test_clip_benchmark(sets, index):
     data = find_datasets(sets)[index]
     register_open_clip()
     made = open_clip.create_model_and_transforms('mobileclip_nano', pretrained='emoji')
-    model, transform, tokenizer = made[0].eval(), made[2], open_clip.get_tokenizer('mobileclip_nano')
+    model, transform, tokenizer = (
+        made[0].eval(),
+        made[2],
+        open_clip.get_tokenizer('mobileclip_nano'),
+    )
     folder = data.files[0].parents[1]
     task = 'zeroshot_retrieval' if data.kind == 'retrieval' else 'zeroshot_classification'
     where = dict(root=str(folder), transform=transform, split='test', task=task)
