@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import import_optional
-from .zeroshot import top_scores
+from .metrics import top_scores
 
 # %% ../../nbs/evaluate/08_probe.ipynb #31d586c8
 def draw_shots(
