@@ -234,7 +234,7 @@ def evaluate_sugarcrepe(
         lines.append(make_line(key, title, metrics, 'acc', 0.5, images))
     return lines
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #4a597b10
+# %% ../../nbs/evaluate/10_compositionality.ipynb #85e3be85
 _ARO_ORIGIN = (
     "ARO's files come with the downloads of github.com/mertyg/vision-language-models-are-bows "
     "(visual_genome_relation.json, visual_genome_attribution.json, and vgr_vga_images.zip, "
@@ -265,7 +265,7 @@ def read_visual_genome(
     _check_images([c.image for c in questions], _ARO_ORIGIN)
     return questions
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #9388f105
+# %% ../../nbs/evaluate/10_compositionality.ipynb #c4ec9501
 def average_groups(
     right: Tensor,  # bool `(N,)`
     groups: Sequence[str],  # N
@@ -283,7 +283,7 @@ def average_groups(
         )
     return fmean(kept), len(kept)
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #318520b8
+# %% ../../nbs/evaluate/10_compositionality.ipynb #d1db7881
 _ORDERS = dict(coco='coco_karpathy_test.json', flickr30k='flickr30k_test.json')
 _ORDER_ORIGIN = (
     "Karpathy's test files (coco_karpathy_test.json, flickr30k_test.json) are those of "
@@ -309,7 +309,7 @@ def read_order(
         for caption in row['caption']
     ]
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #1d0fa675
+# %% ../../nbs/evaluate/10_compositionality.ipynb #16e7cace
 def evaluate_order(
     model: nn.Module,  # in eval mode
     folder: str | Path,  # as `read_order` takes it
@@ -329,7 +329,7 @@ def evaluate_order(
     chance, title = 1 / (1 + len(kinds)), f'ARO {test} order'
     return [make_line(key, title, metrics, 'acc', chance, images, [note] if unchanged else [])]
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #8f4d3ed1
+# %% ../../nbs/evaluate/10_compositionality.ipynb #adae1f63
 ARO_TESTS = ('vg_relation', 'vg_attribution', 'coco_order', 'flickr30k_order')
 _ARO_FILES = dict(
     vg_relation='visual_genome_relation.json',
@@ -357,7 +357,7 @@ def evaluate_visual_genome(
     key, title = f'comp/aro_vg_{test}', f'ARO VG-{test}'
     return [make_line(key, title, metrics, 'macro_acc', 0.5, images)]
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #2f795b36
+# %% ../../nbs/evaluate/10_compositionality.ipynb #a56c517c
 def evaluate_aro(
     model: nn.Module,  # in eval mode
     folder: str | Path,  # with the files of ARO that are there
@@ -385,7 +385,7 @@ def evaluate_aro(
             lines += evaluate_visual_genome(model, folder, name, least, leave_out, how)
     return lines
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #f095c8e4
+# %% ../../nbs/evaluate/10_compositionality.ipynb #2b41b5d2
 class Association(NamedTuple):
     "A cue and the candidates that may fit it"
 
@@ -410,7 +410,7 @@ def _parse_list(text: str, where: str) -> list[str]:
         raise ValueError(f"{where}: {text[:60]!r} is no list of names. {_WINOGAVIL_ORIGIN}")
     return names
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #57020677
+# %% ../../nbs/evaluate/10_compositionality.ipynb #99873ec5
 def read_winogavil(
     folder: str | Path,  # with `winogavil_dataset.csv` and `winogavil_images/`
 ) -> list[Association]:  # one a game
@@ -435,7 +435,7 @@ def read_winogavil(
     _check_images([file for game in games for file in game.candidates], _WINOGAVIL_ORIGIN)
     return games
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #ebd05201
+# %% ../../nbs/evaluate/10_compositionality.ipynb #559a84c8
 def write_cue_prompt(
     cue: str,
 ) -> str:  # `A cue`, `An umbrella`
@@ -470,7 +470,7 @@ def chance_jaccard(
         math.comb(k, j) * math.comb(n - k, k - j) / ways * j / (2 * k - j) for j in range(1, k + 1)
     )
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #1b67512d
+# %% ../../nbs/evaluate/10_compositionality.ipynb #aa3ea3ea
 def score_games(
     model: nn.Module,  # in eval mode
     games: Sequence[Association],  # G
@@ -494,7 +494,7 @@ def _mean_of_sizes(
     kept = [x for x, game in zip(values, games) if len(game.candidates) in sizes]
     return fmean(kept) if kept else None
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #a4728320
+
 def evaluate_winogavil(
     model: nn.Module,  # in eval mode
     folder: str | Path,  # as `read_winogavil` takes it
@@ -512,7 +512,7 @@ def evaluate_winogavil(
     main = 'jaccard_score_10-12'
     return [make_line('misc/winogavil', 'WinoGAViL', metrics, main, chance, images)]
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #8d4c4b43
+# %% ../../nbs/evaluate/10_compositionality.ipynb #3cffc987
 _URBAN_ORIGIN = (
     "Urban1k comes from the hub's data set BeichenZhang/Urban1k: image/<name>.jpg with "
     "caption/<name>.txt."
@@ -543,7 +543,7 @@ def read_urban1k(
         captions.append(lines[0].strip())
     return [images[name] for name in names], captions
 
-# %% ../../nbs/evaluate/10_compositionality.ipynb #ced1de6d
+# %% ../../nbs/evaluate/10_compositionality.ipynb #f805538c
 def evaluate_urban1k(
     model: nn.Module,  # in eval mode
     folder: str | Path,  # as `read_urban1k` takes it
