@@ -291,7 +291,7 @@ class SceneSpec(Spec, id_name='SceneSpec'):
     def __post_init__(self) -> None:
         _check_word(self.part, PARTS, 'part')
         _check_word(self.hand, HANDS, 'art style')
-        for noun in self.nouns:
+        for noun in set(self.nouns) - set(NOUNS):  # the default needs no emoji package
             _check_word(noun, tuple(_chars()), 'noun')
         for color in self.colors:
             _check_word(color, tuple(TINTS), 'color')
