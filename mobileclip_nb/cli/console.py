@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'WEIGHTS', 'DEVICE', 'THREADS', 'BATCH', 'say', 'answer', 'in_shell', 'Command', 'flag', 'positive',
-           'ready_to_compute']
+           'ready_to_compute', 'model_of']
 
 # %% ../../nbs/cli/00_console.ipynb #b9eb8e6f
 import argparse, json, sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..train.options import Options
@@ -88,3 +89,18 @@ def ready_to_compute(
     set_threads(getattr(args, 'threads', None))
     tune_allocator()
     return device
+
+# %% ../../nbs/cli/00_console.ipynb #c7e91a02
+def model_of(
+    args: argparse.Namespace,  # `model`, `weights`, `device`, `threads`
+) -> Any:  # a model in eval mode, on its device
+    "Make the model that a command was asked to use, and apply its device and threads"
+    from mobileclip_nb.models.factory import create_model
+    from mobileclip_nb.models.zoo import find_record
+
+    device = ready_to_compute(args)
+    is_name = not Path(args.model).is_file() and not args.model.startswith('hf-hub:')
+    if args.weights is None and is_name:
+        tags = list(find_record(args.model).weights)
+        args.weights = tags[0] if tags else None
+    return create_model(args.model, args.weights, folded=True, device=device)

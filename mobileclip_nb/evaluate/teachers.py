@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .zeroshot import average_templates, top_scores
+from .metrics import top_scores
+from .zeroshot import average_templates
 from ..reinforce.teachers import Ensemble, join_embeddings
 
 # %% ../../nbs/evaluate/04_teachers.ipynb #d942b60a
