@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from mobileclip_nb.evaluate.datasets import find_datasets, open_wds, write_emoji_sets
+from mobileclip_nb.evaluate.datasets import find_datasets, write_emoji_sets
 from mobileclip_nb.evaluate.embeddings import embed_dataset, wrap_clip
 from mobileclip_nb.evaluate.suite import read_results, run_suite
 from mobileclip_nb.models.factory import create_model
@@ -119,7 +119,11 @@ def test_clip_benchmark(sets, index):
     data = find_datasets(sets)[index]
     register_open_clip()
     made = open_clip.create_model_and_transforms('mobileclip_nano', pretrained='emoji')
-    model, transform, tokenizer = made[0].eval(), made[2], open_clip.get_tokenizer('mobileclip_nano')
+    model, transform, tokenizer = (
+        made[0].eval(),
+        made[2],
+        open_clip.get_tokenizer('mobileclip_nano'),
+    )
     folder = data.files[0].parents[1]
     task = 'zeroshot_retrieval' if data.kind == 'retrieval' else 'zeroshot_classification'
     where = dict(root=str(folder), transform=transform, split='test', task=task)
@@ -143,12 +147,22 @@ def test_clip_benchmark(sets, index):
         assert abs(metrics[name] - value) < 1e-6, (name, metrics[name], value)
 
 
-def test_open_clip_model(sets):
-    "A model of open_clip that is not ours, with random weights"
+def test_open_clip_models(sets, tmp_path):
+    "A model of open_clip that is not ours; and ours through open_clip's interface, with equal embeddings"
+    import open_clip
     from mobileclip_nb.evaluate.embeddings import wrap_open_clip
+    from mobileclip_nb.models.open_clip_adapter import register_open_clip
 
-    data = open_wds(sorted(sets.iterdir())[0])
+    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16)
+    text = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1)
+    config = dict(embed_dim=24, vision_cfg=vision, text_cfg=text)
+    (tmp_path / 'small-vit.json').write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    data = find_datasets(sets)[2]
     small = data._replace(files=data.files[:1])
-    model = wrap_open_clip('RN50')
-    found = embed_dataset(model, small._replace(key='few'), batch=20)
-    assert found.rows.shape == (100, 1024)
+    line = run_suite(wrap_open_clip('small-vit'), [small]).lines[0]
+    assert line['model'] == 'small-vit' and line['metrics']['mean_per_class_recall'] < 0.5
+    register_open_clip()
+    theirs = embed_dataset(wrap_open_clip('mobileclip_nano', 'emoji'), small)
+    ours = embed_dataset(wrap_clip(create_model('mobileclip_nano', 'emoji')), small)
+    assert abs(theirs.rows - ours.rows).max() < 1e-5
