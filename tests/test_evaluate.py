@@ -166,3 +166,44 @@ def test_open_clip_models(sets, tmp_path):
     theirs = embed_dataset(wrap_open_clip('mobileclip_nano', 'emoji'), small)
     ours = embed_dataset(wrap_clip(create_model('mobileclip_nano', 'emoji')), small)
     assert abs(theirs.rows - ours.rows).max() < 1e-5
+
+
+def test_mteb(sets, tmp_path):
+    "A zero-shot task of mteb on the same images and prompts: its accuracy is ours"
+    mteb = pytest.importorskip('mteb')
+    import io
+    from datasets import Dataset, DatasetDict
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
+    from PIL import Image
+    from mobileclip_nb.evaluate.datasets import read_samples
+    from mobileclip_nb.evaluate.mteb_adapter import MtebEncoder
+
+    data = find_datasets(sets)[2]._replace(templates=('an emoji of {}',))
+    samples = list(read_samples(data))
+    rows = dict(label=[s.label for s in samples])
+    rows['image'] = [Image.open(io.BytesIO(s.image)) for s in samples]
+    about = dict(name='EmojiWords', description='Words of emoji', reference='https://example.org')
+    about |= dict(dataset=dict(path='none/none', revision='1'), type='ZeroShotClassification')
+    about |= dict(category='i2t', eval_splits=['test'], eval_langs=['eng-Latn'])
+    about |= dict(main_score='accuracy', modalities=['text', 'image'], bibtex_citation='')
+    for name in ('date', 'domains', 'task_subtypes', 'license', 'annotations_creators'):
+        about[name] = None
+    about |= dict(dialect=None, sample_creation=None)
+
+    class EmojiWords(AbsTaskZeroShotClassification):
+        metadata = TaskMetadata(**about)
+
+        def load_data(self, *args, **how):
+            self.dataset = DatasetDict(test=Dataset.from_dict(rows))
+            self.data_loaded = True
+
+        def get_candidate_labels(self):
+            return [f'an emoji of {name}' for name in data.class_names]
+
+    encoder = MtebEncoder('mobileclip_nb/mobileclip_nano', device='cpu')
+    assert encoder.mteb_model_meta.name == 'mobileclip_nb/mobileclip_nano'
+    result = mteb.evaluate(encoder, [EmojiWords()], cache=None, co2_tracker=False)
+    score = result.task_results[0].scores['test'][0]
+    line = run_suite(wrap_clip(create_model('mobileclip_nano', 'emoji', folded=True)), [data])
+    assert abs(score['accuracy'] - line.lines[0]['metrics']['acc1']) < 1e-9
