@@ -525,7 +525,9 @@ def write_emoji_sets(
     root, written = Path(root), []
     for hand in HANDS:
         drawn, rows = load_emoji('all', hand, side), dict(single=[], several=[], captions=[])
-        for image, caption in zip(drawn.images, drawn.captions):
+        distinct = {image.tobytes(): i for i, image in enumerate(drawn.images)}
+        for i in sorted(distinct.values()):
+            image, caption = drawn.images[i], drawn.captions[i]
             has = tuple(int(word in caption_words(caption)) for word in EMOJI_WORDS)
             sample = EvalSample('', _encode_png(image), (caption, f'an emoji of {caption}'))
             rows['captions'].append(sample)
