@@ -453,7 +453,8 @@ def order(nbs):
                 out.append(f'{n.name} imports {m!r}, which comes after it')
     if len(by_module) != len(nbs):
         out.append('two notebooks export one module')
-    return out
+    numbers = [n.name.split('_')[0] for n in nbs]
+    return out + [f'{k}_ stands twice' for k in sorted(set(numbers)) if numbers.count(k) > 1]
 
 
 def private_imports(nbs):
@@ -474,6 +475,25 @@ def repeated_names(nbs):
             if not d.name.startswith('_') and d.name != 'main':
                 found.setdefault(d.name, set()).add(n.module)
     return [f'{name}: {", ".join(sorted(ms))}' for name, ms in sorted(found.items()) if len(ms) > 1]
+
+
+WORD = re.compile(r'\w+')
+
+
+def hidden_api(nbs, texts):
+    "A public definition without a caller outside its notebook is documented: a docstring, types"
+    words = {n.name: set(WORD.findall('\n'.join(c.source for c in n.code))) for n in nbs}
+    elsewhere = set(WORD.findall('\n'.join(texts)))
+    out = []
+    for n in nbs:
+        called = elsewhere.union(*(found for name, found in words.items() if name != n.name))
+        for d in n.definitions:
+            if d.name.startswith('_') or d.name in called:
+                continue
+            lacks = untyped(d) if isinstance(d, ast.FunctionDef) else []
+            if lacks or not ast.get_docstring(d):
+                out.append(f'{n.name}: {d.name} has no caller elsewhere and is not documented')
+    return out
 
 
 def names(nbs, public):

@@ -63,6 +63,12 @@ def test_no_name_stands_twice():
     assert design.repeated_names(LIBRARY) == []
 
 
+def test_names_without_a_caller_are_documented(tmp_path):
+    tests = [p.read_text(encoding='utf-8') for p in sorted(Path(__file__).parent.glob('*.py'))]
+    assert design.hidden_api(EVERY, tests) == []
+    assert len(design.hidden_api([bad_notebook(tmp_path)], [])) == 2  # f and g have no docstring
+
+
 def test_module_names():
     import mobileclip_nb
 

@@ -65,7 +65,7 @@ def test_marks():
     assert max(map(len, shell)) <= 90
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_blocks_run_in_order(tmp_path, shell_env):
     "Every unmarked block succeeds as typed, in one folder that was empty before the first"
     folder = tmp_path / 'empty'

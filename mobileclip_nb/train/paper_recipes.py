@@ -139,7 +139,8 @@ _PAPER = {                    # base, model, what differs
     'mobileclip_s1.datacompdr1b':   (_T12, 'mobileclip_s1',   dict()),
     'mobileclip_s2.datacompdr1b':   (_T12, 'mobileclip_s2',   dict()),
     'mobileclip_b.datacompdr1b':    (_T12, 'mobileclip_b',    dict(weights=_MIXED)),
-    'mobileclip_b_lt.datacompdr1b': (_T12, 'mobileclip_b_lt', dict(weights=_MIXED, steps=600_000, hold=298_000, sources=_LONG_SOURCES)),
+    'mobileclip_b_lt.datacompdr1b': (_T12, 'mobileclip_b_lt', dict(
+        weights=_MIXED, steps=600_000, hold=298_000, sources=_LONG_SOURCES)),
     'mobileclip2_s0.dfndr2b':       (_A,   'mobileclip2_s0',  dict(batch=65_536,  warmup=10_000, lr_end=1e-6)),
     'mobileclip2_s2.dfndr2b':       (_A,   'mobileclip2_s2',  dict(batch=65_536,  warmup=10_000, lr_end=1e-6)),
     'mobileclip2_b.dfndr2b':        (_A,   'mobileclip2_b',   dict(batch=65_536,  warmup=2000,   lr_end=1e-6)),
@@ -148,9 +149,12 @@ _PAPER = {                    # base, model, what differs
 }
 _SMALL = dict(steps=30_000, batch=8192)
 _SCRIPTS = {                  # script, model, what differs
-    'vit_b16.datacomp12m':   ('datacomp12m',   VIT_B16.name,   dict(eps=1e-6, weights=(1.0, 0.0), synthetic='', crop=(0.9, 1.0), **_SMALL)),
-    'vit_b16.datacompdr12m': ('datacompdr12m', VIT_B16.name,   dict(eps=1e-6, scales=(100.0, 100.0), **TWO, **_SMALL)),
-    'vit_b16.datacompdr1b':  ('datacompdr1b',  VIT_B16.name,   dict(eps=1e-6, scales=(100.0, 100.0), **TWO, weights=_MIXED)),
+    'vit_b16.datacomp12m':   ('datacomp12m',   VIT_B16.name,   dict(
+        eps=1e-6, weights=(1.0, 0.0), synthetic='', crop=(0.9, 1.0), **_SMALL)),
+    'vit_b16.datacompdr12m': ('datacompdr12m', VIT_B16.name,   dict(
+        eps=1e-6, scales=(100.0, 100.0), **TWO, **_SMALL)),
+    'vit_b16.datacompdr1b':  ('datacompdr1b',  VIT_B16.name,   dict(
+        eps=1e-6, scales=(100.0, 100.0), **TWO, weights=_MIXED)),
     'mobileclip_b.dfndr12m': ('dfndr12m',      'mobileclip2_b', dict(scales=(70.0, 60.0), **TWO, **_SMALL)),
     'mobileclip_b.dfndr2b':  ('dfndr2b',       'mobileclip2_b', dict(scales=(70.0, 60.0), **TWO, synthetic=_DFN)),
 }
