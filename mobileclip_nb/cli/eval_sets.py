@@ -88,22 +88,15 @@ def evaluate_choices(
     model: Any,  # an `EvalModel`
     place: str | None,  # the folder with the benchmark's files
 ) -> list[dict[str, Any]]:  # result lines
-    "Evaluate a model of this library on a benchmark with a layout of its own"
+    "Evaluate a model on a benchmark with a layout of its own"
     from importlib import import_module
 
     if place is None:
         raise ValueError(f"--on {on} needs its files: give their folder by --data FOLDER")
-    if getattr(model.module, 'record', None) is None:
-        raise ValueError(f"--on {on} takes models of this library, not {model.name}")
     functions = import_module('mobileclip_nb.evaluate.compositionality')
-    lines = []
-    for line in getattr(functions, CHOICE_SETS[on])(model.module, place):
-        metrics = line['metrics']
-        main = next(k for k, v in metrics.items() if v == metrics['main_metric'])
-        about = dict(main=main, chance=metrics.get('chance'), images=metrics.get('n', 0))
-        about |= dict(images_per_s=None, skipped={}, notes=[], model=model.name, run=None)
-        lines.append(line | about)
-    return lines
+    how = functions.Preparation(tokens=model.tokens, prepare=model.prepare)
+    lines = getattr(functions, CHOICE_SETS[on])(model.module, place, how=how)
+    return [line | dict(images_per_s=None, model=model.name, run=None) for line in lines]
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #63ed1eac
 def summarize(
