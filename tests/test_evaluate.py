@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from mobileclip_nb.evaluate.datasets import find_datasets, open_wds, write_emoji_sets
+from mobileclip_nb.evaluate.datasets import find_datasets, write_emoji_sets
 from mobileclip_nb.evaluate.embeddings import embed_dataset, wrap_clip
 from mobileclip_nb.evaluate.suite import read_results, run_suite
 from mobileclip_nb.models.factory import create_model
@@ -147,12 +147,63 @@ def test_clip_benchmark(sets, index):
         assert abs(metrics[name] - value) < 1e-6, (name, metrics[name], value)
 
 
-def test_open_clip_model(sets):
-    "A model of open_clip that is not ours, with random weights"
+def test_open_clip_models(sets, tmp_path):
+    "A model of open_clip that is not ours; and ours through open_clip's interface, with equal embeddings"
+    import open_clip
     from mobileclip_nb.evaluate.embeddings import wrap_open_clip
+    from mobileclip_nb.models.open_clip_adapter import register_open_clip
 
-    data = open_wds(sorted(sets.iterdir())[0])
+    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16)
+    text = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1)
+    config = dict(embed_dim=24, vision_cfg=vision, text_cfg=text)
+    (tmp_path / 'small-vit.json').write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    data = find_datasets(sets)[2]
     small = data._replace(files=data.files[:1])
-    model = wrap_open_clip('RN50')
-    found = embed_dataset(model, small._replace(key='few'), batch=20)
-    assert found.rows.shape == (100, 1024)
+    line = run_suite(wrap_open_clip('small-vit'), [small]).lines[0]
+    assert line['model'] == 'small-vit' and line['metrics']['mean_per_class_recall'] < 0.5
+    register_open_clip()
+    theirs = embed_dataset(wrap_open_clip('mobileclip_nano', 'emoji'), small)
+    ours = embed_dataset(wrap_clip(create_model('mobileclip_nano', 'emoji')), small)
+    assert abs(theirs.rows - ours.rows).max() < 1e-5
+
+
+def test_mteb(sets, tmp_path):
+    "A zero-shot task of mteb on the same images and prompts: its accuracy is ours"
+    mteb = pytest.importorskip('mteb')
+    import io
+    from datasets import Dataset, DatasetDict
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
+    from PIL import Image
+    from mobileclip_nb.evaluate.datasets import read_samples
+    from mobileclip_nb.evaluate.mteb_adapter import MtebEncoder
+
+    data = find_datasets(sets)[2]._replace(templates=('an emoji of {}',))
+    samples = list(read_samples(data))
+    rows = dict(label=[s.label for s in samples])
+    rows['image'] = [Image.open(io.BytesIO(s.image)) for s in samples]
+    about = dict(name='EmojiWords', description='Words of emoji', reference='https://example.org')
+    about |= dict(dataset=dict(path='none/none', revision='1'), type='ZeroShotClassification')
+    about |= dict(category='i2t', eval_splits=['test'], eval_langs=['eng-Latn'])
+    about |= dict(main_score='accuracy', modalities=['text', 'image'], bibtex_citation='')
+    for name in ('date', 'domains', 'task_subtypes', 'license', 'annotations_creators'):
+        about[name] = None
+    about |= dict(dialect=None, sample_creation=None)
+
+    class EmojiWords(AbsTaskZeroShotClassification):
+        metadata = TaskMetadata(**about)
+
+        def load_data(self, *args, **how):
+            self.dataset = DatasetDict(test=Dataset.from_dict(rows))
+            self.data_loaded = True
+
+        def get_candidate_labels(self):
+            return [f'an emoji of {name}' for name in data.class_names]
+
+    encoder = MtebEncoder('mobileclip_nb/mobileclip_nano', device='cpu')
+    assert encoder.mteb_model_meta.name == 'mobileclip_nb/mobileclip_nano'
+    result = mteb.evaluate(encoder, [EmojiWords()], cache=None, co2_tracker=False)
+    score = result.task_results[0].scores['test'][0]
+    line = run_suite(wrap_clip(create_model('mobileclip_nano', 'emoji', folded=True)), [data])
+    assert abs(score['accuracy'] - line.lines[0]['metrics']['acc1']) < 1e-9

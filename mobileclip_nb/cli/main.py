@@ -333,9 +333,9 @@ OWN = [
     Command('eval', evaluate_model, (
         ('model', MODEL[1] | dict(nargs='?', help=f'{MODEL[1]["help"]}; for data sets also open_clip:NAME/TAG')),
         WEIGHTS,
-        ('--on', dict(default='emoji', help='`emoji`; suite38, flickr30k, coco; a folder in the layout of DataComp, with several of them, '
-                                            'with a folder a class, or of pictures with captions')),
-        ('--data', flag('the folder that holds the data sets of suite38, flickr30k and coco; by default they come from the hub', type=str)),
+        ('--on', dict(default='emoji', help='`emoji`; suite38, flickr30k, coco, aro, sugarcrepe, winogavil, urban1k; a folder in the '
+                                            'layout of DataComp, with several of them, with a folder a class, or pictures with captions')),
+        ('--data', flag('the folder that holds what --on names; by default suite38, flickr30k and coco come from the hub', type=str)),
         ('--out', flag('a file for result lines, written after each data set; a run that finds it goes on', type=str)),
         ('--cache', flag('a folder for embeddings; by default the cache of this library', type=str)),
         ('--equal-texts', flag('a caption of another image is right, too, if it is word for word the same')),
