@@ -558,8 +558,8 @@ def evaluate_urban1k(
     metrics |= {f'image_retrieval_recall@{k}': getattr(r, f't2i_r{k}') for k in (1, 5, 10)}
     metrics['mean_recall@1'] = (r.i2t_r1 + r.t2i_r1) / 2
     metrics['n'], notes = len(paths), []
-    if how.tokens is None:
-        context = model.text.spec.context
+    context = getattr(getattr(getattr(model, 'text', None), 'spec', None), 'context', None)
+    if context:  # one of our models
         metrics['cut'] = fmean(len(encode(caption)) + 2 > context for caption in captions)
         notes = [f"{metrics['cut']:.1%} of the captions are cut at {context} tokens"]
     main, chance = 'mean_recall@1', 1 / len(paths)
