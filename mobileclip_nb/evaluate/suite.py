@@ -310,7 +310,7 @@ def run_suite(
     "Evaluate a model on data sets; what has a line is not computed again"
     earlier, lines, failed = read_own_results(out, model), {}, {}
     for data in sets:
-        (line,) = gather_parts(earlier.get(data.key))[:1]  # rank 0 decides for all
+        line = gather_parts(earlier.get(data.key))[0]  # rank 0 decides for all
         if line is None or line.get('run') != identify_run(model, data, equal_texts):
             try:
                 found = cached_dataset(model, data, cache, **how)
