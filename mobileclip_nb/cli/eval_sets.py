@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMED_SETS', 'CHOICE_SETS', 'is_data_set', 'open_sets', 'make_eval_model', 'evaluate_choices', 'summarize',
-           'add_winogavil', 'run_sets', 'evaluate_sets']
+           'add_winogavil', 'keep_lines', 'run_sets', 'evaluate_sets']
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #e72051fa
 import argparse
@@ -136,7 +136,20 @@ def add_winogavil(
         result.failed['misc/winogavil'] = str(e)
     missing.pop('misc/winogavil', None)
 
+# %% ../../nbs/cli/03_eval_sets.ipynb #b52e18d3
+def keep_lines(
+    out: str | None,  # a file of results; None: nothing is kept
+    model: Any,  # an `EvalModel`
+    lines: list[dict[str, Any]],  # to add, or to put in the place of lines with the same keys
+) -> None:
+    "Add lines to a file of results; a `ValueError` if it holds those of another model"
+    from mobileclip_nb.evaluate.suite import read_own_results, write_results
 
+    if out is not None:
+        earlier = read_own_results(out, model)
+        write_results(out, (earlier | {line['key']: line for line in lines}).values())
+
+# %% ../../nbs/cli/03_eval_sets.ipynb #d74c3af5
 def run_sets(
     args: argparse.Namespace,  # as for `evaluate_sets`
     rank: int,  # of this process
@@ -149,12 +162,14 @@ def run_sets(
     model = make_eval_model(args)
     if args.on in CHOICE_SETS:
         lines = [] if rank else evaluate_choices(args.on, model, args.data)
+        keep_lines(None if rank else args.out, model, lines)
         return SuiteResult(lines, {})
     how = dict(cache=args.cache or cache_dir('embeddings'), equal_texts=args.equal_texts)
     how |= dict(batch=args.batch or 64, progress=True, say=(lambda text: None) if rank else say)
     result = run_suite(model, open_sets(args.on, args.data, missing), args.out, **how)
     if args.on == 'suite38' and not rank:
         add_winogavil(result, model, args.data, missing)
+        keep_lines(args.out, model, result.lines)
     return result
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #fefcfab3

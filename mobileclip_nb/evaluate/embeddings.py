@@ -260,7 +260,8 @@ def cached_dataset(
     if cache is None:
         return embed_dataset(model, data, **how)
     path = cache_path(cache, model, data)
-    (stored,) = gather_parts(load_embedded(path))[:1]  # rank 0 decides for all
+    own = load_embedded(path) if find_ranks()[0] == 0 else None
+    stored = gather_parts(own)[0]  # rank 0 reads for all
     if stored is not None:
         return stored
     found = embed_dataset(model, data, **how)

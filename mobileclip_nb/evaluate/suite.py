@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCORE_CHUNK', 'FMOW', 'GROUP_RULES', 'MAIN_METRICS', 'build_dataset_classifier', 'rank_in_chunks', 'GroupRule',
            'score_groups', 'score_classes', 'score_labels', 'recall_in_chunks', 'score_captions', 'identify_run',
-           'evaluate_dataset', 'read_results', 'write_results', 'SuiteResult', 'run_suite', 'format_line', 'SuiteMean',
-           'mean38']
+           'evaluate_dataset', 'read_results', 'write_results', 'SuiteResult', 'read_own_results', 'run_suite',
+           'format_line', 'SuiteMean', 'mean38']
 
 # %% ../../nbs/evaluate/07_suite.ipynb #24a86412
 import hashlib, json, math
@@ -282,7 +282,7 @@ class SuiteResult(NamedTuple):
     failed: dict[str, str]  # key to reason
 
 
-def _read_earlier(
+def read_own_results(
     out: str | Path | None,  # a file of results
     model: EvalModel,
 ) -> dict[str, dict[str, Any]]:  # by key
@@ -308,9 +308,9 @@ def run_suite(
     **how: Any,  # further arguments of `embed_dataset`
 ) -> SuiteResult:  # on every rank; rank 0 writes
     "Evaluate a model on data sets; what has a line is not computed again"
-    earlier, lines, failed = _read_earlier(out, model), {}, {}
+    earlier, lines, failed = read_own_results(out, model), {}, {}
     for data in sets:
-        (line,) = gather_parts(earlier.get(data.key))[:1]  # rank 0 decides for all
+        line = gather_parts(earlier.get(data.key))[0]  # rank 0 decides for all
         if line is None or line.get('run') != identify_run(model, data, equal_texts):
             try:
                 found = cached_dataset(model, data, cache, **how)
