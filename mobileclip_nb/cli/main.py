@@ -27,6 +27,7 @@ from mobileclip_nb.cli.console import (
     ready_to_compute,
     say,
 )
+from .ablate_command import ABLATE
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
 from ..train.options import OPTIONS, add_options
@@ -356,7 +357,7 @@ OWN = [
 DEMO_COMMAND = Command('demo', run_demo, (
     ('--out', dict(default='runs', help='folder for the executed notebook and its page')),
     ('--scale', _SCALE)))
-COMMANDS = (*OWN, *SHARD_COMMANDS, *TRAIN_COMMANDS, DEMO_COMMAND)
+COMMANDS = (*OWN, *SHARD_COMMANDS, *TRAIN_COMMANDS, ABLATE, DEMO_COMMAND)
 # fmt: on
 
 # %% ../../nbs/cli/03_main.ipynb #dd3da230
