@@ -8,7 +8,7 @@ __all__ = ['Train', 'Variant', 'Ablation', 'check_ablation', 'find_variant', 'Ru
            't_quantile', 'smallest_difference', 'ComparedVariant', 'values_of', 'compare_variants', 'ablation_table',
            'bar_sentence', 'draw_ablation']
 
-# %% ../../nbs/experiments/03_ablate.ipynb #8cde4ddd
+# %% ../../nbs/experiments/03_ablate.ipynb #c4f054e0
 import math, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,6 @@ from ..core.ledger import Run, markdown_table, read
 from ..core.papers import published_value
 from ..core.plots import COLORS, ROLES, figure, style
 from ..core.processes import Event, run_processes
-from ..reinforce.run_ray import ActorLost, run_pool, start_cluster
 
 # %% ../../nbs/experiments/03_ablate.ipynb #c5cfba08
 class Variant(NamedTuple):
@@ -124,14 +123,14 @@ def missing_jobs(
     have = {r.spec_id for r in read(ledger)} if Path(ledger).exists() else set()
     return [j for j in jobs if j.name not in have]
 
-# %% ../../nbs/experiments/03_ablate.ipynb #e4a0ce5b
+# %% ../../nbs/experiments/03_ablate.ipynb #977b4339
 class RunPrice(NamedTuple):
     "What the missing runs of one variant cost"
 
     variant: str
     runs: int  # that the ledger does not have
     steps: int  # of one run
-    seconds: float  # of one step
+    seconds: float  # of one step, of one core
     measured: str  # `here`, or `ledger`
 
     @property
@@ -170,13 +169,13 @@ def price_runs(
         prices[j.variant] = RunPrice(j.variant, 1, steps_of(j.spec), seconds, where)
     return list(prices.values())
 
-# %% ../../nbs/experiments/03_ablate.ipynb #33e5017a
+# %% ../../nbs/experiments/03_ablate.ipynb #398e63f3
 def price_table(
     prices: Sequence[RunPrice],
     processes: int = 1,  # that share the runs
 ) -> str:  # Markdown
     "The price of an ablation, a line a variant"
-    columns = 'variant', 'missing runs', 'steps', 'ms a step', 'measured', 'minutes'
+    columns = 'variant', 'missing runs', 'steps', 'ms a step', 'measured', 'minutes of a core'
     rows = [
         [p.variant, p.runs, p.steps, round(1000 * p.seconds), p.measured, round(p.minutes, 1)]
         for p in prices
@@ -230,7 +229,7 @@ def serve_jobs(
         if late:
             yield Event('done', job.name)
 
-# %% ../../nbs/experiments/03_ablate.ipynb #1a9af861
+# %% ../../nbs/experiments/03_ablate.ipynb #de46f654
 class RunsMade(NamedTuple):
     "What a call of `run_missing` did"
 
@@ -265,6 +264,8 @@ def _serve_ray(
     jobs: Sequence[RunJob], actors: int, address: str | None, arguments: tuple
 ) -> Iterator[Event]:
     "Make runs on the actors of a Ray cluster; ledger and folder are paths that all nodes share"
+    from mobileclip_nb.reinforce.run_ray import ActorLost, run_pool, start_cluster
+
     start, ledger, scale, folder, _ = arguments
     places = str(Path(ledger).absolute()), scale, str(Path(folder).absolute())
     with start_cluster(address, actors) as ray:
