@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ABLATE', 'ablations_of', 'jobs_of', 'list_ablations', 'price_ablations', 'make_runs', 'run_ablations']
 
-# %% ../../nbs/cli/02_ablate_command.ipynb #8877b1cd
-import argparse
+# %% ../../nbs/cli/02_ablate_command.ipynb #e5ff2cfa
+import argparse, time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from .console import Command, answer, flag, positive, say
 from ..train.options import OPTIONS
 
-# %% ../../nbs/cli/02_ablate_command.ipynb #370824b1
+# %% ../../nbs/cli/02_ablate_command.ipynb #64f34e4f
 def ablations_of(
     name: str | None,  # of `ABLATIONS`; None and `all` take every one
 ) -> list[Any]:  # of `Ablation`
@@ -29,12 +29,13 @@ def jobs_of(
     scale: str,  # `smoke` or `nano`
     n_seeds: int | None = None,  # None: those of each ablation
 ) -> list[Any]:  # of `RunJob`, no configuration twice
-    "All runs of some ablations, seed by seed"
+    "All runs of some ablations: those of the bases, then seed by seed"
     from mobileclip_nb.experiments.ablate import list_jobs
 
     seeds = None if n_seeds is None else range(n_seeds)
     jobs = {j.name: j for a in ablations for j in list_jobs(a, scale, seeds)}
-    return sorted(jobs.values(), key=lambda j: j.spec.seed)
+    bases = {a.variants[0].name for a in ablations}
+    return sorted(jobs.values(), key=lambda j: (j.variant not in bases, j.spec.seed))
 
 # %% ../../nbs/cli/02_ablate_command.ipynb #04fad507
 def list_ablations(
@@ -70,7 +71,7 @@ def price_ablations(
     named = [j._replace(variant=j.label.rsplit(', seed', 1)[0]) for j in todo]
     return price_runs(named, lambda s: s.train.steps, measure_step, runs)
 
-# %% ../../nbs/cli/02_ablate_command.ipynb #84e050cf
+# %% ../../nbs/cli/02_ablate_command.ipynb #bbaaac8c
 def _show_full(ablations: Sequence[Any], as_json: bool) -> int:
     "Print the recipes of the full scale; running them is a matter for a cluster"
     from mobileclip_nb.experiments.ablations import check_full, full_table
@@ -101,9 +102,11 @@ def make_runs(
     ablations: Sequence[Any],
 ) -> Any:  # `RunsMade`
     "Prepare the sets that are needed, and make the missing runs"
-    from mobileclip_nb.experiments.ablate import RunPlace, missing_jobs, run_missing
+    from mobileclip_nb.core.ledger import read
+    from mobileclip_nb.experiments.ablate import RunPlace, bar_sentence, missing_jobs, run_missing
     from mobileclip_nb.experiments.student_runs import make_sets, start_students
 
+    begun = time.time()
     jobs = jobs_of(ablations, args.scale, args.seeds)
     todo = missing_jobs(jobs, args.ledger)
     small = args.scale == 'smoke'
@@ -114,7 +117,17 @@ def make_runs(
         make_sets(folder, names, views, limit, say)
     place = RunPlace(folder, args.processes, args.ray, args.minutes)
     start = start_students(folder, views, limit)
-    return run_missing(jobs, args.ledger, start, args.scale, place, say)
+    bases = {a.variants[0].name for a in ablations}
+    first = run_missing(
+        [j for j in jobs if j.variant in bases], args.ledger, start, args.scale, place, say
+    )
+    runs = read(args.ledger) if Path(args.ledger).exists() else []
+    for a in ablations:
+        say(f'{a.name}\n{bar_sentence(a, runs, args.scale)}')
+    left = args.minutes - (time.time() - begun) / 60
+    place = place._replace(minutes=max(0.0, left))
+    rest = run_missing(jobs, args.ledger, start, args.scale, place, say)
+    return rest._replace(made=first.made + rest.made, failed=first.failed | rest.failed)
 
 
 def run_ablations(

@@ -90,7 +90,7 @@ def find_variant(
     known = [v.name for v in a.variants]
     raise KeyError(f"{a.name} has no variant {name!r}.{suggest(name, known)} It has {known}")
 
-# %% ../../nbs/experiments/03_ablate.ipynb #48dea61a
+# %% ../../nbs/experiments/03_ablate.ipynb #18533e9c
 class RunJob(NamedTuple):
     "One run of an ablation"
 
@@ -104,14 +104,14 @@ def list_jobs(
     a: Ablation,
     scale: str,  # `smoke`, `nano` or `full`
     seeds: Sequence[int] | None = None,  # None: those of the ablation
-) -> list[RunJob]:  # seed by seed, no configuration twice
+) -> list[RunJob]:  # the base first, no configuration twice
     "List all runs of an ablation"
-    jobs = {}
-    for seed in a.seeds if seeds is None else seeds:
-        for v in a.variants:
-            spec = a.spec(v, scale, seed)
-            label = f'{a.name}, {v.name}, seed {seed}'
-            jobs.setdefault(spec.id, RunJob(spec.id, label, spec, v.name))
+    jobs, seeds = {}, a.seeds if seeds is None else seeds
+    base = [(a.variants[0], seed) for seed in seeds]
+    for v, seed in base + [(v, seed) for seed in seeds for v in a.variants[1:]]:
+        spec = a.spec(v, scale, seed)
+        label = f'{a.name}, {v.name}, seed {seed}'
+        jobs.setdefault(spec.id, RunJob(spec.id, label, spec, v.name))
     return list(jobs.values())
 
 
