@@ -71,7 +71,7 @@ def price_ablations(
     named = [j._replace(variant=j.label.rsplit(', seed', 1)[0]) for j in todo]
     return price_runs(named, lambda s: s.train.steps, measure_step, runs)
 
-# %% ../../nbs/cli/02_ablate_command.ipynb #bbaaac8c
+# %% ../../nbs/cli/02_ablate_command.ipynb #608f02f2
 def _show_full(ablations: Sequence[Any], as_json: bool) -> int:
     "Print the recipes of the full scale; running them is a matter for a cluster"
     from mobileclip_nb.experiments.ablations import check_full, full_table
@@ -96,7 +96,7 @@ def _show_tables(ablations: Sequence[Any], scale: str, ledger: Path, as_json: bo
         text = '\n\n'.join([f'{a.name}: {a.question}', bar_sentence(a, runs, scale), *tables])
         answer(dict(name=a.name, metrics=result), text, as_json)
 
-
+# %% ../../nbs/cli/02_ablate_command.ipynb #0e708fd2
 def make_runs(
     args: argparse.Namespace,  # of the command
     ablations: Sequence[Any],
@@ -129,7 +129,7 @@ def make_runs(
     rest = run_missing(jobs, args.ledger, start, args.scale, place, say)
     return rest._replace(made=first.made + rest.made, failed=first.failed | rest.failed)
 
-
+# %% ../../nbs/cli/02_ablate_command.ipynb #d78ac246
 def run_ablations(
     args: argparse.Namespace,  # `name`, `scale`, `seeds`, `processes`, `ray`, `minutes`, ...
 ) -> int:  # exit status

@@ -169,7 +169,7 @@ def price_runs(
         prices[j.variant] = RunPrice(j.variant, 1, steps_of(j.spec), seconds, where)
     return list(prices.values())
 
-# %% ../../nbs/experiments/03_ablate.ipynb #398e63f3
+# %% ../../nbs/experiments/03_ablate.ipynb #a5c0acbe
 def price_table(
     prices: Sequence[RunPrice],
     processes: int = 1,  # that share the runs
@@ -185,7 +185,8 @@ def price_table(
     text = markdown_table(columns, rows, right=[False, True, True, True, False, True])
     if processes == 1:
         return text
-    return f'{text}\n\nwith {processes} processes on as many free cores: {total / processes:.0f} minutes'
+    share = f'{total / processes:.0f} minutes'
+    return f'{text}\n\nwith {processes} processes on as many free cores: {share}'
 
 # %% ../../nbs/experiments/03_ablate.ipynb #3aebd3fa
 Train = Callable[[Spec, Path, str], Mapping[str, float]]  # spec, ledger, scale; appends the line

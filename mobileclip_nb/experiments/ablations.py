@@ -55,7 +55,7 @@ def _text_sizes(layers: int, conv_blocks: int, kernel: int = 11) -> list[Any]:
     sizes = dict(layers=layers, conv_blocks=conv_blocks, kernel=kernel, causal=False)
     return [x for field, value in sizes.items() for x in (f'record.text.{field}', value)]
 
-# %% ../../nbs/experiments/05_ablations.ipynb #3b58c714
+# %% ../../nbs/experiments/05_ablations.ipynb #54a53851
 # fmt: off
 _ENCODERS = (
     Ablation('text-encoders', 'Is a hybrid text encoder as good as the base one?', ((_ONE, '1a'),), ('text',), _BASE,
@@ -75,28 +75,34 @@ _ENCODERS = (
     Ablation('image-encoders', 'Is MCi better than FastViT?', ((_ONE, '1b'),), ('image',), _BASE,
         _lines('image', ('MCi', 'mci_nano', 'MCi2', 'recipe.model', 'mobileclip_s2'),
                         ('FastViT', 'fastvit_nano', 'FastViT-MA36')),
-        _TOP, published='mobileclip_s2.datacompdr1b', note='FastViT-MA36 is no model of this library; at full scale its row is not built'),
+        _TOP, published='mobileclip_s2.datacompdr1b',
+            note='FastViT-MA36 is no model of this library; at full scale its row is not built'),
     Ablation('other-image-encoders', 'Does reinforced data help every image encoder?', ((_ONE, '19'),), ('image',), _BASE,
         _lines('image', ('FastViT', 'fastvit_nano', 'FastViT-MA36'),
                         ('convolution alone', 'conv_nano', 'MobileNetv3-L'),
                         ('patches and attention', 'vit_nano', 'ViT-T/16')),
-        {'heldout_i2t_r1': 'IN-val DataCompDR-12M'}, published=_DR, note='the paper\'s encoders differ in size, ours hardly; only the kind is compared'),
+        {'heldout_i2t_r1': 'IN-val DataCompDR-12M'}, published=_DR,
+            note='the paper\'s encoders differ in size, ours hardly; only the kind is compared'),
 )
 # fmt: on
 
-# %% ../../nbs/experiments/05_ablations.ipynb #2ca6f8c4
+# %% ../../nbs/experiments/05_ablations.ipynb #a2778be8
 # fmt: off
 _PLAIN = dict(distill=0.0, captions=0)
 _T2 = {'heldout_i2t_r1': 'IN-val', 'heldout_r1': 'Flickr30k (mean I2T/T2I R@1)'}
 _CLIP_ONLY = {'recipe.train.loss.clip': 1.0, 'recipe.train.loss.distill': 0.0}
 _LOSSES = (
-    Ablation('training-terms', 'What does each term of reinforced training add?', ((_ONE, '2'),), ('distill', 'captions', 'augment', 'teachers'), _BASE, (
+    Ablation('training-terms', 'What does each term of reinforced training add?', ((_ONE, '2'),), ('distill', 'captions', 'augment',
+        'teachers'), _BASE, (
         Variant('a: CLIP loss', _PLAIN, 'a', _CLIP_ONLY | {'recipe.reader.synthetic': ''}),
         Variant('b: + synthetic captions', dict(distill=0.0), 'b', _CLIP_ONLY),
-        Variant('c: + distillation, one teacher', dict(teachers=(0,)), 'c', {'recipe.train.loss.widths': (768,), 'recipe.train.loss.scales': (100.0,)}),
-        Variant('d: + stronger augmentation', dict(teachers=(0,), augment='medium'), 'd', {'recipe.train.loss.widths': (768,), 'recipe.train.loss.scales': (100.0,)}),
+        Variant('c: + distillation, one teacher', dict(teachers=(0,)), 'c', {'recipe.train.loss.widths': (768,),
+            'recipe.train.loss.scales': (100.0,)}),
+        Variant('d: + stronger augmentation', dict(teachers=(0,), augment='medium'), 'd', {'recipe.train.loss.widths': (768,),
+            'recipe.train.loss.scales': (100.0,)}),
         Variant('e: + second teacher', dict(augment='medium'), 'e'),
-        Variant('f: λ = 0.7', dict(augment='medium', distill=0.7), 'f', {'recipe.train.loss.distill': 0.7, 'recipe.train.loss.clip': 0.3}),
+        Variant('f: λ = 0.7', dict(augment='medium', distill=0.7), 'f', {'recipe.train.loss.distill': 0.7,
+            'recipe.train.loss.clip': 0.3}),
     ), _T2, published=_DR, note='the papers\' crop from 8 % hides a 32 px picture; crops from 40 % stand in for strong augmentation'),
     Ablation('distilled-batch', 'On which captions should distillation be computed?', ((_ONE, '3a'),), ('learns',), _BASE,
         _lines('learns', ('true and synthetic', 'both', '{B_real, B_syn}'), ('true', 'real', '{B_real}', 'recipe.reader.synthetic', ''),
@@ -115,28 +121,42 @@ _LOSSES = (
 )
 # fmt: on
 
-# %% ../../nbs/experiments/05_ablations.ipynb #6047371a
+# %% ../../nbs/experiments/05_ablations.ipynb #01ec1c3e
 # fmt: off
 _WIDE = {'heldout_i2t_r1': 'IN-val', 'shift_i2t_r1': 'IN-shift'}
 _XL, _OAI = 'ViT-L-14/datacomp_xl_s13b_b90k', 'ViT-L-14/openai'
 _NOISED = dict(psnr=(40.0, 20.0))
 _DATA = (
-    Ablation('student-augmentation', 'Which augmentation should student and teachers share?', ((_ONE, '13'),), ('augment', 'psnr'), _BASE, (
-        Variant('crops from 90 %, student noise', _NOISED, 'RRC .9-1 + student RangeAug', {'reinforce.augment.random_resized_crop.scale': (0.9, 1.0)}),
-        Variant('crops from 40 %, student noise', dict(augment='medium', **_NOISED), 'RRC .4-1 + student RangeAug', {'reinforce.augment.random_resized_crop.scale': (0.4, 1.0)}),
+    Ablation('student-augmentation', 'Which augmentation should student and teachers share?', ((_ONE, '13'),), ('augment', 'psnr'),
+        _BASE, (
+        Variant('crops from 90 %, student noise', _NOISED, 'RRC .9-1 + student RangeAug',
+            {'reinforce.augment.random_resized_crop.scale': (0.9, 1.0)}),
+        Variant('crops from 40 %, student noise', dict(augment='medium', **_NOISED), 'RRC .4-1 + student RangeAug',
+            {'reinforce.augment.random_resized_crop.scale': (0.4, 1.0)}),
         Variant('crops from 8 %, student noise', dict(augment='wide', **_NOISED), 'RRC .08-1 + student RangeAug'),
         Variant('crops from 8 %', dict(augment='wide'), 'RRC .08-1'),
-        Variant('crops from 8 %, student noise, RandAugment', dict(augment='strong', **_NOISED), 'RRC .08-1 + student RangeAug + RandAugment'),
+        Variant('crops from 8 %, student noise, RandAugment', dict(augment='strong', **_NOISED),
+            'RRC .08-1 + student RangeAug + RandAugment'),
     ), _WIDE, published=_DR),
     Ablation('teacher-ensemble', 'Do two teachers teach more than one?', ((_ONE, '15'),), ('teachers',), _BASE,
-        _lines('teachers', ('both teachers', (0, 1), f'{_XL} + {_OAI}'), ('first teacher', (0,), _OAI, 'recipe.train.loss.widths', (768,), 'recipe.train.loss.scales', (100.0,)),
+        _lines('teachers', ('both teachers', (0, 1), f'{_XL} + {_OAI}'), ('first teacher', (0,), _OAI, 'recipe.train.loss.widths',
+            (768,), 'recipe.train.loss.scales', (100.0,)),
                            ('second teacher', (1,), _XL, 'recipe.train.loss.widths', (768,), 'recipe.train.loss.scales', (100.0,))),
         _WIDE, published=_DR),
     Ablation('longer-schedules', 'Does reinforced training go on improving?', ((_ONE, '21'),), ('longer',), _BASE,
-        _lines('longer', ('1 time', 1.0, 'Cosine(200k,65k,2k)'), ('2 times', 2.0, 'Const(300k,65k,2k)+Cosine(40k,131k,2k)', 'recipe.full', 400_000),
-                         ('3 times', 3.0, 'Const(300k,65k,2k)+Cosine(300k,65k,2k)', 'recipe.full', 600_000, 'recipe.train.hold', 298_000)),
+        _lines('longer', ('1 time', 1.0, 'Cosine(200k,65k,2k)'), ('2 times', 2.0, 'Const(300k,65k,2k)+Cosine(40k,131k,2k)',
+            'recipe.full', 400_000),
+                         ('3 times', 3.0, 'Const(300k,65k,2k)+Cosine(300k,65k,2k)', 'recipe.full', 600_000, 'recipe.train.hold',
+                             298_000)),
         _WIDE, published='mobileclip_b.datacompdr1b', note='one cosine of the whole length here; the paper holds the rate first'),
-    Ablation('small-scale', 'Is reinforced data better at every length of training?', ((_ONE, '6'),), ('distill', 'captions', 'longer'), _BASE, (
+)
+# fmt: on
+
+# %% ../../nbs/experiments/05_ablations.ipynb #4afe7934
+# fmt: off
+_AMOUNTS = (
+    Ablation('small-scale', 'Is reinforced data better at every length of training?', ((_ONE, '6'),), ('distill', 'captions',
+        'longer'), _BASE, (
         Variant('original, 1 time', _PLAIN, 'MobileCLIP-B (b)', _CLIP_ONLY), Variant('reinforced, 1 time', {}, 'MobileCLIP-B (c)'),
         Variant('original, 2 times', _PLAIN | dict(longer=2.0), 'CLIP-B/16 (c)', _CLIP_ONLY | {'recipe.full': 60_000}),
         Variant('reinforced, 2 times', dict(longer=2.0), 'MobileCLIP-B (d)', {'recipe.full': 60_000}),
@@ -144,25 +164,41 @@ _DATA = (
         Variant('reinforced, 4 times', dict(longer=4.0), 'MobileCLIP-B (e)', {'recipe.full': 120_000}),
     ), _TOP, published=_DR),
     Ablation('data-efficiency', 'How many pictures does reinforcement replace?', (), ('concepts', 'distill', 'captions'), _BASE, (
-        *(Variant(f'original, {share} of the concepts', _PLAIN | dict(concepts=x)) for share, x in (('all', 1.0), ('1/2', 0.5), ('1/4', 0.25), ('1/8', 0.125))),
-        *(Variant(f'reinforced, {share} of the concepts', dict(concepts=x)) for share, x in (('all', 1.0), ('1/2', 0.5), ('1/4', 0.25), ('1/8', 0.125))),
+        *(Variant(f'original, {share} of the concepts', _PLAIN | dict(concepts=x)) for share, x in (('all', 1.0), ('1/2', 0.5),
+            ('1/4', 0.25), ('1/8', 0.125))),
+        *(Variant(f'reinforced, {share} of the concepts', dict(concepts=x)) for share, x in (('all', 1.0), ('1/2', 0.5), ('1/4',
+            0.25), ('1/8', 0.125))),
     ), {'heldout_i2t_r1': '', 'heldout_r1': ''}, published=_DR),
 )
 # fmt: on
 
-# %% ../../nbs/experiments/05_ablations.ipynb #598492fb
-# fmt: off
+# %% ../../nbs/experiments/05_ablations.ipynb #143c36fa
 _B2, _NO = 'mobileclip_b.dfndr12m', dict(captions=0)
 _DC, _DFN = 'DataComp-1B12M', 'DFN-5B12M'
+
+
+def _full_base(data: str, loss: str, captions: str) -> dict[str, Any]:
+    "What a row of MobileCLIP2 Table 2 changes at full scale"
+    changes = {'recipe.data': 'datacompdr12m' if data == _DC else 'dfndr12m'}
+    if loss != 'distilled':
+        changes |= _CLIP_ONLY
+    return changes if captions == 'captions' else changes | {'recipe.reader.synthetic': ''}
+
+# %% ../../nbs/experiments/05_ablations.ipynb #cb8eef78
+# fmt: off
 _SECOND = (
-    Ablation('base-data', 'Do base data, distillation and captions add up?', ((_TWO, '2'),), ('noise', 'distill', 'captions'), _BASE, tuple(
-        Variant(f'{share:.0%} wrong, {d}, {s}', dict(noise=share) | ({} if d == 'distilled' else dict(distill=0.0)) | ({} if s == 'captions' else _NO),
+    Ablation('base-data', 'Do base data, distillation and captions add up?', ((_TWO, '2'),), ('noise', 'distill', 'captions'),
+        _BASE, tuple(
+        Variant(f'{share:.0%} wrong, {d}, {s}',
+            dict(noise=share) | ({} if d == 'distilled' else dict(distill=0.0)) | ({} if s == 'captions' else _NO),
                 f"{data} / {'yes' if d == 'distilled' else 'no'} / {'yes' if s == 'captions' else 'no'}",
-                {'recipe.data': 'datacompdr12m' if data == _DC else 'dfndr12m'} | ({} if d == 'distilled' else _CLIP_ONLY) | ({} if s == 'captions' else {'recipe.reader.synthetic': ''}))
+                _full_base(data, d, s))
         for d, s in (('CLIP loss', 'no captions'), ('CLIP loss', 'captions'), ('distilled', 'no captions'), ('distilled', 'captions'))
-        for share, data in ((0.6, _DC), (0.3, _DFN))), _BOTH, published=_B2, note='filtered data have fewer wrong captions: 30 % beside 60 %'),
+        for share, data in ((0.6, _DC), (0.3, _DFN))), _BOTH, published=_B2,
+            note='filtered data have fewer wrong captions: 30 % beside 60 %'),
     Ablation('improvements', 'Which of the changes of MobileCLIP2 improve the student?', ((_TWO, '1'),), ('noise', 'teachers'), _BASE, (
-        Variant('60 % wrong, one teacher', dict(teachers=(0,)), 'MobileCLIP', {'recipe.data': 'datacompdr12m', 'recipe.train.loss.scales': (100.0, 100.0)}),
+        Variant('60 % wrong, one teacher', dict(teachers=(0,)), 'MobileCLIP', {'recipe.data': 'datacompdr12m',
+            'recipe.train.loss.scales': (100.0, 100.0)}),
         Variant('+ cleaner data', dict(noise=0.3, teachers=(0,)), 'Table 2 result', {'recipe.train.loss.scales': (100.0, 100.0)}),
         Variant('+ better teachers', dict(noise=0.3), 'Table 4 result')), _BOTH, published=_B2,
         note='one shipped teacher against both stands in for better teachers; better captioners are not run'),
@@ -170,11 +206,12 @@ _SECOND = (
         _lines('noise', ('30 % wrong', 0.3, 'DFNDR-5B12M'), ('40 % wrong', 0.4, 'DFNDR-2B12M')), _BOTH, published=_B2,
         note='the same number of pairs, chosen from more, is cleaner'),
     Ablation('logit-scales', 'At which logit scale does a teacher teach best?', (), ('teachers', 'scales'), _BASE, tuple(
-        Variant(f'scale {s}', dict(teachers=(0,), scales=(float(s),)), full={'recipe.train.loss.widths': (768,), 'recipe.train.loss.scales': (float(s),)})
+        Variant(f'scale {s}', dict(teachers=(0,), scales=(float(s),)), full={'recipe.train.loss.widths': (768,),
+            'recipe.train.loss.scales': (float(s),)})
         for s in (100, 70, 50, 30, 15)), {'heldout_i2t_r1': '', 'heldout_r1': ''}, published=_B2),
 )
 # fmt: on
-ABLATIONS = {a.name: check_ablation(a) for a in (*_ENCODERS, *_LOSSES, *_DATA, *_SECOND)}
+ABLATIONS = {a.name: check_ablation(a) for a in (*_ENCODERS, *_LOSSES, *_DATA, *_AMOUNTS, *_SECOND)}
 
 # %% ../../nbs/experiments/05_ablations.ipynb #15961b9c
 def find_ablation(

@@ -97,7 +97,7 @@ def compare_pair(
     able = any(r.bar is not None and abs(r.difference) > r.bar for r in rows)
     return ours, 'agrees' if able else 'does not show'
 
-# %% ../../nbs/experiments/06_claims.ipynb #359bd533
+# %% ../../nbs/experiments/06_claims.ipynb #424ca6ba
 FACTS = 'ablation-facts'  # of the lines in the ledger
 
 
@@ -131,7 +131,7 @@ def log_fact(
                 return r.metrics
     return append(ledger, record_run(FACTS, dict(fact=name), metrics, scale='nano')).metrics
 
-
+# %% ../../nbs/experiments/06_claims.ipynb #aa38c180
 def compare_fact(
     claim: Claim,  # of kind `fact`
     runs: Iterable[Run],  # of the ledger

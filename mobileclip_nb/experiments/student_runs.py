@@ -367,7 +367,7 @@ def train_student(
     done = run(Recipe(STUDENT_NAME, train=train), source, config=config)
     return done.run.metrics
 
-# %% ../../nbs/experiments/04_student_runs.ipynb #649532d8
+# %% ../../nbs/experiments/04_student_runs.ipynb #977bb852
 def _start(folder: str, views: int, limit: int | None) -> Callable:
     "Load sets and scores once"
     torch.set_num_threads(1)
@@ -388,7 +388,7 @@ def start_students(
     "The function that a process calls to load what its runs share"
     return functools.partial(_start, str(folder), views, limit)
 
-
+# %% ../../nbs/experiments/04_student_runs.ipynb #f2bf79ee
 def random_views(
     n: int,  # pictures
     widths: tuple[int, ...] = (128, 192),  # of the teachers' embeddings
