@@ -6,7 +6,8 @@
 __all__ = ['ABLATIONS', 'find_ablation', 'sets_of', 'change_fields', 'FullRun', 'full_run', 'FullSize', 'check_full',
            'full_table']
 
-# %% ../../nbs/experiments/05_ablations.ipynb #3d2d2d06
+# %% ../../nbs/experiments/05_ablations.ipynb #936793bd
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -280,7 +281,7 @@ def full_run(
     data = change_fields(find_reinforce_recipe(name), kinds['reinforce']) if name else None
     return FullRun(change_fields(found, hold), record, data)
 
-# %% ../../nbs/experiments/05_ablations.ipynb #7ce7ee76
+# %% ../../nbs/experiments/05_ablations.ipynb #c906c199
 class FullSize(NamedTuple):
     "What a variant is at full scale"
 
@@ -293,18 +294,22 @@ class FullSize(NamedTuple):
     stored: int | None  # bytes of the published data; None: not published
 
 
+@functools.cache
+def _millions(record: Record) -> tuple[float, float]:
+    "Parameters of both encoders, counted on the meta device"
+    with torch.device('meta'):
+        model = build(record, empty=True)
+    return count_parameters(model.image) / 1e6, count_parameters(model.text) / 1e6
+
+
 def check_full(
     a: Ablation,
 ) -> list[FullSize]:  # one a variant
     "Build every variant at full scale on the meta device, and state its size"
-    rows, known = [], {}
+    rows = []
     for v in a.variants:
         run = full_run(a, v)
-        if run.record.id not in known:
-            with torch.device('meta'):
-                model = build(run.record, empty=True)
-            known[run.record.id] = [count_parameters(m) / 1e6 for m in (model.image, model.text)]
-        millions = known[run.record.id]
+        millions = _millions(run.record)
         pairs = run.recipe.train.steps * run.recipe.stream.batch
         stored = published_data(run.recipe.data).bytes
         rows.append(FullSize(v.name, run.recipe.id, *millions, pairs, run.recipe.data, stored))
