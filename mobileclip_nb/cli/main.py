@@ -16,17 +16,18 @@ from typing import Any
 
 from mobileclip_nb.cli.console import (
     BATCH,
+    Command,
     DEVICE,
     MODEL,
     THREADS,
     WEIGHTS,
-    Command,
     answer,
     flag,
     in_shell,
     model_of,
     say,
 )
+from .ablate_command import ABLATE
 from .eval_sets import evaluate_sets, is_data_set
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
@@ -344,7 +345,7 @@ OWN = [
 DEMO_COMMAND = Command('demo', run_demo, (
     ('--out', dict(default='runs', help='folder for the executed notebook and its page')),
     ('--scale', _SCALE)))
-COMMANDS = (*OWN, *SHARD_COMMANDS, *TRAIN_COMMANDS, DEMO_COMMAND)
+COMMANDS = (*OWN, *SHARD_COMMANDS, *TRAIN_COMMANDS, ABLATE, DEMO_COMMAND)
 # fmt: on
 
 # %% ../../nbs/cli/05_main.ipynb #dd3da230
