@@ -466,7 +466,7 @@ def bar_sentence(
         lines.append(f'{metric}: base {mean}; a difference counts from {bar:.1f} points')
     return '\n'.join(lines)
 
-# %% ../../nbs/experiments/03_ablate.ipynb #e3072ee6
+# %% ../../nbs/experiments/03_ablate.ipynb #a533c3a0
 def draw_ablation(
     a: Ablation,
     runs: Iterable[Run],  # of the ledger
@@ -483,7 +483,7 @@ def draw_ablation(
         if bar is not None:
             edges = fmean(base) - bar, fmean(base) + bar
             left.axvspan(*edges, color=ROLES['baseline'], alpha=0.12, label='not told apart')
-            left.legend(loc='best')
+            left.legend(loc='lower left', bbox_to_anchor=(0, 1))
         for y, r in enumerate(rows):
             color = ROLES['baseline'] if y == 0 else ROLES['reinforced']
             left.plot(r.values, [y] * len(r.values), 'o', color=color, markersize=4, alpha=0.7)

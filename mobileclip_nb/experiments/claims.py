@@ -155,7 +155,7 @@ def compare_fact(
     ours = ', '.join(f'{k} {v:.4g}' for k, v in metrics.items())
     return ours, 'agrees' if agrees else 'does not show'
 
-# %% ../../nbs/experiments/06_claims.ipynb #6a004c38
+# %% ../../nbs/experiments/06_claims.ipynb #f045db41
 def read_claim(
     claim: Claim,
     runs: Sequence[Run],  # of the ledger
@@ -177,7 +177,7 @@ def read_claim(
 
 def scoreboard_table(
     readings: Iterable[ClaimReading],
-    links: Mapping[str, str] = {},  # test to a link; others stay without
+    links: Mapping[str, str] = {},  # test, or its part before the colon, to a link
 ) -> str:  # Markdown
     "The claims as a table"
     columns = 'claim', 'where', 'what the paper claims', 'paper', 'ours', 'reading', 'by'
@@ -185,7 +185,8 @@ def scoreboard_table(
     for r in readings:
         c = r.claim
         test = c.test.partition(':')[0]
-        by = '' if c.kind == 'none' else f'[{test}]({links[test]})' if test in links else test
+        link = links.get(c.test) or links.get(test)
+        by = '' if c.kind == 'none' else f'[{test}]({link})' if link else test
         rows.append([c.id, c.where, c.claim, r.paper, r.ours, r.reading, by])
     return markdown_table(columns, rows, right=[False] * len(columns))
 
