@@ -55,7 +55,7 @@ def cells_of(
     places = [place.split('|') for place in claim.cells.split(' ; ')]
     return [published_value(claim.paper, *place)[0] for place in places]
 
-# %% ../../nbs/experiments/06_claims.ipynb #9f323345
+# %% ../../nbs/experiments/06_claims.ipynb #f1aea395
 class ClaimReading(NamedTuple):
     "A claim beside our numbers"
 
@@ -89,6 +89,8 @@ def compare_pair(
     bar = scatter * (1 / len(better) + 1 / len(worse)) ** 0.5
     difference = fmean(better) - fmean(worse)
     ours = f'{_shown(better)} against {_shown(worse)}, bar {bar:.1f}'
+    if min(len(better), len(worse)) < len(a.seeds):
+        return f'{ours}, seeds are missing', 'not run yet'
     if claim.kind == 'more':
         if abs(difference) <= bar:
             return ours, 'does not show'
