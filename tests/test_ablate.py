@@ -95,6 +95,17 @@ def test_two_commands_share_the_runs(tmp_path):
     assert len(ids) == len(set(ids)) == 12
 
 
+def test_ray(tmp_path, monkeypatch):
+    "On a local Ray cluster every run is made once"
+    paths = [str(HERE), os.environ.get('PYTHONPATH', '')]
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, paths)))
+    place = RunPlace(tmp_path, processes=2, ray='local')
+    jobs, ledger = list_jobs(SLOW, 'nano'), tmp_path / 'l.jsonl'
+    done = run_missing(jobs, ledger, partial(start_slow, 0.0), 'nano', place)
+    assert (len(done.made), done.failed, done.left) == (12, {}, 0)
+    assert len(lines(tmp_path)) == 12
+
+
 def test_command(tmp_path):
     "`mobileclip ablate` says the price first, makes the runs, prints the table, and has nothing left"
     words = ['ablate', 'text-encoders', '--scale', 'smoke', '--seeds', '2']

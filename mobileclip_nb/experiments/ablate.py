@@ -230,7 +230,7 @@ def serve_jobs(
         if late:
             yield Event('done', job.name)
 
-# %% ../../nbs/experiments/03_ablate.ipynb #de46f654
+# %% ../../nbs/experiments/03_ablate.ipynb #fd45b841
 class RunsMade(NamedTuple):
     "What a call of `run_missing` did"
 
@@ -250,46 +250,44 @@ def _serve_processes(
     yield from run_processes(jobs, processes, serve_jobs, lambda i: arguments, lost)
 
 
-class _Actor:
-    "A Ray actor that makes runs"
+_STARTED = {}  # what a worker of Ray has loaded, for all of its runs
 
-    def __init__(self, start: Callable[[], Train]):
-        self.train = start()
 
-    def run(self, job: RunJob, ledger: str, scale: str, folder: str) -> list[Event]:
-        "Make one run"
-        return [do_job(job, self.train, Path(ledger), scale, Path(folder))]
+def _ray_job(start: Callable, job: RunJob, until: float, *place: str) -> Event:
+    "Make one run in a worker of Ray, which keeps what its runs share"
+    if time.time() >= until:
+        return Event('done', job.name)
+    ledger, scale, folder = place
+    if repr(start) not in _STARTED:
+        _STARTED[repr(start)] = start()
+    return do_job(job, _STARTED[repr(start)], Path(ledger), scale, Path(folder))
 
 
 def _serve_ray(
-    jobs: Sequence[RunJob], actors: int, address: str | None, arguments: tuple
+    jobs: Sequence[RunJob], cpus: int, address: str | None, arguments: tuple
 ) -> Iterator[Event]:
-    "Make runs on the actors of a Ray cluster; ledger and folder are paths that all nodes share"
-    from mobileclip_nb.reinforce.run_ray import ActorLost, run_pool, start_cluster
+    "Make runs on a Ray cluster; ledger and folder are paths that all nodes share"
+    from mobileclip_nb.reinforce.run_ray import start_cluster
 
-    start, ledger, scale, folder, _ = arguments
-    places = str(Path(ledger).absolute()), scale, str(Path(folder).absolute())
-    with start_cluster(address, actors) as ray:
-        kind = ray.remote(num_cpus=1, max_restarts=0)(_Actor)
-
-        def first(tickets: list) -> tuple[Any, Any]:
-            ready = ray.wait(tickets, num_returns=1)[0][0]
+    start, ledger, scale, folder, until = arguments
+    place = str(Path(ledger).absolute()), scale, str(Path(folder).absolute())
+    with start_cluster(address, cpus) as ray:
+        task = ray.remote(num_cpus=1, max_retries=2)(_ray_job)
+        tickets = {task.remote(start, j, until, *place): j for j in jobs}
+        while tickets:
+            ready = ray.wait(list(tickets), num_returns=1)[0][0]
+            job = tickets.pop(ready)
             try:
-                return ready, ray.get(ready)
-            except ray.exceptions.RayActorError as e:
-                return ready, ActorLost(str(e).splitlines()[0])
+                yield ray.get(ready)
+            except ray.exceptions.RayError as e:
+                yield Event('failed', job.name, dict(error=str(e).strip().splitlines()[-1]))
 
-        def ask(actor: Any, job: RunJob) -> Any:
-            return actor.run.remote(job, *places)
-
-        yield from run_pool(jobs, actors, lambda: kind.remote(start), ask, first)
-
-# %% ../../nbs/experiments/03_ablate.ipynb #0d492206
+# %% ../../nbs/experiments/03_ablate.ipynb #84d40fe4
 class RunPlace(NamedTuple):
     "Where the runs of an ablation are made"
 
     folder: str | Path  # claims and prepared data
-    processes: int = 1  # on this machine, or actors
+    processes: int = 1  # on this machine, or of a local Ray cluster
     ray: str | None = None  # `local`, or a cluster's address as `start_cluster` takes it
     minutes: float = math.inf  # no run begins later than this
 
@@ -468,7 +466,7 @@ def bar_sentence(
         lines.append(f'{metric}: base {mean}; a difference counts from {bar:.1f} points')
     return '\n'.join(lines)
 
-# %% ../../nbs/experiments/03_ablate.ipynb #e3072ee6
+# %% ../../nbs/experiments/03_ablate.ipynb #a533c3a0
 def draw_ablation(
     a: Ablation,
     runs: Iterable[Run],  # of the ledger
@@ -485,7 +483,7 @@ def draw_ablation(
         if bar is not None:
             edges = fmean(base) - bar, fmean(base) + bar
             left.axvspan(*edges, color=ROLES['baseline'], alpha=0.12, label='not told apart')
-            left.legend(loc='best')
+            left.legend(loc='lower left', bbox_to_anchor=(0, 1))
         for y, r in enumerate(rows):
             color = ROLES['baseline'] if y == 0 else ROLES['reinforced']
             left.plot(r.values, [y] * len(r.values), 'o', color=color, markersize=4, alpha=0.7)

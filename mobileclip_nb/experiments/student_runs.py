@@ -7,7 +7,7 @@ __all__ = ['STUDENT_IMAGES', 'STUDENT_TEXTS', 'STUDENT_SETS', 'STUDENT_COLUMNS',
            'make_sets', 'StudentSets', 'StudentRun', 'sparsify', 'views_of_run', 'batches_of_run', 'CaptionChoice',
            'student_scores', 'train_student', 'start_students', 'random_views', 'measure_step']
 
-# %% ../../nbs/experiments/04_student_runs.ipynb #e2006eab
+# %% ../../nbs/experiments/04_student_runs.ipynb #d7fda3d3
 import functools, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..augment.operations import RandomErase, RandomHorizontalFlip, RandomResizedCrop
+from ..augment.operations import RandomResizedCrop
 from ..augment.pipeline import AugmentSpec
 from ..core.config import Spec
 from ..core.errors import suggest
@@ -78,19 +78,17 @@ def student_record(
         attribution='',
     )
 
-# %% ../../nbs/experiments/04_student_runs.ipynb #142ed9d5
-def _crop(smallest: float, **more: Any) -> AugmentSpec:
+# %% ../../nbs/experiments/04_student_runs.ipynb #7e7503dc
+def _crop(smallest: float) -> AugmentSpec:
     "A crop of at least a share of the area, and nothing else"
     crop = RandomResizedCrop(96, scale=(smallest, 1.0), interpolation='bicubic')
-    return AugmentSpec(**(dict(random_resized_crop=crop, rand_augment=None) | more))
+    return AugmentSpec(random_resized_crop=crop, rand_augment=None)
 
 
 STUDENT_SETS = dict(
     mild=dict(augment=_crop(0.9)),
     medium=dict(augment=_crop(0.4)),
     wide=dict(augment=_crop(0.08)),
-    flipped=dict(augment=_crop(0.4, random_horizontal_flip=RandomHorizontalFlip(0.5))),
-    erased=dict(augment=_crop(0.4, random_erase=RandomErase(0.25))),
     strong=dict(),  # the papers' own: crops from 8 % and RandAugment
     mild_float32=dict(augment=_crop(0.9), store=StoreSpec(form='float32')),
 )
