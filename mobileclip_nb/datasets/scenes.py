@@ -304,7 +304,7 @@ def _has_triple(
     beside = {a: set(others) for a, others in _partners(nouns, part).items()}
     return any(beside[a] & beside.get(b, set()) for a in beside for b in beside[a])
 
-
+# %% ../../nbs/datasets/03_scenes.ipynb #5ca860f2
 @dataclass(frozen=True, repr=False)
 class SceneSpec(Spec, id_name='SceneSpec'):
     "From which words scenes are drawn"
@@ -478,7 +478,7 @@ def _contrast_numbers(spec: SceneSpec, rng: random.Random) -> tuple[Scene, Scene
     scene, twin = (dataclasses.replace(most, objects=most.objects[:k]) for k in (n, m))
     return scene, twin, describe_number(scene), describe_number(twin)
 
-
+# %% ../../nbs/datasets/03_scenes.ipynb #a02317b9
 CONTRASTS: dict[str, Callable] = dict(
     replace_obj=_contrast_objects,
     replace_att=_contrast_colors,

@@ -397,18 +397,16 @@ def evaluate_aro(
     least: int | None = None,  # questions a group must have; None: 1, for attributes 25
     leave_out: Collection[str] = (),  # relations that do not count
     how: Preparation = Preparation(),
-    tests: Sequence[str] | None = None,  # of `ARO_TESTS`; None: all that are there
 ) -> list[dict[str, Any]]:  # a line a test
     "Evaluate the tests of ARO whose files are in a folder (Yuksekgonul et al. 2023)"
     found = find_aro(folder)
     if not any(found.values()):
         files = ', '.join(_ARO_FILES.values())
         raise FileNotFoundError(f"{str(folder)!r} holds none of {files}. {_ARO_ORIGIN}")
-    absent = [test for test, is_there in found.items() if not is_there]
-    if absent and tests is None:
+    if absent := [test for test, is_there in found.items() if not is_there]:
         warnings.warn(f"ARO without {', '.join(absent)}: not there", stacklevel=2)
     lines = []
-    for test in [t for t in ARO_TESTS if found[t]] if tests is None else tests:
+    for test in [t for t in ARO_TESTS if found[t]]:
         name, is_order = test.removeprefix('vg_').removesuffix('_order'), test.endswith('_order')
         if is_order:
             lines += evaluate_order(model, folder, name, kinds, tagger, seed, how)
