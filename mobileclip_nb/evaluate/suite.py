@@ -224,17 +224,20 @@ def evaluate_dataset(
     else:
         metrics = score_classes(found, build_dataset_classifier(model, data), data)
     main = data.facts.metric if data.facts else MAIN_METRICS[data.kind]
+    own_chance = 1 / len(data.class_names) if data.kind == 'classification' else None
     return dict(
         key=data.key,
         dataset=data.name,
         metrics=metrics | dict(main_metric=metrics[main]),
         main=main,
-        chance=data.facts.chance if data.facts else None,
+        chance=data.facts.chance if data.facts else own_chance,
         images=len(found.rows),
         images_per_s=round(found.images_per_s, 1),
         skipped=found.skipped,
         notes=check_labels(data, found.labels),
         model=model.name,
+        image_id=model.image_id,
+        text_id=model.text_id,
         run=identify_run(model, data, equal_texts),
     )
 
@@ -286,7 +289,7 @@ def read_own_results(
     out: str | Path | None,  # a file of results
     model: EvalModel,
 ) -> dict[str, dict[str, Any]]:  # by key
-    "Read the lines that an earlier run has written; a `ValueError` if they are of another model"
+    "Read the lines of an earlier run; a `ValueError` if they are of other weights"
     lines = read_results(out) if out and Path(out).is_file() else {}
     others = sorted({str(line.get('model')) for line in lines.values()} - {model.name})
     if others:
@@ -294,9 +297,39 @@ def read_own_results(
             f"{str(out)!r} holds results of {', '.join(others)}, not of {model.name}; "
             "choose another file"
         )
+    ids = {(line.get('image_id'), line.get('text_id')) for line in lines.values()}
+    if ids - {(model.image_id, model.text_id)}:
+        raise ValueError(
+            f"{str(out)!r} holds results of {model.name} with other weights, or of an older version "
+            "of this library; choose another file"
+        )
     return lines
 
 # %% ../../nbs/evaluate/07_suite.ipynb #2b769f46
+def _check_ranks(model: EvalModel) -> None:
+    "Raise `ValueError` on every rank if the ranks hold different weights"
+    ids = set(gather_parts((model.image_id, model.text_id)))
+    if len(ids) > 1:
+        raise ValueError(f"{model.name}: the ranks hold {len(ids)} different sets of weights")
+
+
+def _find_current(
+    earlier: Mapping[str, Mapping[str, Any]],  # lines by key
+    model: EvalModel,
+    data: EvalData,
+    equal_texts: bool,
+) -> dict[str, Any] | None:  # the same on every rank, as rank 0 finds it
+    "Find the line of the same evaluation; None if there is none"
+    line = None
+    if find_ranks()[0] == 0 and data.key in earlier:
+        try:
+            run = identify_run(model, data, equal_texts)
+        except OSError:  # a file is gone: found again, and reported, when images are read
+            run = None
+        line = earlier[data.key] if earlier[data.key].get('run') == run else None
+    return gather_parts(line)[0]
+
+# %% ../../nbs/evaluate/07_suite.ipynb #c8daa628
 def run_suite(
     model: EvalModel,
     sets: Iterable[EvalData],
@@ -308,20 +341,22 @@ def run_suite(
     **how: Any,  # further arguments of `embed_dataset`
 ) -> SuiteResult:  # on every rank; rank 0 writes
     "Evaluate a model on data sets; what has a line is not computed again"
+    _check_ranks(model)
     earlier, lines, failed = read_own_results(out, model), {}, {}
     for data in sets:
-        line = gather_parts(earlier.get(data.key))[0]  # rank 0 decides for all
-        if line is None or line.get('run') != identify_run(model, data, equal_texts):
+        line = _find_current(earlier, model, data, equal_texts)
+        if line is None:
             try:
                 found = cached_dataset(model, data, cache, **how)
                 line = evaluate_dataset(model, data, found, equal_texts)
             except (ValueError, OSError) as e:
                 failed[data.key] = str(e)
                 say(f'{data.name}: not evaluated. {e}')
-                continue
-        lines[data.key] = line
-        say(format_line(line))
-        if out and find_ranks()[0] == 0:
+        if line is not None:
+            lines[data.key] = line
+            say(format_line(line))
+        stale = line is None and earlier.pop(data.key, None)
+        if out and (line or stale) and find_ranks()[0] == 0:
             write_results(out, (earlier | lines).values())
     return SuiteResult(list(lines.values()), failed)
 
