@@ -300,8 +300,8 @@ def read_own_results(
     ids = {(line.get('image_id'), line.get('text_id')) for line in lines.values()}
     if ids - {(model.image_id, model.text_id)}:
         raise ValueError(
-            f"{str(out)!r} holds results of {model.name} with other weights, or of an older version "
-            "of this library; choose another file"
+            f"{str(out)!r} holds results of {model.name} with other weights, or of an older "
+            "version of this library; choose another file"
         )
     return lines
 
