@@ -101,11 +101,11 @@ def list_parts(
     place: str,  # the folder with the benchmark's files
 ) -> dict[str, bool]:  # key of a result line to whether its file is there
     "List the tests of a benchmark; one with a single test is taken to be there"
-    from mobileclip_nb.evaluate import compositionality as functions
-
     if on in SINGLE_SETS:
         return {SINGLE_SETS[on]: True}
-    found = functions.find_aro(place) if on == 'aro' else functions.find_sugarcrepe(place)
+    from mobileclip_nb.evaluate.compositionality import find_aro, find_sugarcrepe
+
+    found = find_aro(place) if on == 'aro' else find_sugarcrepe(place)
     return {f'comp/{on}_{test}': is_there for test, is_there in found.items()}
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #999e8bf8
