@@ -1,13 +1,15 @@
 "The suite on several ranks, killed and resumed, and against CLIP_benchmark over the same folders."
 
-import json, os, signal, subprocess, sys, time, types
+import json, os, shutil, signal, subprocess, sys, time, types
 from pathlib import Path
 
 import pytest, torch
+from PIL import Image
 
-from mobileclip_nb.evaluate.datasets import find_datasets, write_emoji_sets
+from mobileclip_nb.cli.main import main
+from mobileclip_nb.evaluate.datasets import find_datasets, hub_repo, write_emoji_sets
 from mobileclip_nb.evaluate.embeddings import embed_dataset, wrap_clip
-from mobileclip_nb.evaluate.suite import read_results, run_suite
+from mobileclip_nb.evaluate.suite import mean38, read_results, run_suite
 from mobileclip_nb.models.factory import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +83,181 @@ def test_killed(sets, tmp_path):
     assert process.returncode == 0 and len(lines) == 4, err[-2000:]
     for line in lines[: len(before)]:
         assert line == before[line['key']]  # with its time: it was read, not computed
+
+
+def run_eval(capsys, *options):
+    "Exit status and the object printed by `mobileclip eval mobileclip_nano ... --json`"
+    words = ['eval', 'mobileclip_nano', '--device', 'cpu', '--json', *map(str, options)]
+    status = main(words)
+    out, err = capsys.readouterr()
+    return status, json.loads(out) if out else err
+
+
+def put_image(path):
+    "A small image of one color"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (32, 32), (200, 40, 40)).save(path)
+
+
+@pytest.fixture
+def aro(tmp_path):
+    "ARO with 25 questions of one pair of attributes, one relation, and two captions of COCO-Order"
+    folder = tmp_path / 'aro'
+    put_image(folder / 'images' / 'a.png')
+    row = dict(image_path='a.png', bbox_x=0, bbox_y=0, bbox_w=16, bbox_h=16)
+    row |= dict(true_caption='a cat over a frog', false_caption='a frog over a cat')
+    row |= dict(relation_name='over', attributes=['red', 'blue'])
+    for name in ('relation', 'attribution'):
+        (folder / f'visual_genome_{name}.json').write_text(json.dumps([row] * 25))
+    captions = ['a red cat to the left of a blue frog', 'a bell over an owl and a chair']
+    order = [dict(image='images/a.png', caption=captions)]
+    (folder / 'coco_karpathy_test.json').write_text(json.dumps(order))
+    return folder
+
+
+def without_tagger(monkeypatch):
+    "As where spaCy is not installed"
+
+    def raise_missing():
+        raise ModuleNotFoundError('`spacy` is not installed')
+
+    monkeypatch.setattr('mobileclip_nb.datasets.caption_order.load_tagger', raise_missing)
+
+
+def test_aro_without_tagger(aro, tmp_path, capsys, monkeypatch):
+    "Two perturbations of four, under a key of their own; the absent test is not found"
+    without_tagger(monkeypatch)
+    out = tmp_path / 'lines.jsonl'
+    status, found = run_eval(capsys, '--on', 'aro', '--data', aro, '--out', out)
+    keys = ['comp/aro_vg_relation', 'comp/aro_vg_attribution', 'comp/aro_coco_order_partly']
+    assert [line['key'] for line in found['lines']] == keys
+    assert list(read_results(out)) == keys
+    assert found['lines'][2]['notes'][0].endswith('`spacy` is not installed')
+    assert list(found['not_found']) == ['comp/aro_flickr30k_order']
+    assert found['failed'] == {} and status == 1
+
+
+def test_aro_with_tagger(aro, capsys, monkeypatch):
+    "All four perturbations where there is a tagger"
+
+    def load():
+        return lambda caption: [(word, 'NN') for word in caption.split()]
+
+    monkeypatch.setattr('mobileclip_nb.datasets.caption_order.load_tagger', load)
+    status, found = run_eval(capsys, '--on', 'aro', '--data', aro)
+    line = found['lines'][2]
+    assert (line['key'], line['chance']) == ('comp/aro_coco_order', 1 / 5)
+
+
+def test_aro_keeps_lines(aro, tmp_path, capsys, monkeypatch):
+    "A test that fails does not lose the lines of the others, and its own old line is removed"
+    without_tagger(monkeypatch)
+    out = tmp_path / 'lines.jsonl'
+    run_eval(capsys, '--on', 'aro', '--data', aro, '--out', out)
+    outside = [dict(image='../../a.png', caption=['a cat'])]
+    (aro / 'coco_karpathy_test.json').write_text(json.dumps(outside))
+    status, found = run_eval(capsys, '--on', 'aro', '--data', aro, '--out', out)
+    assert "'../../a.png' leads out of" in found['failed']['comp/aro_coco_order']
+    assert list(read_results(out)) == ['comp/aro_vg_relation', 'comp/aro_vg_attribution']
+    assert status == 1
+
+
+def test_out_of_another_model(aro, tmp_path, capsys, monkeypatch):
+    "A results file of another model is an error before anything is evaluated"
+    without_tagger(monkeypatch)
+    out = tmp_path / 'lines.jsonl'
+    run_eval(capsys, '--on', 'aro', '--data', aro, '--out', out)
+    before = out.read_bytes().replace(b'"mobileclip_nano"', b'"another"')
+    out.write_bytes(before)
+
+    def fail(*args, **how):
+        pytest.fail('it was evaluated first')
+
+    monkeypatch.setattr('mobileclip_nb.evaluate.compositionality.evaluate_visual_genome', fail)
+    status, err = run_eval(capsys, '--on', 'aro', '--data', aro, '--out', out)
+    assert status == 2 and 'holds results of another, not of mobileclip_nano' in err
+    assert out.read_bytes() == before
+
+
+def test_sugarcrepe_splits(tmp_path, capsys):
+    "Splits of the seven that are absent are reported as not found"
+    put_image(tmp_path / 'val2017' / 'a.png')
+    row = dict(filename='a.png', caption='a red cat', negative_caption='a blue cat')
+    (tmp_path / 'replace_att.json').write_text(json.dumps({'0': row}))
+    status, found = run_eval(capsys, '--on', 'sugarcrepe', '--data', tmp_path)
+    assert [line['key'] for line in found['lines']] == ['comp/sugarcrepe_replace_att']
+    assert len(found['not_found']) == 6 and status == 1
+
+
+def test_winogavil(tmp_path, capsys):
+    "Alone, and as one of the 38; without its folder the message says where to put it"
+    for i in range(10):
+        put_image(tmp_path / 'winogavil' / 'winogavil_images' / f'e{i}.jpg')
+    names = json.dumps([f'e{i}' for i in range(10)]).replace('"', '""')
+    game = f'red,"{names}","[""e1"", ""e2""]"'
+    table = tmp_path / 'winogavil' / 'winogavil_dataset.csv'
+    table.write_text(f'cue,candidates,associations\n{game}\n')
+    status, found = run_eval(capsys, '--on', 'winogavil', '--data', tmp_path / 'winogavil')
+    assert (status, found['lines'][0]['key']) == (0, 'misc/winogavil')
+    status, found = run_eval(capsys, '--on', 'suite38', '--data', tmp_path)
+    assert [line['key'] for line in found['lines']] == ['misc/winogavil']
+    assert len(found['not_found']) == 37 and status == 1
+    with pytest.raises(ValueError, match='Put its files into FOLDER/winogavil.* --data FOLDER'):
+        hub_repo('misc/winogavil')
+    status, err = run_eval(capsys, '--on', 'winogavil', '--data', tmp_path)
+    assert status == 2 and "'winogavil_dataset.csv' is missing" in err
+
+
+def test_urban1k(tmp_path, capsys):
+    "Two images with captions"
+    (tmp_path / 'caption').mkdir()
+    for name in ('1', '2'):
+        put_image(tmp_path / 'image' / f'{name}.jpg')
+        (tmp_path / 'caption' / f'{name}.txt').write_text(f'caption {name}')
+    status, found = run_eval(capsys, '--on', 'urban1k', '--data', tmp_path)
+    assert (status, found['lines'][0]['key']) == (0, 'longclip/urban1k')
+
+
+def test_broken_set_beside_others(sets, tmp_path, capsys):
+    "A data set that cannot be opened does not stop the others"
+    shutil.copytree(sets, tmp_path / 'sets')
+    (tmp_path / 'sets' / 'wds_broken_test' / 'test').mkdir(parents=True)
+    (tmp_path / 'sets' / 'wds_broken_test' / 'test' / 'nshards.txt').write_text('two')
+    options = ['--on', tmp_path / 'sets', '--cache', tmp_path / 'cache']
+    status, found = run_eval(capsys, *options)
+    assert status == 1 and len(found['lines']) == 4
+    assert 'does not give a number of shards' in found['not_found']['broken']
+
+
+def test_ranks_of_different_weights(nano, monkeypatch):
+    "Every rank raises if the ranks hold different weights"
+    monkeypatch.setattr('mobileclip_nb.evaluate.suite.gather_parts', lambda x: [x, ('a', 'b')])
+    with pytest.raises(ValueError, match='the ranks hold 2 different sets of weights'):
+        run_suite(nano, [])
+
+
+def test_rank_0_decides(sets, nano, tmp_path, monkeypatch):
+    "Another rank takes the line of rank 0, although its own file of results has none"
+    data = find_datasets(sets)[:1]
+    (line,) = run_suite(nano, data).lines
+    monkeypatch.setattr('mobileclip_nb.evaluate.suite.find_ranks', lambda: (1, 2))
+
+    def gather(part):
+        return [part if isinstance(part, tuple) else line, part]
+
+    monkeypatch.setattr('mobileclip_nb.evaluate.suite.gather_parts', gather)
+    monkeypatch.setattr('mobileclip_nb.evaluate.suite.identify_run', lambda *args: 'another')
+    assert run_suite(nano, data).lines == [line]
+
+
+def test_folder_named_like_one_of_the_38(tmp_path, capsys):
+    "Images in a folder `cars` are no Stanford Cars"
+    for name in ('red', 'crimson', 'scarlet'):
+        put_image(tmp_path / 'cars' / name / '1.png')
+    status, found = run_eval(capsys, '--on', tmp_path / 'cars', '--cache', tmp_path / 'cache')
+    (line,) = found['lines']
+    assert (line['key'], line['chance']) == ('folder/cars', 1 / 3)
+    assert mean38(found['lines']).mean_of_present is None
 
 
 def test_datacomp_reads_ours(sets, nano, tmp_path):

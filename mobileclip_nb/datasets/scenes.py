@@ -260,6 +260,7 @@ def describe_scene(
 PARTS = ('train', 'test')
 
 
+@functools.cache
 def part_of_pair(
     first: str,  # a noun
     second: str,  # another
@@ -278,6 +279,32 @@ def _partners(
     return {a: others for a, others in allowed.items() if len(others) > 1}
 
 
+def _draw_group(
+    nouns: tuple[str, ...],
+    part: str,  # `train` or `test`
+    rng: random.Random,
+    n: int,  # how many nouns are wanted
+) -> list[str]:  # two or more; fewer than `n` where no other noun fits
+    "Draw different nouns of which every two may occur together in a part"
+    names = [rng.choice(sorted(_partners(nouns, part)))]
+    while len(names) < n:
+        fits = [x for x in nouns if all(x != y and part_of_pair(x, y) == part for y in names)]
+        if not fits:
+            break
+        names.append(rng.choice(fits))
+    return names
+
+
+@functools.lru_cache(maxsize=64)
+def _has_triple(
+    nouns: tuple[str, ...],
+    part: str,  # `train` or `test`
+) -> bool:
+    "Whether there are three nouns of which every two may occur together in a part"
+    beside = {a: set(others) for a, others in _partners(nouns, part).items()}
+    return any(beside[a] & beside.get(b, set()) for a in beside for b in beside[a])
+
+# %% ../../nbs/datasets/03_scenes.ipynb #5ca860f2
 @dataclass(frozen=True, repr=False)
 class SceneSpec(Spec, id_name='SceneSpec'):
     "From which words scenes are drawn"
@@ -339,8 +366,8 @@ def _draw_cells(
 # %% ../../nbs/datasets/03_scenes.ipynb #4e50de04
 def _draw_crowd(spec: SceneSpec, rng: random.Random) -> Scene:
     "Draw two to six different objects anywhere; a nearer one is larger and covers others"
-    n, objects = rng.randint(2, 6), []
-    names = rng.sample(spec.nouns, min(n, len(spec.nouns)))
+    objects = []
+    names = _draw_group(spec.nouns, spec.part, rng, rng.randint(2, 6))
     scales = sorted(rng.uniform(0.22, 0.5) for _ in names)
     for layer, (name, size) in enumerate(zip(names, scales)):
         for _ in range(50):
@@ -374,8 +401,8 @@ def draw_scene(
     if kind == 'count':
         return _draw_cells(spec, rng, [rng.choice(spec.nouns)] * rng.randint(2, 5), 3)
     if kind == 'list':
-        a = rng.choice(sorted(spec.partners()))
-        return _draw_cells(spec, rng, [a, *rng.sample(spec.partners()[a], rng.randint(1, 2))], 2)
+        names = _draw_group(spec.nouns, spec.part, rng, rng.randint(2, 3))
+        return _draw_cells(spec, rng, names, 2)
     return _draw_crowd(spec, rng)
 
 # %% ../../nbs/datasets/03_scenes.ipynb #185e883f
@@ -431,8 +458,15 @@ def _contrast_relations(spec: SceneSpec, rng: random.Random) -> tuple[Scene, Sce
 
 def _contrast_additions(spec: SceneSpec, rng: random.Random) -> tuple[Scene, Scene, str, str]:
     "`add_obj`: one more object"
-    a = rng.choice(sorted(spec.partners()))
-    scene = _draw_cells(spec, rng, [a, *rng.sample(spec.partners()[a], 2)], 2)
+    if not _has_triple(spec.nouns, spec.part):
+        raise ValueError(
+            f"`add_obj` needs three nouns of which every two are of the part {spec.part!r}; "
+            "give more nouns"
+        )
+    names = _draw_group(spec.nouns, spec.part, rng, 3)
+    if len(names) < 3:  # no third noun fits these two
+        return _contrast_additions(spec, rng)
+    scene = _draw_cells(spec, rng, names, 2)
     twin = dataclasses.replace(scene, objects=scene.objects[:2])
     return twin, scene, describe_list(twin), describe_list(scene)
 
@@ -444,7 +478,7 @@ def _contrast_numbers(spec: SceneSpec, rng: random.Random) -> tuple[Scene, Scene
     scene, twin = (dataclasses.replace(most, objects=most.objects[:k]) for k in (n, m))
     return scene, twin, describe_number(scene), describe_number(twin)
 
-
+# %% ../../nbs/datasets/03_scenes.ipynb #a02317b9
 CONTRASTS: dict[str, Callable] = dict(
     replace_obj=_contrast_objects,
     replace_att=_contrast_colors,

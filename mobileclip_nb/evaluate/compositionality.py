@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SUGARCREPE', 'ARO_TESTS', 'Question', 'is_right', 'Preparation', 'embed_files', 'score_questions', 'score_texts',
-           'blind_accuracy', 'make_line', 'read_sugarcrepe', 'evaluate_sugarcrepe', 'read_visual_genome',
-           'average_groups', 'read_order', 'evaluate_order', 'evaluate_visual_genome', 'evaluate_aro', 'Association',
-           'read_winogavil', 'write_cue_prompt', 'jaccard_of_top', 'chance_jaccard', 'score_games',
-           'evaluate_winogavil', 'read_urban1k', 'evaluate_urban1k']
+           'blind_accuracy', 'make_line', 'find_sugarcrepe', 'read_sugarcrepe', 'evaluate_sugarcrepe',
+           'read_visual_genome', 'average_groups', 'read_order', 'evaluate_order', 'find_aro', 'evaluate_visual_genome',
+           'evaluate_aro', 'Association', 'read_winogavil', 'write_cue_prompt', 'jaccard_of_top', 'chance_jaccard',
+           'score_games', 'evaluate_winogavil', 'read_urban1k', 'evaluate_urban1k']
 
 # %% ../../nbs/evaluate/10_compositionality.ipynb #b58b68bd
 import csv, json, math, warnings
@@ -156,6 +156,17 @@ def _read_rows(
     return rows
 
 # %% ../../nbs/evaluate/10_compositionality.ipynb #1e5fd7bc
+def _join_inside(
+    folder: Path,
+    name: Any,  # of a file, as a downloaded list gives it
+) -> Path:
+    "Join a folder and a name from a list; `ValueError` if it leads out of the folder"
+    parts = Path(name).parts if isinstance(name, str) else ()
+    if not parts or '..' in parts or '\0' in name or Path(name).is_absolute():
+        raise ValueError(f"The file name {str(name)[:60]!r} leads out of {str(folder)!r}")
+    return folder / name
+
+
 def _check_images(
     paths: Collection[Path],
     origin: str,  # where the images come from
@@ -192,6 +203,15 @@ _SUGARCREPE_ORIGIN = (
 )
 
 
+def find_sugarcrepe(
+    folder: str | Path,  # as `read_sugarcrepe` takes it
+) -> dict[str, bool]:  # the seven splits, and others whose files are there
+    "Find which splits of SugarCrepe have their file in a folder"
+    data = Path(folder) / 'data' if (Path(folder) / 'data').is_dir() else Path(folder)
+    there = {path.stem for path in data.glob('*.json')} - {'scenes'}
+    return {split: split in there for split in sorted(there | set(SUGARCREPE))}
+
+
 def read_sugarcrepe(
     folder: str | Path,  # with `data/<split>.json`, or the files themselves
     images: str | Path | None = None,  # None: `val2017` in the folder
@@ -202,8 +222,9 @@ def read_sugarcrepe(
     data = folder / 'data' if (folder / 'data').is_dir() else folder
     images = Path(images) if images else folder / 'val2017'
     if splits is None:
-        splits = sorted(path.stem for path in data.glob('*.json') if path.stem != 'scenes')
-        if absent := sorted(set(SUGARCREPE) - set(splits)):
+        found = find_sugarcrepe(folder)
+        splits = [split for split, is_there in found.items() if is_there]
+        if absent := [split for split in found if split not in splits]:
             warnings.warn(f"SugarCrepe without {', '.join(absent)}: not there", stacklevel=2)
     if not splits:
         raise FileNotFoundError(f"No split is in {str(data)!r}. {_SUGARCREPE_ORIGIN}")
@@ -211,7 +232,8 @@ def read_sugarcrepe(
     for split in splits:
         rows = _read_rows(data / f'{split}.json', fields, _SUGARCREPE_ORIGIN)
         found[split] = [
-            Question(images / r['filename'], (r['caption'], r['negative_caption'])) for r in rows
+            Question(_join_inside(images, r['filename']), (r['caption'], r['negative_caption']))
+            for r in rows
         ]
     _check_images([q.image for each in found.values() for q in each], _SUGARCREPE_ORIGIN)
     return found
@@ -260,7 +282,7 @@ def read_visual_genome(
         box = tuple(row[name] for name in _BOX)
         captions = row['true_caption'], row['false_caption']
         questions.append(
-            Question(Path(folder) / 'images' / row['image_path'], captions, box, group)
+            Question(_join_inside(Path(folder) / 'images', row['image_path']), captions, box, group)
         )
     _check_images([c.image for c in questions], _ARO_ORIGIN)
     return questions
@@ -302,10 +324,11 @@ def read_order(
     if test not in _ORDERS:
         raise ValueError(f"No test {test!r}.{suggest(test, _ORDERS)} Known: {', '.join(_ORDERS)}.")
     rows = _read_rows(Path(folder) / _ORDERS[test], ('image', 'caption'), _ORDER_ORIGIN)
-    _check_images([Path(folder) / row['image'] for row in rows], _ORDER_ORIGIN)
+    paths = [_join_inside(Path(folder), row['image']) for row in rows]
+    _check_images(paths, _ORDER_ORIGIN)
     return [
-        Question(Path(folder) / row['image'], perturb_caption(caption, kinds, tagger, seed))
-        for row in rows
+        Question(path, perturb_caption(caption, kinds, tagger, seed))
+        for path, row in zip(paths, rows)
         for caption in row['caption']
     ]
 
@@ -339,6 +362,13 @@ _ARO_FILES = dict(
 )
 
 
+def find_aro(
+    folder: str | Path,  # with the files of ARO
+) -> dict[str, bool]:  # in the order of `ARO_TESTS`
+    "Find which tests of ARO have their file in a folder"
+    return {test: (Path(folder) / _ARO_FILES[test]).is_file() for test in ARO_TESTS}
+
+
 def evaluate_visual_genome(
     model: nn.Module,  # in eval mode
     folder: str | Path,  # as `read_visual_genome` takes it
@@ -369,15 +399,14 @@ def evaluate_aro(
     how: Preparation = Preparation(),
 ) -> list[dict[str, Any]]:  # a line a test
     "Evaluate the tests of ARO whose files are in a folder (Yuksekgonul et al. 2023)"
-    folder = Path(folder)
-    there = [test for test in ARO_TESTS if (folder / _ARO_FILES[test]).is_file()]
-    if not there:
+    found = find_aro(folder)
+    if not any(found.values()):
         files = ', '.join(_ARO_FILES.values())
         raise FileNotFoundError(f"{str(folder)!r} holds none of {files}. {_ARO_ORIGIN}")
-    if absent := [test for test in ARO_TESTS if test not in there]:
+    if absent := [test for test, is_there in found.items() if not is_there]:
         warnings.warn(f"ARO without {', '.join(absent)}: not there", stacklevel=2)
     lines = []
-    for test in there:
+    for test in [t for t in ARO_TESTS if found[t]]:
         name, is_order = test.removeprefix('vg_').removesuffix('_order'), test.endswith('_order')
         if is_order:
             lines += evaluate_order(model, folder, name, kinds, tagger, seed, how)
@@ -428,7 +457,7 @@ def read_winogavil(
             true = set(_parse_list(row['associations'], f'{path.name!r}, row {i}'))
             if not true <= set(names):
                 raise ValueError(f"{path.name!r}: row {i} has associations that are no candidates")
-            files = tuple(images / f'{name}.jpg' for name in names)
+            files = tuple(_join_inside(images, f'{name}.jpg') for name in names)
             games.append(Association(row['cue'], files, tuple(name in true for name in names)))
     if not games:
         raise ValueError(f"{path.name!r} holds no games. {_WINOGAVIL_ORIGIN}")

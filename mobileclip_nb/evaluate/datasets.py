@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVAL_KINDS', 'LABELS', 'PICTURES', 'RETRIEVAL', 'TEXTS', 'EMOJI_WORDS', 'SetFacts', 'suite38', 'find_facts',
-           'EvalData', 'folder_names', 'is_wds', 'folder_key', 'open_wds', 'EvalSample', 'write_wds', 'check_range',
-           'read_samples', 'list_class_images', 'open_class_folder', 'spoken_names', 'hub_repo', 'fetch_dataset',
-           'find_datasets', 'find_local', 'check_labels', 'write_emoji_sets']
+           'EvalData', 'folder_names', 'is_wds', 'own_key', 'folder_key', 'open_wds', 'EvalSample', 'write_wds',
+           'check_range', 'read_samples', 'list_class_images', 'open_class_folder', 'spoken_names', 'hub_repo',
+           'fetch_dataset', 'find_datasets', 'find_local', 'check_labels', 'write_emoji_sets']
 
 # %% ../../nbs/evaluate/05_datasets.ipynb #64504b58
-import csv, functools, hashlib, io, json, os
+import csv, functools, hashlib, io, json, math, os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -157,15 +157,22 @@ def is_wds(
     return (Path(folder) / 'test' / 'nshards.txt').is_file()
 
 
+def own_key(
+    name: str,  # of a folder that holds none of the 38
+) -> str:
+    "The key of a data set of one's own, which is never the key of one of the 38"
+    return f'folder/{name}' if name in {facts.key for facts in suite38()} else name
+
+
 def folder_key(
     folder: str | Path,  # `.../wds_vtab-cifar100_test`
-) -> str:  # `vtab/cifar100`; another name stays as it is
-    "The key of the data set that a folder holds, from its name"
+) -> str:  # `vtab/cifar100`; only these exact names are of the 38
+    "The key of the data set that a folder in DataComp's layout holds, from its name"
     name = Path(folder).resolve().name
     for facts in suite38():
         if name in folder_names(facts.key):
             return facts.key
-    return name.removeprefix('wds_').removesuffix('_test')
+    return own_key(name.removeprefix('wds_').removesuffix('_test'))
 
 # %% ../../nbs/evaluate/05_datasets.ipynb #1ecab22e
 TEXTS = {
@@ -206,6 +213,7 @@ class EvalSample(NamedTuple):
     label: int | tuple[int, ...] | tuple[str, ...] | None  # class, 0 or 1 a class, or captions
     groups: tuple[int, ...] = ()  # numbers of the groups that the image belongs to
     fault: str = ''  # why this sample cannot be used
+    shard: str = ''  # the file that it was read from
 
 
 def _encode_label(
@@ -289,13 +297,21 @@ def _group_members(
 def _parse_array(
     blob: bytes,  # a numpy file
 ) -> tuple[int, ...]:
-    "Read whole numbers from a numpy file; nothing is unpickled"
+    "Read whole numbers from a numpy file; nothing is unpickled, and no false size is allocated"
+    f, read = io.BytesIO(blob), np.lib.format
+    readers = {(1, 0): read.read_array_header_1_0, (2, 0): read.read_array_header_2_0}
     try:
-        values = np.load(io.BytesIO(blob), allow_pickle=False)
-        flat = np.asarray(values).reshape(-1)
-        return tuple(int(v) for v in flat)
-    except (ValueError, TypeError, OSError, EOFError) as e:
+        shape, _, dtype = readers[read.read_magic(f)](f, max_header_size=4096)
+        claimed, there = math.prod(shape) * dtype.itemsize, len(blob) - f.tell()
+        if claimed != there:
+            raise ValueError(f'its header claims {claimed:,} bytes, and {there:,} follow')
+        values = np.load(io.BytesIO(blob), allow_pickle=False).reshape(-1).tolist()
+        numbers = tuple(int(v) for v in values)
+    except Exception as e:  # a hostile header can raise nearly any error
         raise ValueError(f"an array that cannot be read ({str(e)[:80]})") from None
+    if any(a != b for a, b in zip(numbers, values)):
+        raise ValueError('an array that cannot be read (not all are whole numbers)')
+    return numbers
 
 # %% ../../nbs/evaluate/05_datasets.ipynb #0c62ddec
 def _parse_label(
@@ -328,6 +344,8 @@ def check_range(
         raise ValueError(f"{where} has class {label}, but there are {count} class names, 0 first")
     if data.kind == 'multilabel' and len(label) != count:
         raise ValueError(f"{where} has {len(label)} labels, but there are {count} class names")
+    if data.kind == 'multilabel' and (odd := sorted(set(label) - {0, 1})):
+        raise ValueError(f"{where} has the label {odd[0]}; a class is there (1) or not (0)")
 
 # %% ../../nbs/evaluate/05_datasets.ipynb #a03998af
 def _make_sample(
@@ -366,7 +384,7 @@ def read_samples(
         for shard in data.files:
             for key, members in _group_members(shard):
                 count += 1
-                yield _make_sample(data, key, members)
+                yield _make_sample(data, key, members)._replace(shard=shard.name)
     if not count:
         raise ValueError(f"{data.key}: the test split is empty; no sample to evaluate")
 
@@ -393,7 +411,7 @@ def open_class_folder(
     if not images:
         raise ValueError(f"{str(folder)!r} holds no folders with images ({', '.join(PICTURES)})")
     names = tuple(sorted({p.parent.name for p in images}))
-    key = Path(folder).resolve().name
+    key = own_key(Path(folder).resolve().name)
     return EvalData(key, 'classification', tuple(images), names, tuple(templates), True)
 
 
@@ -413,7 +431,9 @@ def hub_repo(
         return f'clip-benchmark/wds_{RETRIEVAL[key]}'
     if key.startswith('misc/'):
         raise ValueError(
-            f"{facts.name} is not published in this layout; `evaluate.compositionality` reads it"
+            f"{facts.name} is not published in this layout. Put its files into FOLDER/winogavil, "
+            "beside the folders of the other data sets, and give --data FOLDER; or evaluate it "
+            "alone: --on winogavil --data FOLDER/winogavil"
         )
     return facts.source
 
@@ -441,8 +461,25 @@ def fetch_dataset(
     return open_wds(folder, key)
 
 # %% ../../nbs/evaluate/05_datasets.ipynb #ca09d489
+def _open_each(
+    folders: Sequence[Path],  # each in DataComp's layout
+    missing: dict[str, str] | None,  # as for `find_datasets`
+) -> list[EvalData]:
+    "Open data sets; what cannot be opened does not stop the others"
+    opened = []
+    for folder in folders:
+        try:
+            opened.append(open_wds(folder))
+        except (OSError, ValueError) as e:
+            if missing is None:
+                raise
+            missing[folder_key(folder)] = str(e)
+    return opened
+
+
 def find_datasets(
     place: str | Path,  # one data set, or a folder with several
+    missing: dict[str, str] | None = None,  # receives keys and reasons; None: the first one raises
 ) -> list[EvalData]:  # sorted by folder; a `FileNotFoundError` or `ValueError`
     "Open the data sets at a place"
     place = Path(place)
@@ -450,7 +487,7 @@ def find_datasets(
         return [open_wds(place)]
     inside = sorted(p for p in place.iterdir() if is_wds(p)) if place.is_dir() else []
     if inside:
-        return [open_wds(p) for p in inside]
+        return _open_each(inside, missing)
     if list_class_images(place):
         return [open_class_folder(place)]
     if not place.exists():
@@ -460,7 +497,7 @@ def find_datasets(
         "that has, and no folders of images"
     )
 
-
+# %% ../../nbs/evaluate/05_datasets.ipynb #22ce26c4
 def find_local(
     key: str,  # one of the 38
     place: str | Path,  # a folder with data sets

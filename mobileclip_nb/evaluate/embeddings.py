@@ -7,7 +7,7 @@ __all__ = ['hash_weights', 'EvalModel', 'wrap_clip', 'wrap_open_clip', 'prepare_
            'embed_dataset', 'cache_path', 'save_embedded', 'load_embedded', 'cached_dataset']
 
 # %% ../../nbs/evaluate/06_embeddings.ipynb #f048748b
-import hashlib, json, os, time
+import hashlib, json, os, re, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +24,12 @@ from PIL import Image
 from torch import nn, Tensor
 from tqdm import tqdm
 
+from ..core.config import plain
 from ..core.files import atomic_write
 from .datasets import EvalData, EvalSample, read_samples
 from .zeroshot import check_eval_mode
 from ..models.clip import CLIP
+from ..models.zoo import image_spec
 from ..preprocessing.images import decode_image
 from ..preprocessing.tokenizer import tokenize
 from ..preprocessing.transform import Pixels, center_square
@@ -37,10 +39,12 @@ def hash_weights(
     module: nn.Module,
     about: str = '',  # hashed as well: what else the output depends on
 ) -> str:  # 12 hexadecimal digits
-    "Identify a module by its parameters and buffers"
+    "Identify a module by its parameters and buffers, with their types"
     h = hashlib.sha256(about.encode())
     for name, tensor in sorted(module.state_dict().items()):
-        h.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        h.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        h.update(flat.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:12]
 
 
@@ -63,6 +67,12 @@ def _prepare_square(
     return pixels.normalize(np.array(center_square(image, pixels.side, pixels.resize))[None])[0]
 
 
+def _describe(*parts: Any) -> str:
+    "What an output depends on beside weights, as text: every field of specs"
+    text = json.dumps([plain(part) for part in parts], sort_keys=True)
+    return re.sub(r' at 0x[0-9a-f]+', '', text)  # addresses differ from process to process
+
+
 def wrap_clip(
     model: CLIP,  # in eval mode, with a record
 ) -> EvalModel:
@@ -74,8 +84,8 @@ def wrap_clip(
         module=model,
         prepare=partial(_prepare_square, pixels=record.pixels),
         tokens=partial(tokenize, context_length=record.context_length),
-        image_id=hash_weights(model.image, repr(record.pixels)),
-        text_id=hash_weights(model.text, str(record.context_length)),
+        image_id=hash_weights(model.image, _describe(image_spec(record), record.pixels)),
+        text_id=hash_weights(model.text, _describe(record.text)),
     )
 
 # %% ../../nbs/evaluate/06_embeddings.ipynb #fbe8656f
@@ -93,7 +103,8 @@ def wrap_open_clip(
         raise ValueError(f"open_clip cannot make {name!r} with {pretrained!r}: {e}") from e
     module, _, transform = made
     module = module.eval()
-    weights = hash_weights(module, f'{name} {transform}')
+    config = open_clip.get_model_config(name)  # None for a model of the hub
+    weights = hash_weights(module, _describe(name, config, repr(transform), repr(module)))
     tag = f'{name} {pretrained}' if pretrained else name
     return EvalModel(tag, module, transform, open_clip.get_tokenizer(name), weights, weights)
 
@@ -133,7 +144,7 @@ class Embedded(NamedTuple):
     rows: np.ndarray  # `(N, D)` float32, unit length
     labels: list  # N: class numbers, tuples of 0 and 1, or tuples of captions
     groups: np.ndarray  # `(N, G)` int64; G is 0 where there are none
-    skipped: dict[str, str]  # key of an image to the reason why it is left out
+    skipped: dict[str, str]  # shard and key of an image to the reason why it is left out
     images_per_s: float = 0.0  # when they were embedded, all ranks together
 
 
@@ -154,6 +165,18 @@ def gather_parts(part: Any) -> list:  # one a rank
     return parts
 
 # %% ../../nbs/evaluate/06_embeddings.ipynb #ef77ea3a
+def _name_faults(
+    samples: dict[int, EvalSample],  # by number
+    faults: dict[int, str],  # by number
+) -> dict[str, str]:  # as many as `faults`
+    "Reasons by shard and key; a key that repeats within a shard gets its number as well"
+    named = {}
+    for i in sorted(faults):
+        name = '/'.join(part for part in (samples[i].shard, samples[i].key) if part)
+        named[f'{name} (sample {i})' if name in named else name] = faults[i]
+    return named
+
+
 @torch.inference_mode()
 def _embed_share(
     model: EvalModel,
@@ -197,11 +220,16 @@ def embed_dataset(
     total = data.facts and -(-data.facts.size // world)
     hidden = None if progress and not rank else True
     with tqdm(total=total, desc=data.name, unit=' images', disable=hidden, leave=False) as bar:
-        part = _embed_share(model, choose_own(), batch, threads, bar)
+        try:
+            part = _embed_share(model, choose_own(), batch, threads, bar)
+        except (ValueError, OSError) as e:  # the other ranks wait for an answer
+            part = e
     rows, faults = {}, {i: s.fault for i, s in listed.items() if s.fault}
-    for own_rows, own_faults in gather_parts(part):
-        rows |= own_rows
-        faults |= own_faults
+    for own in gather_parts(part):
+        if isinstance(own, Exception):
+            raise own
+        rows |= own[0]
+        faults |= own[1]
     if not rows:
         reason = next(iter(faults.values()), '')
         raise ValueError(f"{data.key}: none of {len(listed)} images can be used ({reason})")
@@ -210,7 +238,7 @@ def embed_dataset(
         rows=np.stack([rows[i] for i in order]),
         labels=[listed[i].label for i in order],
         groups=np.array([listed[i].groups for i in order], np.int64).reshape(len(order), -1),
-        skipped={listed[i].key: faults[i] for i in sorted(faults)},
+        skipped=_name_faults(listed, faults),
         images_per_s=len(order) / (time.perf_counter() - started),
     )
 
