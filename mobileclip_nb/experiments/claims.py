@@ -7,7 +7,7 @@ __all__ = ['FACTS', 'Claim', 'load_claims', 'cells_of', 'ClaimReading', 'compare
            'compare_fact', 'read_claim', 'scoreboard_table', 'count_readings']
 
 # %% ../../nbs/experiments/06_claims.ipynb #8430c719
-import csv
+import csv, math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,7 +19,7 @@ from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.ledger import Run, append, markdown_table, read, record_run
 from ..core.papers import Cell, published_value
-from .ablate import compare_variants, find_variant, t_quantile, values_of
+from .ablate import Ablation, find_variant, t_quantile, values_of
 from .ablations import find_ablation
 from .efficiency import curves, ratios
 from .efficiency_run import NAME as EFFICIENCY
@@ -32,9 +32,11 @@ class Claim(NamedTuple):
     paper: str
     where: str  # abstract, table or figure
     claim: str  # one sentence
-    cells: str  # `table|row|column`, several separated by ` ; `
+    cells: (
+        str  # `table|row|column`, several separated by ` ; `; the other paper's name leads its own
+    )
     test: str  # an ablation, `efficiency`, `offline:FACT` or `not testable here`
-    kind: str  # `more`, `same`, `ratio`, `fact`, `none`
+    kind: str  # `more`, `not worse`, `same`, `ratio`, `fact`, `none`
     metric: str  # ours
     better: str  # variant
     worse: str  # variant
@@ -53,7 +55,8 @@ def cells_of(
 ) -> list[Cell]:  # in the order of the claim
     "The paper's cells that carry a claim"
     places = [place.split('|') for place in claim.cells.split(' ; ')]
-    return [published_value(claim.paper, *place)[0] for place in places]
+    papers = [place.pop(0) if len(place) == 4 else claim.paper for place in places]
+    return [published_value(p, *place)[0] for p, place in zip(papers, places)]
 
 # %% ../../nbs/experiments/06_claims.ipynb #f1aea395
 class ClaimReading(NamedTuple):
@@ -71,8 +74,31 @@ def _shown(values: Sequence[float], unit: str = '') -> str:
     return f'{fmean(values):.1f}{spread}{unit}'
 
 
+def _bars(
+    base: Sequence[float],  # values of the base, at least two
+    one: Sequence[float],  # of a variant, at least two
+    other: Sequence[float],  # of another, at least two
+) -> tuple[float, float]:  # from the base's seeds, and of a two-sample t-test
+    "What the difference of two variants must exceed"
+    width = (1 / len(one) + 1 / len(other)) ** 0.5
+    squares = sum((len(x) - 1) * stdev(x) ** 2 for x in (one, other))
+    df = len(one) + len(other) - 2
+    first = t_quantile(len(base) - 1) * stdev(base) * width
+    return first, t_quantile(df) * (squares / df) ** 0.5 * width
+
+
+def _tells_apart(a: Ablation, runs: Sequence[Run], metric: str, scale: str) -> bool:
+    "Whether any variant of an ablation differs from its base"
+    base, *others = (values_of(a, v, runs, metric, scale) for v in a.variants)
+    for x in others:
+        if len(x) > 1 and min(bars := _bars(base, base, x)) > 0:
+            if abs(fmean(x) - fmean(base)) > max(bars):
+                return True
+    return False
+
+
 def compare_pair(
-    claim: Claim,  # of kind `more` or `same`
+    claim: Claim,  # of kind `more`, `not worse` or `same`
     runs: Sequence[Run],  # of the ledger
     scale: str = 'nano',
 ) -> tuple[str, str]:  # ours as text, and the reading
@@ -83,23 +109,19 @@ def compare_pair(
         for name in (claim.better, claim.worse)
     )
     base = values_of(a, a.variants[0], runs, claim.metric, scale)
-    if not better or not worse or len(base) < 2:
+    if min(len(better), len(worse), len(base)) < 2:
         return '', 'not run yet'
-    scatter = t_quantile(len(base) - 1) * stdev(base)
-    bar = scatter * (1 / len(better) + 1 / len(worse)) ** 0.5
-    difference = fmean(better) - fmean(worse)
-    ours = f'{_shown(better)} against {_shown(worse)}, bar {bar:.1f}'
-    if min(len(better), len(worse)) < len(a.seeds):
+    bars, difference = _bars(base, better, worse), fmean(better) - fmean(worse)
+    ours = f'{_shown(better)} against {_shown(worse)}, bar {max(bars):.1f}'
+    if min(len(better), len(worse), len(base)) < len(a.seeds):
         return f'{ours}, seeds are missing', 'not run yet'
-    if claim.kind == 'more':
-        if abs(difference) <= bar:
-            return ours, 'does not show'
-        return ours, 'agrees' if difference > 0 else 'the opposite shows'
-    if abs(difference) > bar:
-        return ours, 'the opposite shows'
-    rows = compare_variants(a, runs, claim.metric, scale)
-    able = any(r.bar is not None and abs(r.difference) > r.bar for r in rows)
-    return ours, 'agrees' if able else 'does not show'
+    if min(bars) == 0:
+        return f'{ours}, seeds without spread', 'does not show'
+    if abs(difference) > max(bars):
+        agrees = difference > 0 and claim.kind != 'same'
+        return ours, 'agrees' if agrees else 'the opposite shows'
+    able = claim.kind != 'more' and _tells_apart(a, runs, claim.metric, scale)
+    return ours, 'not told apart' if able else 'does not show'
 
 # %% ../../nbs/experiments/06_claims.ipynb #5434850d
 FACTS = 'ablation-facts'  # of the lines in the ledger
@@ -118,29 +140,42 @@ def compare_ratio(
 ) -> tuple[str, str]:  # ours as text, and the reading
     "Compare how many times fewer samples a reinforced run needs"
     found = [r for r in runs if r.run == EFFICIENCY and r.scale == 'full']
-    base, other = (curves(found, name, 0.6) for name in (claim.worse, claim.better))
-    if base is None or other is None:
+    times = []
+    for seed in sorted({r.seed for r in found}):
+        ours = [r for r in found if r.seed == seed]
+        base, other = (curves(ours, name, 0.6) for name in (claim.worse, claim.better))
+        if base is not None and other is not None:
+            times += ratios(base, other)
+    if len(times) < 2:
         return '', 'not run yet'
-    times = [t for t in ratios(base, other) if t > 0]
+    reached = [t for t in times if t > 0]
+    if len(reached) < len(times):
+        return f'{len(reached)} of {len(times)} seeds reach the target', 'does not show'
     half = t_quantile(len(times) - 1) * stdev(times) / len(times) ** 0.5
     printed = float(cells_of(claim)[0].value.rstrip('x'))
     ours = f'{_shown(times)} times at equal length'
+    if half == 0:
+        return f'{ours}, seeds without spread', 'does not show'
     if fmean(times) - half >= printed:
         return ours, 'agrees'
     return ours, 'shows, smaller' if fmean(times) - half > 1 else 'does not show'
 
 
 def log_fact(
-    ledger: str | Path,  # appended to, unless it has this fact
+    ledger: str | Path,  # appended to, unless its last line of this fact has these metrics
     name: str,  # of the fact, as in `offline:NAME`
     metrics: Mapping[str, Any],  # `agrees` among them
+    timed: Sequence[str] = (),  # metrics that come from measured times; written once
 ) -> dict[str, Any]:  # the metrics that the ledger has now
-    "Write a fact that was computed offline, once"
-    if Path(ledger).exists():
-        for r in read(ledger, run=FACTS):
-            if r.spec.get('fact') == name:
-                return r.metrics
-    return append(ledger, record_run(FACTS, Fact(name), metrics, scale='nano')).metrics
+    "Write a fact that was computed offline, if it is new or has changed"
+    new = record_run(FACTS, Fact(name), metrics, scale='nano')
+    lines = read(ledger, run=FACTS) if Path(ledger).exists() else []
+    known = [r.metrics for r in lines if r.spec.get('fact') == name]
+    if known and known[-1].keys() == new.metrics.keys():
+        pairs = [(known[-1][k], v) for k, v in new.metrics.items() if k not in timed]
+        if all(a == b or a and b and math.isclose(a, b, rel_tol=1e-6) for a, b in pairs):
+            return known[-1]
+    return append(ledger, new).metrics
 
 # %% ../../nbs/experiments/06_claims.ipynb #aa38c180
 def compare_fact(
@@ -171,8 +206,8 @@ def read_claim(
         return ClaimReading(claim, paper, *compare_fact(claim, runs))
     if claim.kind == 'ratio':
         return ClaimReading(claim, paper, *compare_ratio(claim, runs))
-    if claim.kind not in ('more', 'same'):
-        kinds = ('more', 'same', 'ratio', 'fact', 'none')
+    if claim.kind not in ('more', 'not worse', 'same'):
+        kinds = ('more', 'not worse', 'same', 'ratio', 'fact', 'none')
         raise ValueError(f"{claim.id}: no kind {claim.kind!r}.{suggest(claim.kind, kinds)}")
     return ClaimReading(claim, paper, *compare_pair(claim, runs, scale))
 
