@@ -118,7 +118,7 @@ def list_jobs(
         jobs.setdefault(spec.id, RunJob(spec.id, label, spec, v.name, a.run, scale))
     return list(jobs.values())
 
-
+# %% ../../nbs/experiments/03_ablate.ipynb #a6f20d31
 @cache
 def _id_of(kind: type[Spec], fields: str, is_any_seed: bool) -> str | None:
     "Id of a configuration that the ledger holds as JSON; None if it is of another kind"

@@ -124,7 +124,7 @@ def make_sets(
             raise RuntimeError(f"Reinforcement of {name!r} failed:\n{report}")
         say(f'{name}: {report}')
 
-
+# %% ../../nbs/experiments/04_student_runs.ipynb #c1d84f6a
 def _name_rows(folder: Path, names: Sequence[str]) -> torch.Tensor:
     "Embeddings of names by both teachers, side by side; kept in a file named by what made it"
     teachers = load_ensemble(find_reinforce_recipe('nano-emoji').teachers)
