@@ -106,6 +106,17 @@ def test_ray(tmp_path, monkeypatch):
     assert len(lines(tmp_path)) == 12
 
 
+def test_ray_keeps_the_deadline(tmp_path, monkeypatch):
+    "On Ray, too, no run begins after the minutes are over"
+    paths = [str(HERE), os.environ.get('PYTHONPATH', '')]
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, paths)))
+    place = RunPlace(tmp_path, processes=1, ray='local', minutes=0)
+    jobs, ledger = list_jobs(SLOW, 'nano')[:3], tmp_path / 'l.jsonl'
+    done = run_missing(jobs, ledger, partial(start_slow, 0.0), 'nano', place)
+    assert (done.made, done.failed, done.left) == ([], {}, 3)
+    assert not ledger.exists()
+
+
 def test_command(tmp_path):
     "`mobileclip ablate` says the price first, makes the runs, prints the table, and has nothing left"
     words = ['ablate', 'text-encoders', '--scale', 'smoke', '--seeds', '2']

@@ -18,7 +18,7 @@ from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.ledger import markdown_table
 from .ablate import Ablation, Variant, check_ablation
-from .student_runs import STUDENT_COLUMNS, StudentRun
+from .student_runs import STUDENT_COLUMNS, STUDENT_NAME, StudentRun
 from ..models.zoo import Record, build
 from ..reinforce.recipe import ReinforceSpec, find_reinforce_recipe
 from ..train.cost import format_bytes, published_data
@@ -212,7 +212,8 @@ _SECOND = (
         for s in (100, 70, 50, 30, 15)), {'heldout_i2t_r1': '', 'heldout_r1': ''}, published=_B2),
 )
 # fmt: on
-ABLATIONS = {a.name: check_ablation(a) for a in (*_ENCODERS, *_LOSSES, *_DATA, *_AMOUNTS, *_SECOND)}
+_ALL = *_ENCODERS, *_LOSSES, *_DATA, *_AMOUNTS, *_SECOND
+ABLATIONS = {a.name: check_ablation(a._replace(run=STUDENT_NAME)) for a in _ALL}
 
 # %% ../../nbs/experiments/05_ablations.ipynb #15961b9c
 def find_ablation(

@@ -8,7 +8,7 @@ __all__ = ['STUDENT_IMAGES', 'STUDENT_TEXTS', 'STUDENT_SETS', 'STUDENT_COLUMNS',
            'student_scores', 'train_student', 'start_students', 'random_views', 'measure_step']
 
 # %% ../../nbs/experiments/04_student_runs.ipynb #d7fda3d3
-import functools, time
+import functools, hashlib, json, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..augment.operations import RandomResizedCrop
 from ..augment.pipeline import AugmentSpec
 from ..core.config import Spec
 from ..core.errors import suggest
+from ..core.files import atomic_write
 from ..core.runtime import seed_all
 from ..datasets.caption_noise import NoiseSpec, add_caption_noise
 from ..datasets.emoji import load_emoji
@@ -123,15 +124,20 @@ def make_sets(
             raise RuntimeError(f"Reinforcement of {name!r} failed:\n{report}")
         say(f'{name}: {report}')
 
-
+# %% ../../nbs/experiments/04_student_runs.ipynb #c1d84f6a
 def _name_rows(folder: Path, names: Sequence[str]) -> torch.Tensor:
-    "Embeddings of names by both teachers, side by side; kept in a file"
-    file = folder / f'names-{len(names)}.npy'
+    "Embeddings of names by both teachers, side by side; kept in a file named by what made it"
+    teachers = load_ensemble(find_reinforce_recipe('nano-emoji').teachers)
+    made_by = hashlib.sha256(json.dumps(list(names)).encode())
+    for t in teachers.teachers:
+        made_by.update(t.spec.id.encode())
+        for x in t.net.state_dict().values():
+            made_by.update(x.numpy().tobytes())
+    file = folder / f'names-{made_by.hexdigest()[:16]}.npy'
     if not file.exists():
-        teachers = load_ensemble(find_reinforce_recipe('nano-emoji').teachers)
         rows = torch.cat(list(teachers.text(list(names)).values()), 1)
-        np.save(file.with_suffix('.part.npy'), rows.numpy())
-        file.with_suffix('.part.npy').replace(file)
+        with atomic_write(file) as part, open(part, 'wb') as f:
+            np.save(f, rows.numpy())
     return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
