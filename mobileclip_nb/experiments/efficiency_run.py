@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'NAME', 'ARMS', 'MILD', 'student', 'Arm', 'EfficiencySpec', 'Sets', 'read_sets', 'prepare',
-           'right_captions', 'choose_views', 'batches', 'judge', 'loss_for', 'curve_metrics', 'run_variant',
-           'mean_cosine', 'run_early', 'one_rank', 'ranked']
+           'right_captions', 'add_noise', 'draw_concepts', 'choose_views', 'batches', 'judge', 'loss_for',
+           'curve_metrics', 'run_variant', 'mean_cosine', 'run_early', 'one_rank', 'ranked']
 
 # %% ../../nbs/experiments/00_efficiency_run.ipynb #f8aebc2c
 import json, os, socket, subprocess, sys, tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, Tensor
 
 from ..augment.operations import RandomResizedCrop
 from ..augment.pipeline import AugmentSpec
@@ -182,22 +182,42 @@ def right_captions(
     return float(np.mean(right))
 
 # %% ../../nbs/experiments/00_efficiency_run.ipynb #50697769
+def add_noise(
+    views: Views,
+    rows: Mapping[str, Tensor],  # caption to its teacher embedding `(D,)`
+    share: float,  # of captions that become another picture's, 0-1
+    seed: int = 0,
+) -> Views:  # with other true captions and their embeddings
+    "Replace a share of the true captions, and their teacher embeddings with them"
+    names = [captions[0] for captions in views.captions]
+    captions = add_caption_noise(names, NoiseSpec(share, seed=seed), views.keys).captions
+    return views.with_captions(captions, torch.stack([rows[c] for c in captions]))
+
+
+def draw_concepts(
+    views: Views,
+    share: float,  # of the pictures that stay, 0-1
+    seed: int = 0,
+    least: int = 1,  # pictures that stay in any case
+) -> Views:  # in their old order
+    "Keep a share of the pictures, drawn by the seed"
+    if share == 1:
+        return views
+    order = torch.randperm(len(views), generator=torch.Generator().manual_seed(seed))
+    return views.take(order[: max(least, round(share * len(views)))].sort().values)
+
+
 def choose_views(
     sets: Sets,
     spec: EfficiencySpec,
 ) -> Views:  # what this run learns from
     "Choose views, apply caption noise, drop what the variant does not use"
     views = sets.strong if spec.arm.strong else sets.mild
-    names = [captions[0] for captions in views.captions]
-    captions = add_caption_noise(names, NoiseSpec(spec.noise, seed=spec.seed), views.keys).captions
-    views = views.with_captions(captions, torch.stack([sets.rows[c] for c in captions]))
+    views = add_noise(views, sets.rows, spec.noise, spec.seed)
     views = views.teachers(*range(spec.arm.teachers if spec.arm.distill else 0))
-    if spec.concepts == 1:
-        return views
-    order = torch.randperm(len(views), generator=torch.Generator().manual_seed(spec.seed))
-    return views.take(order[: max(1, round(spec.concepts * len(views)))].sort().values)
+    return draw_concepts(views, spec.concepts, spec.seed)
 
-
+# %% ../../nbs/experiments/00_efficiency_run.ipynb #f0083adf
 def batches(
     sets: Sets,
     spec: EfficiencySpec,
@@ -216,20 +236,20 @@ def batches(
 
 # %% ../../nbs/experiments/00_efficiency_run.ipynb #9bde1745
 def judge(
-    limit: int | None = None,  # held-out concepts; None takes all
+    limit: int | None = None,  # pictures of a split; None takes all
+    splits: Sequence[str] = ('heldout',),  # of `load_emoji`
 ) -> Callable[[nn.Module], dict[str, float]]:
-    "Recall@1 among held-out concepts, both directions and their mean"
-    p = load_emoji('heldout', side=STUDENT.pixels.side)
-    images, names = p.images[:limit], p.captions[:limit]
+    "Recall@1 on each split, both directions and their mean; by default among held-out concepts"
+    pictures = {s: load_emoji(s, side=STUDENT.pixels.side) for s in splits}
 
     def ask(model: nn.Module) -> dict[str, float]:
-        r = retrieval(model, images, names, equal_texts=True)
-        return dict(
-            heldout_r1=(r.i2t_r1 + r.t2i_r1) / 2,
-            heldout_i2t_r1=r.i2t_r1,
-            heldout_t2i_r1=r.t2i_r1,
-            heldout_chance_r1=r.chance_i2t_r1,
-        )
+        out = {}
+        for name, p in pictures.items():
+            r = retrieval(model, p.images[:limit], p.captions[:limit], equal_texts=True)
+            out[f'{name}_r1'] = (r.i2t_r1 + r.t2i_r1) / 2
+            out[f'{name}_i2t_r1'], out[f'{name}_t2i_r1'] = r.i2t_r1, r.t2i_r1
+            out[f'{name}_chance_r1'] = r.chance_i2t_r1
+        return out
 
     return ask
 

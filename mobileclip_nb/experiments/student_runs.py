@@ -24,9 +24,7 @@ from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.files import atomic_write
 from ..core.runtime import seed_all
-from ..datasets.caption_noise import NoiseSpec, add_caption_noise
-from ..datasets.emoji import load_emoji
-from ..evaluate.retrieval import retrieval
+from .efficiency_run import add_noise, draw_concepts, judge
 from ..loaders.batches import Batch
 from ..loaders.in_memory import ViewBatches, ViewSpec, Views, load_views
 from ..loaders.ranged import Ranged
@@ -234,10 +232,7 @@ def views_of_run(
 ) -> Views:  # what the run learns from
     "Choose views, captions, teachers and concepts of a run"
     whole = sets[spec.augment]
-    names = [captions[0] for captions in whole.captions]
-    noisy = add_caption_noise(names, NoiseSpec(spec.noise, seed=spec.seed), whole.keys).captions
-    rows = sets.name_rows(whole)
-    views = whole.with_captions(noisy, torch.stack([rows[c] for c in noisy]))
+    views = add_noise(whole, sets.name_rows(whole), spec.noise, spec.seed)
     views = _fewer_captions(views, spec.captions)
     image = None if views.image_rows is None else views.image_rows[:, : spec.views]
     views = replace(views, images=views.images[:, : spec.views], image_rows=image)
@@ -249,10 +244,7 @@ def views_of_run(
         views = replace(
             views, **{k: torch.cat([sparsify(p) for p in ps], -1) for k, ps in parts.items()}
         )
-    if spec.concepts == 1:
-        return views
-    order = torch.randperm(len(views), generator=torch.Generator().manual_seed(spec.seed))
-    return views.take(order[: max(2, round(spec.concepts * len(views)))].sort().values)
+    return draw_concepts(views, spec.concepts, spec.seed, least=2)
 
 
 def batches_of_run(
@@ -314,19 +306,7 @@ def student_scores(
     limit: int | None = None,  # pictures of a split; None takes all
 ) -> Callable[[nn.Module], dict[str, float]]:  # of a model in eval mode
     "Recall@1 of unseen concepts and of the other art style"
-    splits = {s: load_emoji(s, side=32) for s in ('heldout', 'shift')}
-
-    def ask(model: nn.Module) -> dict[str, float]:
-        "Evaluate a student"
-        out = {}
-        for name, p in splits.items():
-            r = retrieval(model, p.images[:limit], p.captions[:limit], equal_texts=True)
-            out[f'{name}_r1'] = (r.i2t_r1 + r.t2i_r1) / 2
-            out[f'{name}_i2t_r1'], out[f'{name}_t2i_r1'] = r.i2t_r1, r.t2i_r1
-            out[f'{name}_chance_r1'] = r.chance_i2t_r1
-        return out
-
-    return ask
+    return judge(limit, ('heldout', 'shift'))
 
 # %% ../../nbs/experiments/04_student_runs.ipynb #9c033f21
 STUDENT_NAME = 'ablation-emoji'  # of the runs in the ledger
