@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..augment.operations import RandomErase, RandomHorizontalFlip
 from ..blocks.reparam import count_parameters
 from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.ledger import markdown_table
 from .ablate import Ablation, Variant, check_ablation
 from .student_runs import STUDENT_COLUMNS, STUDENT_NAME, StudentRun
+from .student_sets import MANY
 from ..models.zoo import Record, build
+from ..reinforce.captioner import CaptionerSpec
 from ..reinforce.recipe import ReinforceSpec, find_reinforce_recipe
 from ..train.cost import format_bytes, published_data
 from ..train.recipe import Recipe, recipe, record_of
@@ -42,6 +45,11 @@ def _lines(field: str, *lines: Sequence[Any]) -> tuple[Variant, ...]:
         Variant(name, {field: value}, row, dict(zip(full[::2], full[1::2])))
         for name, value, row, *full in lines
     )
+
+
+def _pairs(full: Mapping[str, Any]) -> list[Any]:
+    "Fields and values at full scale, as `_lines` takes them"
+    return [x for pair in full.items() for x in pair]
 
 
 _WEIGHTS = [
@@ -126,19 +134,29 @@ _LOSSES = (
 # fmt: off
 _WIDE = {'heldout_i2t_r1': 'IN-val', 'shift_i2t_r1': 'IN-shift'}
 _XL, _OAI = 'ViT-L-14/datacomp_xl_s13b_b90k', 'ViT-L-14/openai'
-_NOISED = dict(psnr=(40.0, 20.0))
+_NOISED, _CROP = dict(psnr=(40.0, 20.0)), {'reinforce.augment.rand_augment': None}
 _DATA = (
     Ablation('student-augmentation', 'Which augmentation should student and teachers share?', ((_ONE, '13'),), ('augment', 'psnr'),
         _BASE, (
         Variant('crops from 90 %, student noise', _NOISED, 'RRC .9-1 + student RangeAug',
-            {'reinforce.augment.random_resized_crop.scale': (0.9, 1.0)}),
+            {'reinforce.augment.random_resized_crop.scale': (0.9, 1.0)} | _CROP),
         Variant('crops from 40 %, student noise', dict(augment='medium', **_NOISED), 'RRC .4-1 + student RangeAug',
-            {'reinforce.augment.random_resized_crop.scale': (0.4, 1.0)}),
-        Variant('crops from 8 %, student noise', dict(augment='wide', **_NOISED), 'RRC .08-1 + student RangeAug'),
-        Variant('crops from 8 %', dict(augment='wide'), 'RRC .08-1'),
+            {'reinforce.augment.random_resized_crop.scale': (0.4, 1.0)} | _CROP),
+        Variant('crops from 8 %, student noise', dict(augment='wide', **_NOISED), 'RRC .08-1 + student RangeAug', _CROP),
+        Variant('crops from 8 %', dict(augment='wide'), 'RRC .08-1', _CROP | {'recipe.psnr': ()}),
         Variant('crops from 8 %, student noise, RandAugment', dict(augment='strong', **_NOISED),
             'RRC .08-1 + student RangeAug + RandAugment'),
+        Variant('crops from 8 %, student noise, flips', dict(augment='wide_flip', **_NOISED), 'RRC .08-1 + student RangeAug + HFlip .5',
+            {'reinforce.augment.random_horizontal_flip': RandomHorizontalFlip(0.5)} | _CROP),
+        Variant('crops from 8 %, student noise, erasing', dict(augment='wide_erase', **_NOISED),
+            'RRC .08-1 + student RangeAug + RandomErasing .25', {'reinforce.augment.random_erase': RandomErase(0.25)} | _CROP),
     ), _WIDE, published=_DR),
+)
+# fmt: on
+
+# %% ../../nbs/experiments/06_ablations.ipynb #d7f120fa
+# fmt: off
+_TAUGHT = (
     Ablation('teacher-ensemble', 'Do two teachers teach more than one?', ((_ONE, '15'),), ('teachers',), _BASE,
         _lines('teachers', ('both teachers', (0, 1), f'{_XL} + {_OAI}'), ('first teacher', (0,), _OAI, 'recipe.train.loss.widths',
             (768,), 'recipe.train.loss.scales', (100.0,)),
@@ -212,7 +230,58 @@ _SECOND = (
         for s in (100, 70, 50, 30, 15)), {'heldout_i2t_r1': '', 'heldout_r1': ''}, published=_B2),
 )
 # fmt: on
-_ALL = *_ENCODERS, *_LOSSES, *_DATA, *_AMOUNTS, *_SECOND
+
+# %% ../../nbs/experiments/06_ablations.ipynb #3241a7d7
+_COCA = 'hf-hub:apple/mobileclip2_coca_dfn2b_s13b_'
+_DR_MODELS, _DFN_MODELS = find_reinforce_recipe('datacompdr-12m'), find_reinforce_recipe('dfndr-2b')
+
+
+def _written_by(*weights: str) -> dict[str, Any]:
+    "Captioners of MobileCLIP2 at full scale, each under a key of its own"
+    captioners = tuple(
+        CaptionerSpec(key=f'syn_text_{k}', model='coca_ViT-L-14', weights=_COCA + name)
+        for k, name in enumerate(weights)
+    )
+    return {'reinforce.captioners': captioners}
+
+
+def _taught_by(teachers: Sequence[Any]) -> dict[str, Any]:
+    "Two teachers of MobileCLIP2 Table 4 at full scale, with their logit scales"
+    scales = tuple(t.scale for t in teachers)
+    return {'reinforce.teachers': tuple(teachers), 'recipe.train.loss.scales': scales}
+
+# %% ../../nbs/experiments/06_ablations.ipynb #b117659a
+# fmt: off
+_BOTH_BASE = _BASE.but(augment=MANY)
+_MIXED = _DR_MODELS.teachers[1], _DFN_MODELS.teachers[0]
+_TUNED = 'mscoco38k_s12m_context77'
+_MODELS = (
+    Ablation('teacher-pairs', 'Which pair of teachers teaches best?', ((_TWO, '4'),), ('teachers', 'augment'), _BOTH_BASE, (
+        Variant('c and d', dict(teachers=(2, 3)), 'openai L-14 + datacomp_xl L-14', _taught_by(_DR_MODELS.teachers)),
+        Variant('a and d', dict(teachers=(0, 3)), 'datacomp_xl L-14 + DFN2B L-14', _taught_by(_MIXED)),
+        Variant('a and c', dict(teachers=(0, 2))),
+        Variant('b and c', dict(teachers=(1, 2))),
+        Variant('b and d', dict(teachers=(1, 3))),
+        Variant('a and b', dict(augment='mild'), 'DFN2B L-14-s39b + DFN2B L-14', _taught_by(_DFN_MODELS.teachers))), _BOTH, published=_B2,
+        note='a and b are shipped, c saw one art style, d 60 % wrong captions; three rows of the paper beside them'),
+    Ablation('captioners', 'What should a captioner learn from?', ((_TWO, '6'),), ('captioners',), _BOTH_BASE,
+        _lines('captioners', ('filtered, fine-tuned', (3,), 'DFN-2B -> MSCOCO-123k'),
+                             ('filtered, fine-tuned on a third', (4,), 'DFN-2B -> MSCOCO-38k', *_pairs(_written_by(_TUNED))),
+                             ('filtered, not fine-tuned', (2,), 'DFN-2B -> none', *_pairs(_written_by('context77'))),
+                             ('unfiltered, fine-tuned', (1,), 'LAION-2B -> MSCOCO-123k', 'reinforce.captioners', _DR_MODELS.captioners)),
+        _BOTH, published=_B2, note='filtered: 10 % wrong captions in pre-training; unfiltered: 40 %; 600 steps each'),
+    Ablation('captioner-count', 'Are several captioners better than one?', ((_TWO, '6'),), ('captioners', 'captions'), _BOTH_BASE, (
+        Variant('1 captioner, 4 captions', dict(captioners=(4,), captions=4), 'DFN-2B -> MSCOCO-38k', _written_by(_TUNED)),
+        Variant('2 captioners, 2 captions each', dict(captioners=(3, 4), captions=2), 'DFN-2B -> 5 models x 2 captions',
+            _written_by(_TUNED, 'gbc1m-short_context77')),
+        Variant('4 captioners, 1 caption each', dict(captioners=(1, 2, 3, 4), captions=1), 'DFN-2B -> 10 models x 1 caption',
+            _written_by(_TUNED, 'gbc1m-short_context77', 'docci_s12m_context77', 'dci-short_s12m_context77'))), _BOTH, published=_B2,
+        note='four captions a picture in every line; two and four captioners stand beside the paper\'s five and ten'),
+)
+# fmt: on
+
+# %% ../../nbs/experiments/06_ablations.ipynb #cd77debb
+_ALL = *_ENCODERS, *_LOSSES, *_DATA, *_TAUGHT, *_AMOUNTS, *_SECOND, *_MODELS
 ABLATIONS = {a.name: check_ablation(a._replace(run=STUDENT_NAME)) for a in _ALL}
 
 # %% ../../nbs/experiments/06_ablations.ipynb #15961b9c
@@ -248,7 +317,7 @@ def change_fields(
         spec = spec.but(**{head: value})
     return spec
 
-
+# %% ../../nbs/experiments/06_ablations.ipynb #9ecb6167
 class FullRun(NamedTuple):
     "A variant at the size of the papers"
 
@@ -257,7 +326,20 @@ class FullRun(NamedTuple):
     reinforce: ReinforceSpec | None  # how the data are reinforced
 
 
-_REINFORCED = dict(datacompdr12m='datacompdr-12m', datacompdr1b='datacompdr-1b', dfndr2b='dfndr-2b')
+_REINFORCED = dict(
+    datacompdr12m='datacompdr-12m',
+    datacompdr1b='datacompdr-1b',
+    dfndr12m='dfndr-2b',  # with more augmentations
+    dfndr2b='dfndr-2b',
+)
+
+
+def _reinforcement(data: str, changes: Mapping[str, Any]) -> ReinforceSpec | None:
+    "How the data of a recipe are reinforced, with changes; None where that is not published"
+    if data not in _REINFORCED:
+        return None
+    views = dict(n_augmentations=30) if data == 'dfndr12m' else {}  # MobileCLIP2 Table 15
+    return change_fields(find_reinforce_recipe(_REINFORCED[data]).but(**views), changes)
 
 
 def full_run(
@@ -278,8 +360,7 @@ def full_run(
     found = change_fields(found, rest).at('full')
     hold = {k: v for k, v in kinds['recipe'].items() if k == 'train.hold'}
     record = change_fields(record_of(found), kinds['record'])
-    name = _REINFORCED.get(found.data)
-    data = change_fields(find_reinforce_recipe(name), kinds['reinforce']) if name else None
+    data = _reinforcement(found.data, kinds['reinforce'])
     return FullRun(change_fields(found, hold), record, data)
 
 # %% ../../nbs/experiments/06_ablations.ipynb #c906c199
