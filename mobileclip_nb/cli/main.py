@@ -148,19 +148,22 @@ def split_scores(
     equal_texts: bool = False,  # an equal caption of another image is correct as well
 ) -> dict[str, Any]:  # the fields of `Retrieval`, and those of `Scores` after `zeroshot_`
     "Retrieval and zero-shot scores of one split, from one pass over its images"
-    from mobileclip_nb.evaluate.retrieval import score_retrieval, count_shared, find_positives
-    from mobileclip_nb.evaluate.metrics import top_scores
-    from mobileclip_nb.evaluate.zeroshot import build_classifier, embed_images, embed_texts
+    from mobileclip_nb.evaluate.retrieval import count_shared, index_positives, score_retrieval
+    from mobileclip_nb.evaluate.zeroshot import (
+        build_classifier,
+        embed_images,
+        embed_texts,
+        score_classifier,
+    )
     from mobileclip_nb.inference.predict import default_batch
 
     first = [c[0] for c in captions]
     names = {c: i for i, c in enumerate(dict.fromkeys(first))}
     rows = embed_images(model, images, batch or default_batch(model), progress=True)
-    zero = top_scores(
-        rows @ build_classifier(model, list(names), templates), [names[c] for c in first]
-    )
-    flat, right = find_positives([list(c) for c in captions], equal_texts)
-    found = score_retrieval(rows, embed_texts(model, flat), right)._asdict()
+    weights = build_classifier(model, list(names), templates)
+    zero = score_classifier(rows, weights, [names[c] for c in first])
+    right = index_positives([list(c) for c in captions], equal_texts)
+    found = score_retrieval(rows, embed_texts(model, right.captions), right)._asdict()
     found |= {f'zeroshot_{k}': v for k, v in zero._asdict().items()}
     return found | dict(shared_captions=count_shared(captions), equal_texts=equal_texts)
 

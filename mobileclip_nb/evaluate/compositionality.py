@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.errors import suggest
 from ..datasets.caption_order import PERTURBATIONS, Tagger, perturb_caption
 from .metrics import jaccard
-from .retrieval import find_positives, score_retrieval
+from .retrieval import index_positives, score_retrieval
 from .zeroshot import embed_images, embed_texts
 from ..preprocessing.images import decode_image
 from ..preprocessing.tokenizer import encode
@@ -581,8 +581,9 @@ def evaluate_urban1k(
     "Evaluate retrieval with long captions, both ways (MobileCLIP2, published result files)"
     paths, captions = read_urban1k(folder)
     image = embed_files(model, [(path, None) for path in paths], how)
-    flat, right = find_positives(captions)
-    r = score_retrieval(image, embed_texts(model, flat, how.tokens, how.batch), right)
+    right = index_positives(captions)
+    text = embed_texts(model, right.captions, how.tokens, how.batch)
+    r = score_retrieval(image, text, right)
     metrics = {f'text_retrieval_recall@{k}': getattr(r, f'i2t_r{k}') for k in (1, 5, 10)}
     metrics |= {f'image_retrieval_recall@{k}': getattr(r, f't2i_r{k}') for k in (1, 5, 10)}
     metrics['mean_recall@1'] = (r.i2t_r1 + r.t2i_r1) / 2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMOJI_TEMPLATES', 'check_eval_mode', 'normalize_images', 'embed_images', 'embed_texts', 'average_templates',
-           'build_classifier', 'zeroshot']
+           'build_classifier', 'score_classifier', 'zeroshot']
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #296b84d0
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from tqdm import tqdm
 
-from .metrics import ZeroShot, top_scores
+from .metrics import ZeroShot, count_rows, rank_true_class, score_ranks
+from .prompts import find_repeated
 from ..preprocessing.tokenizer import tokenize
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #d5d1c445
@@ -97,7 +98,7 @@ def _check_classes(names: Sequence[str], templates: Sequence[str]) -> None:
     "A `ValueError` that names what is missing, repeated or without braces"
     if not len(names):
         raise ValueError("No class to choose among; give at least one name")
-    repeated = sorted({n for n in names if list(names).count(n) > 1})
+    repeated = sorted(find_repeated(names))
     if repeated:
         raise ValueError(
             f"Classes must differ; given more than once: {', '.join(repeated[:5])}. "
@@ -130,6 +131,21 @@ def build_classifier(
     return average_templates(lambda texts: embed_texts(model, texts, tokens), names, templates).T
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #cab600a7
+def score_classifier(
+    rows: Tensor,  # `(N, D)` embeddings of images
+    weights: Tensor,  # `(D, C)`
+    targets: Tensor | Sequence[int],  # `(N,)` classes
+) -> ZeroShot:
+    "Evaluate a linear classifier, a part of the images at a time; ties count as errors"
+    targets, c = torch.as_tensor(targets).long(), weights.shape[1]
+    if targets.shape != (len(rows),):
+        raise ValueError(f"{len(rows)} images need {len(rows)} targets; got {tuple(targets.shape)}")
+    size = count_rows(c)
+    parts = zip(rows.split(size), targets.split(size))
+    ranks = [rank_true_class(part @ weights, classes) for part, classes in parts]
+    return score_ranks(torch.cat(ranks), targets, c)
+
+
 def zeroshot(
     model: nn.Module,  # in eval mode
     images: Tensor | np.ndarray,  # uint8 `(N, S, S, 3)` or preprocessed floats
@@ -141,7 +157,7 @@ def zeroshot(
 ) -> ZeroShot:
     "Evaluate zero-shot classification (CLIP §3.1, MobileCLIP §5)"
     weights = build_classifier(model, names, templates, tokens)
-    return top_scores(embed_images(model, images, batch) @ weights, targets)
+    return score_classifier(embed_images(model, images, batch), weights, targets)
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #656dd2f5
 EMOJI_TEMPLATES = (
