@@ -74,7 +74,7 @@ def rank_true_class(
     true_logits = logits.gather(1, targets[:, None])  # (N, 1)
     return (logits >= true_logits).sum(1) - 1
 
-
+# %% ../../nbs/evaluate/00_metrics.ipynb #97fc7fd0
 def score_ranks(
     ranks: Tensor,  # `(N,)` of the true classes, from 0
     targets: Tensor,  # `(N,)` classes

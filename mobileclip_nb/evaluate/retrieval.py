@@ -214,7 +214,7 @@ def retrieval(
     model: nn.Module,  # in eval mode
     images: Any,  # uint8 `(N, S, S, 3)` or preprocessed floats `(N, 3, S, S)`
     captions: Sequence[str | Sequence[str]],  # N; one text each or several
-    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids; None: `tokenize`
+    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids; None: the model's own
     batch: int = 256,  # images at a time
     equal_texts: bool = False,  # as for `index_positives`
 ) -> Retrieval:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn, Tensor
 from tqdm import tqdm
 
@@ -34,10 +35,10 @@ def check_eval_mode(
 
 
 def normalize_images(
-    images: Tensor | np.ndarray,  # uint8 `(B, S, S, 3)`, or preprocessed float `(B, 3, S, S)`
-    model: nn.Module,  # with a record of its preprocessing, or without
-) -> Tensor:  # float `(B, 3, S, S)`
-    "Normalize uint8 images with mean and std of the model's record; floats stay as they are"
+    images: Tensor | np.ndarray,  # uint8 `(B, S, S, 3)`, or preprocessed floats
+    model: nn.Module,  # with a record of its preprocessing, its own `prepare_image`, or neither
+) -> Tensor:  # float `(B, 3, S, S)`, or what `prepare_image` gives
+    "Prepare uint8 images by mean and std of the model's record; floats stay as they are"
     x = torch.as_tensor(images)
     if x.is_floating_point():
         return x
@@ -45,6 +46,8 @@ def normalize_images(
         raise ValueError(
             f"Pictures are uint8 (N, S, S, 3) or float (N, 3, S, S); got {x.dtype} {tuple(x.shape)}"
         )
+    if prepare := getattr(model, 'prepare_image', None):
+        return torch.stack([prepare(Image.fromarray(image)) for image in x.cpu().numpy()])
     x = x.permute(0, 3, 1, 2) / 255
     pixels = getattr(getattr(model, 'record', None), 'pixels', None)
     if pixels is None:
@@ -77,13 +80,14 @@ def embed_images(
 def embed_texts(
     model: nn.Module,  # in eval mode, with `encode_text`
     texts: Sequence[str],  # N
-    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids; None: `tokenize`
+    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids; None: the model's own
     batch: int = 256,  # texts at a time
 ) -> Tensor:  # `(N, D)` unit length, float32, on the CPU
     "Embed texts for evaluation, each different text once; no text is a `ValueError`"
     device = check_eval_mode(model)
     if not len(texts):
         raise ValueError("No text to evaluate")
+    tokens = tokens or getattr(model, 'tokenize_texts', None)
     tokens = tokens or (lambda t: tokenize(t, model.text.spec.context))
     unique = {t: i for i, t in enumerate(dict.fromkeys(texts))}
     ids = tokens(list(unique))
@@ -113,12 +117,13 @@ def average_templates(
     embed: Callable[[list[str]], Tensor],  # C texts to `(C, D)` unit vectors
     names: Sequence[str],  # C classes
     templates: Sequence[str] = ('{}',),  # K, each with one pair of braces
+    normalize: Callable[[Tensor], Tensor] = F.normalize,  # scales rows to length 1
 ) -> Tensor:  # `(C, D)` unit vectors
     "Embed class names: the mean over templates, scaled to length 1 (CLIP §3.1.4)"
     _check_classes(names, templates)
     texts = [[t.replace('{}', n) for n in names] for t in templates]
     embeddings = torch.stack([embed(ts) for ts in texts])  # (K, C, D)
-    return F.normalize(embeddings.mean(0), dim=-1)
+    return normalize(embeddings.mean(0))
 
 
 def build_classifier(
@@ -128,7 +133,10 @@ def build_classifier(
     tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids
 ) -> Tensor:  # `(D, C)` columns of unit length
     "Make the weights of a linear classifier from class names and templates (CLIP §3.1.4)"
-    return average_templates(lambda texts: embed_texts(model, texts, tokens), names, templates).T
+    normalize = getattr(model, 'normalize_parts', F.normalize)
+    return average_templates(
+        lambda texts: embed_texts(model, texts, tokens), names, templates, normalize
+    ).T
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #cab600a7
 def score_classifier(
