@@ -202,7 +202,7 @@ def test_winogavil(tmp_path, capsys):
     status, found = run_eval(capsys, '--on', 'suite38', '--data', tmp_path)
     assert [line['key'] for line in found['lines']] == ['misc/winogavil']
     assert len(found['not_found']) == 37 and status == 1
-    with pytest.raises(ValueError, match='Put its files into FOLDER/winogavil.* --data FOLDER'):
+    with pytest.raises(ValueError, match='--winogavil FOLDER.* --data FOLDER'):
         hub_repo('misc/winogavil')
     status, err = run_eval(capsys, '--on', 'winogavil', '--data', tmp_path)
     assert status == 2 and "'winogavil_dataset.csv' is missing" in err

@@ -111,10 +111,14 @@ def make_eval_model(
     return wrap_open_clip(name, args.weights or tag or None, ready_to_compute(args))
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #c7de6e76
-def choose_kinds() -> tuple[dict[str, Any], list[str]]:  # arguments of `evaluate_order`, and notes
+def choose_kinds(
+    tagger: str | None = None,  # a spaCy model that must be there; None: the usual one, if it is
+) -> tuple[dict[str, Any], list[str]]:  # arguments of `evaluate_order`, and notes
     "Choose the perturbations of ARO's order tests: all four where spaCy is there to tag words"
     from mobileclip_nb.datasets.caption_order import PERTURBATIONS, load_tagger
 
+    if tagger:
+        return dict(tagger=load_tagger(tagger)), []
     try:
         return dict(tagger=load_tagger()), []
     except ImportError as e:
@@ -140,6 +144,7 @@ def _evaluate_part(
     key: str,  # of `list_parts`
     model: Any,  # an `EvalModel`
     place: str,  # the folder with the benchmark's files
+    tagger: str | None = None,  # as `choose_kinds` takes it
 ) -> list[dict[str, Any]]:  # result lines, without what names the model
     "Evaluate one test of a benchmark"
     from importlib import import_module
@@ -155,7 +160,7 @@ def _evaluate_part(
     if not test.endswith('_order'):
         name = test.removeprefix('vg_')
         return functions.evaluate_visual_genome(model.module, place, name, how=how)
-    words, notes = choose_kinds()
+    words, notes = choose_kinds(tagger)
     name = test.removesuffix('_order')
     lines = functions.evaluate_order(model.module, place, name, how=how, **words)
     return [line | dict(notes=notes + line['notes']) for line in lines]
@@ -166,6 +171,7 @@ def evaluate_choices(
     model: Any,  # an `EvalModel`
     place: str | None,  # the folder with the benchmark's files
     missing: dict[str, str],  # receives keys and reasons of tests whose files are absent
+    tagger: str | None = None,  # as `choose_kinds` takes it
 ) -> Iterator[tuple[str, list[dict[str, Any]] | str]]:  # key, and result lines or why there is none
     "Evaluate a model on a benchmark with a layout of its own, test by test"
     if place is None:
@@ -177,7 +183,7 @@ def evaluate_choices(
     chosen = [key for key, is_there in parts.items() if is_there]
     for key in chosen or list(parts)[:1]:  # without any the first one tells what is missing
         try:
-            yield key, [line | same for line in _evaluate_part(on, key, model, place)]
+            yield key, [line | same for line in _evaluate_part(on, key, model, place, tagger)]
         except (ValueError, OSError) as e:
             yield key, str(e)
 
@@ -209,15 +215,21 @@ def add_winogavil(
     model: Any,  # an `EvalModel`
     place: str | None,  # the folder with data sets
     missing: dict[str, str],  # key to reason
+    own: str | None = None,  # the folder with WinoGAViL's files; None: `winogavil` in `place`
 ) -> None:
-    "Add the line of WinoGAViL to those of the suite, if its folder is there"
-    if place is None or not (Path(place) / 'winogavil').is_dir():
+    "Add the line of WinoGAViL to those of the suite, if its folder is given or there"
+    from mobileclip_nb.evaluate.suite import format_line
+
+    own = own or (f'{place}/winogavil' if place and Path(place, 'winogavil').is_dir() else None)
+    if own is None:
         return
-    for key, found in evaluate_choices('winogavil', model, f'{place}/winogavil', {}):
+    for key, found in evaluate_choices('winogavil', model, own, {}):
         if isinstance(found, str):
             result.failed[key] = found
+            say(f'{key}: not evaluated. {found}')
         else:
             result.lines.extend(found)
+            say('\n'.join(map(format_line, found)))
     missing.pop('misc/winogavil', None)
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #b52e18d3
@@ -247,7 +259,8 @@ def run_choices(
 
     result = SuiteResult([], {})
     read_own_results(args.out, model)  # a file of another model is an error before the work
-    for key, found in evaluate_choices(args.on, model, args.data, missing):
+    tagger = getattr(args, 'tagger', None)
+    for key, found in evaluate_choices(args.on, model, args.data, missing, tagger):
         if isinstance(found, str):
             result.failed[key] = found
             say(f'{key}: not evaluated. {found}')
@@ -270,6 +283,9 @@ def run_sets(
     from mobileclip_nb.core.files import cache_dir
     from mobileclip_nb.evaluate.suite import SuiteResult, run_suite
 
+    own = getattr(args, 'winogavil', None)
+    if own and args.on != 'suite38':
+        raise ValueError('--winogavil belongs to --on suite38; alone: --on winogavil --data FOLDER')
     model = make_eval_model(args)
     if args.on in CHOICE_SETS:
         return SuiteResult([], {}) if rank else run_choices(args, model, missing)
@@ -277,7 +293,7 @@ def run_sets(
     how |= dict(batch=args.batch or 64, progress=True, say=(lambda text: None) if rank else say)
     result = run_suite(model, open_sets(args.on, args.data, missing), args.out, **how)
     if args.on == 'suite38' and not rank:
-        add_winogavil(result, model, args.data, missing)
+        add_winogavil(result, model, args.data, missing, own)
         keep_lines(args.out, model, result.lines, result.failed)
     return result
 

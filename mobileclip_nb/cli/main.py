@@ -359,6 +359,8 @@ OWN = [
         ('--on', dict(default='emoji', help='`emoji`; suite38, flickr30k, coco, aro, sugarcrepe, winogavil, urban1k; a folder in the '
                                             'layout of DataComp, with several of them, with a folder a class, or pictures with captions')),
         ('--data', flag('the folder that holds what --on names; by default suite38, flickr30k and coco come from the hub', type=str)),
+        ('--winogavil', flag("suite38: the folder with WinoGAViL's own files, wherever the other data sets come from", type=str)),
+        ('--tagger', flag('aro: a model of spaCy that tags words, by name or folder; by default en_core_web_sm, if it is there', type=str)),
         ('--out', flag('a file for result lines, written after each data set; a run that finds it goes on', type=str)),
         ('--cache', flag('a folder for embeddings; by default the cache of this library', type=str)),
         ('--equal-texts', flag('a caption of another image is right, too, if it is word for word the same')),
