@@ -51,11 +51,8 @@ class JoinedModel(nn.Module):
         with torch.no_grad():
             one = self.tokenize_texts(['a']).to(self.logit_scale.device)
             self.widths = [part.shape[1] for part in self._embed('encode_text', one)]
-        side, name = (
-            max(shape[-1] for shape in self.image_shapes),
-            '+'.join(m.name for m in members),
-        )
-        self.record = JoinedRecord(name, Pixels(side=side))
+        side = max(shape[-1] for shape in self.image_shapes)
+        self.record = JoinedRecord('+'.join(m.name for m in members), Pixels(side=side))
 
     def prepare_image(
         self,
@@ -82,7 +79,7 @@ class JoinedModel(nn.Module):
                 f"An ensemble reads {sum(sizes)} numbers a row, as its `prepare_image` and "
                 f"`tokenize_texts` make them; got {tuple(packed.shape)}"
             )
-        parts = [part.unflatten(1, s) for part, s in zip(packed.split(sizes, 1), shapes)]
+        parts = [p.contiguous().unflatten(1, s) for p, s in zip(packed.split(sizes, 1), shapes)]
         rows = [getattr(m, name)(x) for m, x in zip(self.members, parts)]
         return [F.normalize(row.float(), dim=-1) for row in rows]
 
