@@ -78,16 +78,21 @@ def price_ablations(
     scale: str,  # `smoke` or `nano`
     ledger: str | Path,
     n_seeds: int | None = None,  # None: those of each ablation
+    folder: str | Path = 'runs/ablations',  # of prepared sets and models
 ) -> list[Any]:  # of `RunPrice`
-    "Price what is missing"
+    "Price what is missing, with the teachers and captioners that have to be trained for it"
     from mobileclip_nb.core.ledger import read
     from mobileclip_nb.experiments.ablate import missing_jobs, price_runs
     from mobileclip_nb.experiments.student_runs import measure_step
+    from mobileclip_nb.experiments.student_sets import MANY, price_models
 
     todo = missing_jobs(jobs_of(ablations, scale, n_seeds), ledger)
     runs = read(ledger) if Path(ledger).exists() else []
     named = [j._replace(variant=j.label.rsplit(', seed', 1)[0]) for j in todo]
-    return price_runs(named, lambda s: s.train.steps, measure_step, runs)
+    prices = price_runs(named, lambda s: s.train.steps, measure_step, runs)
+    if any(j.spec.augment == MANY for j in todo):
+        return price_models(Path(folder) / scale, scale) + prices
+    return prices
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #608f02f2
 def _show_full(ablations: Sequence[Any], as_json: bool) -> int:
@@ -134,7 +139,8 @@ def make_runs(
     "Prepare the sets that are needed, and make the missing runs"
     from mobileclip_nb.core.ledger import read
     from mobileclip_nb.experiments.ablate import RunPlace, bar_sentence, missing_jobs, run_missing
-    from mobileclip_nb.experiments.student_runs import make_sets, start_students
+    from mobileclip_nb.experiments.student_runs import start_students
+    from mobileclip_nb.experiments.student_sets import MANY, make_models, make_sets
 
     begun = time.time()
     jobs = jobs_of(ablations, args.scale, args.seeds)
@@ -144,6 +150,8 @@ def make_runs(
     folder = Path(args.folder) / args.scale
     if todo:
         names = sorted({j.spec.augment for j in todo})
+        if MANY in names:
+            make_models(folder, args.scale, args.ledger, args.processes, say)
         make_sets(folder, names, views, limit, say)
     start = start_students(folder, views, limit)
     bases = bases_of(ablations, args.scale, args.seeds)
@@ -171,7 +179,7 @@ def run_ablations(
             text = f"{row['name']:22} {row['missing']:3} of {row['runs']:3} missing"
             answer(row, f"{text}  {row['question']}", args.json)
         return 0
-    prices = price_ablations(ablations, args.scale, ledger, args.seeds)
+    prices = price_ablations(ablations, args.scale, ledger, args.seeds, args.folder)
     if args.price:
         answer([p._asdict() for p in prices], price_table(prices, args.processes), args.json)
         return 0
