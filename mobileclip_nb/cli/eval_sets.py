@@ -273,7 +273,7 @@ def run_choices(
         raise ValueError(*result.failed.values())
     return result
 
-
+# %% ../../nbs/cli/03_eval_sets.ipynb #ec225790
 def run_sets(
     args: argparse.Namespace,  # as for `evaluate_sets`
     rank: int,  # of this process

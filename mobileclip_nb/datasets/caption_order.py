@@ -95,7 +95,7 @@ class SpacyTagger:
             )
         return pairs
 
-
+# %% ../../nbs/datasets/04_caption_order.ipynb #110926dd
 def load_tagger(
     name: str = 'en_core_web_sm',  # a spaCy model that is installed, or the folder of one
 ) -> SpacyTagger:

@@ -29,6 +29,8 @@ from ..evaluate.retrieval import RetrievalEvaluator
 from .ablate import RunJob, RunPlace, RunPrice, run_missing
 from ..loaders.batches import PairData
 from ..loaders.in_memory import Views, load_views
+
+# %% ../../nbs/experiments/04_student_sets.ipynb #628ba8ec
 from ..reinforce.captioner import CaptionerSpec, save_captioner
 from mobileclip_nb.reinforce.recipe import (
     ReinforceSpec,
