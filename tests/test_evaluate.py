@@ -179,6 +179,38 @@ def test_out_of_another_model(aro, tmp_path, capsys, monkeypatch):
     assert out.read_bytes() == before
 
 
+@pytest.fixture
+def spacy_model(tmp_path):
+    "A model of spaCy on disk: blank but for tags of a few words"
+    spacy = pytest.importorskip('spacy')
+    pipeline = spacy.blank('en')
+    ruler = pipeline.add_pipe('attribute_ruler')
+    for word, tag in {'cat': 'NN', 'frog': 'NN', 'bell': 'NN', 'red': 'JJ', 'blue': 'JJ'}.items():
+        ruler.add([[{'LOWER': word}]], {'TAG': tag})
+    pipeline.to_disk(tmp_path / 'tags')
+    spacy.blank('en').to_disk(tmp_path / 'blank')
+    return tmp_path / 'tags'
+
+
+def test_spacy_model_from_folder(aro, spacy_model, capsys):
+    "A model of spaCy by its folder moves nouns and adjectives; one without tags fails by name"
+    from mobileclip_nb.datasets.caption_order import load_tagger, perturb_caption
+
+    tagger = load_tagger(str(spacy_model))
+    caption, kinds = 'a red cat to the left of a blue frog', ['shuffle_nouns_and_adj']
+    found = {perturb_caption(caption, kinds, tagger, seed)[1] for seed in range(40)}
+    assert len(found) == 4  # two nouns and two adjectives
+    assert 'a blue cat to the left of a red frog' in found
+    status, lines = run_eval(capsys, '--on', 'aro', '--data', aro, '--tagger', spacy_model)
+    assert lines['lines'][2]['key'] == 'comp/aro_coco_order' and lines['failed'] == {}
+    blank = spacy_model.parent / 'blank'
+    status, lines = run_eval(capsys, '--on', 'aro', '--data', aro, '--tagger', blank)
+    assert 'gives no tags' in lines['failed']['comp/aro_coco_order']
+    gone = spacy_model.parent / 'gone'
+    status, err = run_eval(capsys, '--on', 'aro', '--data', aro, '--tagger', gone)
+    assert status == 2 and 'python -m spacy download' in err
+
+
 def test_sugarcrepe_splits(tmp_path, capsys):
     "Splits of the seven that are absent are reported as not found"
     put_image(tmp_path / 'val2017' / 'a.png')
@@ -191,21 +223,63 @@ def test_sugarcrepe_splits(tmp_path, capsys):
 
 def test_winogavil(tmp_path, capsys):
     "Alone, and as one of the 38; without its folder the message says where to put it"
-    for i in range(10):
-        put_image(tmp_path / 'winogavil' / 'winogavil_images' / f'e{i}.jpg')
-    names = json.dumps([f'e{i}' for i in range(10)]).replace('"', '""')
-    game = f'red,"{names}","[""e1"", ""e2""]"'
-    table = tmp_path / 'winogavil' / 'winogavil_dataset.csv'
-    table.write_text(f'cue,candidates,associations\n{game}\n')
+    put_winogavil(tmp_path / 'winogavil')
     status, found = run_eval(capsys, '--on', 'winogavil', '--data', tmp_path / 'winogavil')
     assert (status, found['lines'][0]['key']) == (0, 'misc/winogavil')
     status, found = run_eval(capsys, '--on', 'suite38', '--data', tmp_path)
     assert [line['key'] for line in found['lines']] == ['misc/winogavil']
     assert len(found['not_found']) == 37 and status == 1
-    with pytest.raises(ValueError, match='Put its files into FOLDER/winogavil.* --data FOLDER'):
+    with pytest.raises(ValueError, match='--winogavil FOLDER.* --data FOLDER'):
         hub_repo('misc/winogavil')
     status, err = run_eval(capsys, '--on', 'winogavil', '--data', tmp_path)
     assert status == 2 and "'winogavil_dataset.csv' is missing" in err
+
+
+def put_winogavil(folder, games=3):
+    "Games with ten candidates of which two fit"
+    names = [f'e{i}' for i in range(10)]
+    for name in names:
+        put_image(folder / 'winogavil_images' / f'{name}.jpg')
+    cell = json.dumps(names).replace('"', '""')
+    rows = [f'red {i},"{cell}","[""e1"", ""e2""]"' for i in range(games)]
+    lines = ['cue,candidates,associations', *rows]
+    (folder / 'winogavil_dataset.csv').write_text('\n'.join(lines))
+
+
+def test_suite_of_the_hub_with_winogavil(tmp_path, capsys, monkeypatch):
+    "37 data sets from the hub and WinoGAViL from its folder are one mean over 38"
+    from mobileclip_nb.evaluate.datasets import read_samples, suite38, write_wds
+
+    write_emoji_sets(tmp_path / 'sets', limit=6)
+    by_kind = {d.kind: d for d in find_datasets(tmp_path / 'sets')}
+    single = by_kind['classification']
+    put_winogavil(tmp_path / 'games')
+    two = [s._replace(groups=s.groups[:2]) for s in read_samples(single)]  # GeoDE has two columns
+    write_wds(tmp_path / 'two', single.kind, two, single.class_names)
+
+    def fetch(key):
+        if key.startswith('misc/'):
+            hub_repo(key)  # which says where its files are to be put
+        (facts,) = [f for f in suite38() if f.key == key]
+        if key == 'fairness/geode':
+            return find_datasets(tmp_path / 'two')[0]._replace(key=key)
+        kind = 'multilabel' if facts.metric == 'mean_average_precision' else 'classification'
+        return by_kind['retrieval' if facts.classes is None else kind]._replace(key=key)
+
+    monkeypatch.setattr('mobileclip_nb.evaluate.datasets.fetch_dataset', fetch)
+    out = ['--out', tmp_path / 'lines.jsonl', '--cache', tmp_path / 'cache']
+    status, without = run_eval(capsys, '--on', 'suite38', *out)
+    assert (status, without['mean'], without['missing']) == (1, None, ['misc/winogavil'])
+    assert '--winogavil FOLDER' in without['not_found']['misc/winogavil']
+    games = ['--winogavil', tmp_path / 'games']
+    status, found = run_eval(capsys, '--on', 'suite38', *out, *games)
+    assert (status, found['not_found'], found['failed']) == (0, {}, {})
+    values = {line['key']: line['metrics']['main_metric'] for line in found['lines']}
+    assert len(values) == 38 and 'misc/winogavil' in values
+    assert abs(found['mean'] - sum(values.values()) / 38) < 1e-12
+    assert len(read_results(tmp_path / 'lines.jsonl')) == 38
+    status, err = run_eval(capsys, '--on', 'coco', *games)
+    assert status == 2 and '--winogavil belongs to --on suite38' in err
 
 
 def test_urban1k(tmp_path, capsys):
@@ -324,17 +398,114 @@ def test_clip_benchmark(sets, index):
         assert abs(metrics[name] - value) < 1e-6, (name, metrics[name], value)
 
 
+@pytest.mark.parametrize('split', ['replace_obj', 'swap_att'])
+def test_clip_benchmark_sugarcrepe(tmp_path, split):
+    "The same questions in SugarCrepe's layout, the same model: CLIP_benchmark's accuracy is ours"
+    with_clip_benchmark()
+    import open_clip
+    from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
+    from clip_benchmark.metrics import image_caption_selection
+    from mobileclip_nb.datasets.emoji import load_emoji
+    from mobileclip_nb.evaluate.compositionality import (
+        Preparation,
+        evaluate_sugarcrepe,
+        read_sugarcrepe,
+        score_questions,
+    )
+    from mobileclip_nb.models.open_clip_adapter import register_open_clip
+
+    drawn, step = load_emoji('heldout', side=64), {'replace_obj': 1, 'swap_att': 7}[split]
+    (tmp_path / 'val2017').mkdir()
+    rows = {}
+    for i in range(60):
+        Image.fromarray(drawn.images[i]).save(tmp_path / 'val2017' / f'{i}.png')
+        pair = dict(caption=drawn.captions[i], negative_caption=drawn.captions[i + step])
+        rows[str(3 * i)] = dict(filename=f'{i}.png', **pair)  # their indices have gaps, too
+    (tmp_path / f'{split}.json').write_text(json.dumps(rows))
+    register_open_clip()
+    made = open_clip.create_model_and_transforms('mobileclip_nano', pretrained='emoji')
+    name = f'sugar_crepe/{split}'
+    where = dict(root=str(tmp_path), transform=made[2], download=False)
+    theirs = build_dataset(name, task='image_caption_selection', **where)
+    loader = torch.utils.data.DataLoader(theirs, 32, collate_fn=get_dataset_collate_fn(name))
+    tokenizer = open_clip.get_tokenizer('mobileclip_nano')
+    how = dict(device='cpu', amp=False)
+    expected = image_caption_selection.evaluate(made[0].eval(), loader, tokenizer, **how)
+    ours = wrap_clip(create_model('mobileclip_nano', 'emoji'))
+    how = Preparation(tokens=ours.tokens, prepare=ours.prepare)
+    scores = score_questions(ours.module, read_sugarcrepe(tmp_path, splits=[split])[split], how)
+    assert (
+        scores[:, 0] != scores[:, 1]
+    ).all()  # a tie is right there, and wrong here as in SugarCrepe
+    (line,) = evaluate_sugarcrepe(ours.module, tmp_path, splits=[split], how=how)
+    assert 0.5 < line['metrics']['acc'] < 1
+    for key in ('acc', 'text_acc'):
+        assert abs(line['metrics'][key] - expected[key]) < 1e-6
+
+
+def add_small_vit(folder):
+    "A small model of open_clip, `small-vit`, with another embedding width than ours"
+    import open_clip
+
+    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16)
+    text = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1)
+    config = dict(embed_dim=24, vision_cfg=vision, text_cfg=text)
+    (folder / 'small-vit.json').write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+
+
+def test_ensemble(sets, tmp_path, capsys):
+    "`eval 2*A+B+C`: logits are the weighted mean of the members' own, in any size; it resumes"
+    from mobileclip_nb.evaluate.embeddings import wrap_open_clip
+    from mobileclip_nb.evaluate.zeroshot import build_classifier
+
+    add_small_vit(tmp_path)
+    torch.manual_seed(0)
+    model = '2*mobileclip_nano+teacher_nano_b+open_clip:small-vit'
+    data = find_datasets(sets)[2]
+    folder = data.files[0].parents[1]
+    words = ['--on', folder, '--cache', tmp_path / 'cache', '--out', tmp_path / 'lines.jsonl']
+    words = ['eval', model, '--device', 'cpu', '--json', *map(str, words)]
+    assert main(words) == 0
+    (line,) = json.loads(capsys.readouterr().out)['lines']
+    assert line['model'] == '2*mobileclip_nano+teacher_nano_b+small-vit'
+    torch.manual_seed(0)
+    members = [
+        wrap_clip(create_model(name, 'emoji', folded=True))
+        for name in ('mobileclip_nano', 'teacher_nano_b')
+    ]
+    members.append(wrap_open_clip('small-vit'))
+    logits = 0
+    for weight, m in zip((0.5, 0.25, 0.25), members):
+        found = embed_dataset(m, data)
+        classes = build_classifier(m.module, data.class_names, data.templates, m.tokens)
+        scale = m.module.logit_scale.exp().item()
+        logits = logits + weight * scale * torch.from_numpy(found.rows) @ classes
+    right = logits.argmax(1) == torch.tensor(found.labels)
+    assert line['metrics']['acc1'] == right.double().mean().item()
+    assert line['images'] == 120 and len(list((tmp_path / 'cache').glob('*/*.npz'))) == 1
+
+
+def test_ensemble_on_pictures(tmp_path, capsys):
+    "An ensemble, and a model of open_clip, on a folder of captioned pictures"
+    from mobileclip_nb.datasets.emoji import write_folder
+
+    add_small_vit(tmp_path)
+    write_folder(tmp_path / 'pictures', 'heldout', limit=30)
+    for model in ('mobileclip_nano+open_clip:small-vit', 'open_clip:small-vit'):
+        words = ['eval', model, '--on', str(tmp_path / 'pictures'), '--device', 'cpu', '--json']
+        assert main(words) == 0
+        found = json.loads(capsys.readouterr().out)['pictures']
+        assert found['n_images'] == 30 and found['i2t_r10'] >= found['i2t_r1']
+
+
 def test_open_clip_models(sets, tmp_path):
     "A model of open_clip that is not ours; and ours through open_clip's interface, with equal embeddings"
     import open_clip
     from mobileclip_nb.evaluate.embeddings import wrap_open_clip
     from mobileclip_nb.models.open_clip_adapter import register_open_clip
 
-    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16)
-    text = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1)
-    config = dict(embed_dim=24, vision_cfg=vision, text_cfg=text)
-    (tmp_path / 'small-vit.json').write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path)
+    add_small_vit(tmp_path)
     data = find_datasets(sets)[2]
     small = data._replace(files=data.files[:1])
     line = run_suite(wrap_open_clip('small-vit'), [small]).lines[0]

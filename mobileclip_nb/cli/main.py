@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FILES', 'DEMO_NEEDS', 'OWN', 'DEMO_COMMAND', 'COMMANDS', 'list_all', 'split_labels', 'label_pictures',
-           'embed_pictures', 'folder_splits', 'unknown_line', 'split_scores', 'shared_line', 'score_line',
+           'embed_pictures', 'folder_splits', 'unknown_line', 'split_scores', 'shared_line', 'score_line', 'open_model',
            'evaluate_model', 'demo_notebook', 'claim_for_demo', 'live', 'run_demo', 'parser', 'main']
 
 # %% ../../nbs/cli/05_main.ipynb #70a823cd
@@ -28,7 +28,7 @@ from mobileclip_nb.cli.console import (
     say,
 )
 from .ablate_command import ABLATE
-from .eval_sets import evaluate_sets, is_data_set
+from .eval_sets import evaluate_sets, is_data_set, make_eval_model, split_members
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
 from ..train.options import OPTIONS, add_options
@@ -100,7 +100,7 @@ def embed_pictures(
 
 # %% ../../nbs/cli/05_main.ipynb #8937b72d
 def folder_splits(
-    weights: str,  # the model as the user named it; a file may say which pictures its run has seen
+    weights: str,  # the model as the user named it; files may say which pictures their runs saw
     place: str,  # a folder or table of pictures with captions
     pixels: Any,  # of the model: side and way of resizing
 ) -> dict[str, Any]:  # name to `PairData`
@@ -108,11 +108,17 @@ def folder_splits(
     from mobileclip_nb.train.data import load_data, load_parts
     from mobileclip_nb.train.options import run_of
 
-    name, run = Path(place).name, (run_of(weights) if Path(weights).is_file() else None) or {}
-    shares = run.get('held_out') or []
-    if len(shares) == 1 and run.get('data') == name:
+    name, files = Path(place).name, [w for _, w in split_members(weights) if Path(w).is_file()]
+    runs = [run for run in map(run_of, files) if run and run.get('data') == name]
+    shares = {run['held_out'][0] for run in runs if len(run.get('held_out') or ()) == 1}
+    if len(shares) > 1:
+        raise ValueError(
+            f"The runs of {weights} kept different shares of {name} out of training "
+            f"({', '.join(map(str, sorted(shares)))}); evaluate them one by one"
+        )
+    if shares:
         try:
-            (part,) = load_parts(place, pixels, shares[0], say=say)
+            (part,) = load_parts(place, pixels, *shares, say=say)
         except ValueError:
             part = None  # too few pictures for two parts: another folder of this name
         if part:
@@ -148,19 +154,22 @@ def split_scores(
     equal_texts: bool = False,  # an equal caption of another image is correct as well
 ) -> dict[str, Any]:  # the fields of `Retrieval`, and those of `Scores` after `zeroshot_`
     "Retrieval and zero-shot scores of one split, from one pass over its images"
-    from mobileclip_nb.evaluate.retrieval import score_retrieval, count_shared, find_positives
-    from mobileclip_nb.evaluate.metrics import top_scores
-    from mobileclip_nb.evaluate.zeroshot import build_classifier, embed_images, embed_texts
+    from mobileclip_nb.evaluate.retrieval import count_shared, index_positives, score_retrieval
+    from mobileclip_nb.evaluate.zeroshot import (
+        build_classifier,
+        embed_images,
+        embed_texts,
+        score_classifier,
+    )
     from mobileclip_nb.inference.predict import default_batch
 
     first = [c[0] for c in captions]
     names = {c: i for i, c in enumerate(dict.fromkeys(first))}
     rows = embed_images(model, images, batch or default_batch(model), progress=True)
-    zero = top_scores(
-        rows @ build_classifier(model, list(names), templates), [names[c] for c in first]
-    )
-    flat, right = find_positives([list(c) for c in captions], equal_texts)
-    found = score_retrieval(rows, embed_texts(model, flat), right)._asdict()
+    weights = build_classifier(model, list(names), templates)
+    zero = score_classifier(rows, weights, [names[c] for c in first])
+    right = index_positives([list(c) for c in captions], equal_texts)
+    found = score_retrieval(rows, embed_texts(model, right.captions), right)._asdict()
     found |= {f'zeroshot_{k}': v for k, v in zero._asdict().items()}
     return found | dict(shared_captions=count_shared(captions), equal_texts=equal_texts)
 
@@ -189,6 +198,18 @@ def score_line(
     return f"{name:10} n={f['n_images']:<6} " + '  '.join([*recalls, *zero]) + shared_line(f)
 
 # %% ../../nbs/cli/05_main.ipynb #97d205a0
+def open_model(
+    args: argparse.Namespace,  # `model`, and those of `model_of`
+) -> Any:  # a CLIP, or an ensemble; with `record`
+    "Make the model that is evaluated on pictures; one of open_clip is an ensemble of one"
+    from mobileclip_nb.evaluate.ensemble import join_models
+
+    if len(split_members(args.model)) == 1 and not args.model.startswith('open_clip:'):
+        return model_of(args)
+    model = make_eval_model(args)
+    return model.module if '+' in args.model else join_models([model]).module
+
+
 def evaluate_model(
     args: argparse.Namespace,  # `on`, `equal_texts`, `batch`, and those of `model_of`
 ) -> int:  # exit status
@@ -198,7 +219,7 @@ def evaluate_model(
     from mobileclip_nb.datasets.emoji import load_emoji
     from mobileclip_nb.evaluate.zeroshot import EMOJI_TEMPLATES
 
-    model, on_emoji = model_of(args), args.on == 'emoji'
+    model, on_emoji = open_model(args), args.on == 'emoji'
     if on_emoji:
         side = model.record.pixels.side
         drawn = {s: load_emoji(s, side=side) for s in ('train', 'heldout', 'shift')}
@@ -206,8 +227,9 @@ def evaluate_model(
     else:
         splits = folder_splits(args.model, args.on, model.record.pixels)
     texts = [c for _, captions, *_ in splits.values() for cs in captions for c in cs]
-    if warning := unknown_line(model, texts):
-        say(warning)
+    for member in getattr(model, 'members', [model]):
+        if getattr(member, 'record', None) and (warning := unknown_line(member, texts)):
+            say(warning)
     templates, equal = EMOJI_TEMPLATES if on_emoji else ('{}',), args.equal_texts or on_emoji
     found = {
         name: split_scores(model, images, captions, templates, args.batch, equal)
@@ -332,11 +354,13 @@ OWN = [
         ('--out', dict(required=True, help='a .npz or .parquet file, new or of this folder')),
         MODEL, WEIGHTS, DEVICE, THREADS, BATCH)),
     Command('eval', evaluate_model, (
-        ('model', MODEL[1] | dict(nargs='?', help=f'{MODEL[1]["help"]}; for data sets also open_clip:NAME/TAG')),
+        ('model', MODEL[1] | dict(nargs='?', help=f'{MODEL[1]["help"]}, open_clip:NAME/TAG, or several as one: A+B, 2*A+B')),
         WEIGHTS,
         ('--on', dict(default='emoji', help='`emoji`; suite38, flickr30k, coco, aro, sugarcrepe, winogavil, urban1k; a folder in the '
                                             'layout of DataComp, with several of them, with a folder a class, or pictures with captions')),
         ('--data', flag('the folder that holds what --on names; by default suite38, flickr30k and coco come from the hub', type=str)),
+        ('--winogavil', flag("suite38: the folder with WinoGAViL's own files, wherever the other data sets come from", type=str)),
+        ('--tagger', flag('aro: a model of spaCy that tags words, by name or folder; by default en_core_web_sm, if it is there', type=str)),
         ('--out', flag('a file for result lines, written after each data set; a run that finds it goes on', type=str)),
         ('--cache', flag('a folder for embeddings; by default the cache of this library', type=str)),
         ('--equal-texts', flag('a caption of another image is right, too, if it is word for word the same')),

@@ -100,6 +100,7 @@ class Run:
     seconds: float
     scale: str  # `smoke`, `nano` or `full`
     metrics: dict[str, float | None] = field(default_factory=dict)  # None: not a finite number
+    origin: dict[str, Any] = field(default_factory=dict)  # what made its data, in JSON's own types
 
 
 def _checked_metrics(
@@ -205,7 +206,8 @@ def append(
 ) -> Run:  # the same
     "Append one line to a ledger, in one write; `OSError` if it cannot be written whole"
     path = Path(path)
-    text = json.dumps(dataclasses.asdict(run), ensure_ascii=False, allow_nan=False)
+    content = {k: v for k, v in dataclasses.asdict(run).items() if v or k != 'origin'}
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
@@ -232,10 +234,10 @@ def _parsed(
     names = [f.name for f in dataclasses.fields(Run)]
     if not isinstance(content, dict):
         raise ValueError('not an object')
-    missing = [name for name in names if name not in content]
+    missing = [name for name in names if name not in content and name != 'origin']
     if missing:
         raise ValueError(f"without {', '.join(missing)}")
-    return Run(**{name: content[name] for name in names})
+    return Run(**{name: content[name] for name in names if name in content})
 
 
 def read(

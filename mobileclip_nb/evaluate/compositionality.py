@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.errors import suggest
 from ..datasets.caption_order import PERTURBATIONS, Tagger, perturb_caption
 from .metrics import jaccard
-from .retrieval import find_positives, score_retrieval
+from .retrieval import index_positives, score_retrieval
 from .zeroshot import embed_images, embed_texts
 from ..preprocessing.images import decode_image
 from ..preprocessing.tokenizer import encode
@@ -56,8 +56,8 @@ def is_right(
 class Preparation(NamedTuple):
     "How images and texts are prepared; by default as the model's record says"
 
-    tokens: Callable[[list[str]], Tensor] | None = None  # texts to ids; None: `tokenize`
-    prepare: Callable[[Image.Image], Tensor] | None = None  # RGB image to `(3, S, S)`
+    tokens: Callable[[list[str]], Tensor] | None = None  # texts to ids; None: the model's own
+    prepare: Callable[[Image.Image], Tensor] | None = None  # RGB image to the model's input
     batch: int = 256  # questions or images at a time
 
 
@@ -75,8 +75,8 @@ def _prepare_file(
     if box is not None:
         x, y, width, height = box
         image = image.crop((x, y, x + width, y + height))
-    if how.prepare is not None:
-        return how.prepare(image)
+    if prepare := how.prepare or getattr(model, 'prepare_image', None):
+        return prepare(image)
     pixels = getattr(getattr(model, 'record', None), 'pixels', None) or Pixels()
     return torch.from_numpy(np.array(center_square(image, pixels.side, pixels.resize)))
 
@@ -581,8 +581,8 @@ def evaluate_urban1k(
     "Evaluate retrieval with long captions, both ways (MobileCLIP2, published result files)"
     paths, captions = read_urban1k(folder)
     image = embed_files(model, [(path, None) for path in paths], how)
-    flat, right = find_positives(captions)
-    r = score_retrieval(image, embed_texts(model, flat, how.tokens, how.batch), right)
+    text = embed_texts(model, captions, how.tokens, how.batch)
+    r = score_retrieval(image, text, index_positives(captions))
     metrics = {f'text_retrieval_recall@{k}': getattr(r, f'i2t_r{k}') for k in (1, 5, 10)}
     metrics |= {f'image_retrieval_recall@{k}': getattr(r, f't2i_r{k}') for k in (1, 5, 10)}
     metrics['mean_recall@1'] = (r.i2t_r1 + r.t2i_r1) / 2

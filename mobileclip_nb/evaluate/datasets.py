@@ -431,9 +431,9 @@ def hub_repo(
         return f'clip-benchmark/wds_{RETRIEVAL[key]}'
     if key.startswith('misc/'):
         raise ValueError(
-            f"{facts.name} is not published in this layout. Put its files into FOLDER/winogavil, "
-            "beside the folders of the other data sets, and give --data FOLDER; or evaluate it "
-            "alone: --on winogavil --data FOLDER/winogavil"
+            f"{facts.name} is not published in this layout. Give the folder with its files by "
+            "--winogavil FOLDER; or put them into FOLDER/winogavil, beside the folders of the "
+            "other data sets, and give --data FOLDER; or alone: --on winogavil --data FOLDER"
         )
     return facts.source
 

@@ -53,7 +53,7 @@ class EvalModel(NamedTuple):
 
     name: str
     module: nn.Module  # in eval mode, with `encode_image` and `encode_text`
-    prepare: Callable[[Image.Image], Tensor]  # RGB image to `(3, S, S)`
+    prepare: Callable[[Image.Image], Tensor]  # RGB image to the module's input, as `(3, S, S)`
     tokens: Callable[[list[str]], Tensor]  # texts to ids `(B, T)`
     image_id: str  # identity of the image encoder and its preprocessing
     text_id: str  # identity of the text encoder

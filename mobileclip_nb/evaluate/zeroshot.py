@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMOJI_TEMPLATES', 'check_eval_mode', 'normalize_images', 'embed_images', 'embed_texts', 'average_templates',
-           'build_classifier', 'zeroshot']
+           'build_classifier', 'score_classifier', 'zeroshot']
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #296b84d0
 from collections.abc import Callable, Sequence
@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn, Tensor
 from tqdm import tqdm
 
-from .metrics import ZeroShot, top_scores
+from .metrics import ZeroShot, count_rows, rank_true_class, score_ranks
+from .prompts import find_repeated
 from ..preprocessing.tokenizer import tokenize
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #d5d1c445
@@ -33,10 +35,10 @@ def check_eval_mode(
 
 
 def normalize_images(
-    images: Tensor | np.ndarray,  # uint8 `(B, S, S, 3)`, or preprocessed float `(B, 3, S, S)`
-    model: nn.Module,  # with a record of its preprocessing, or without
-) -> Tensor:  # float `(B, 3, S, S)`
-    "Normalize uint8 images with mean and std of the model's record; floats stay as they are"
+    images: Tensor | np.ndarray,  # uint8 `(B, S, S, 3)`, or preprocessed floats
+    model: nn.Module,  # with a record of its preprocessing, its own `prepare_image`, or neither
+) -> Tensor:  # float `(B, 3, S, S)`, or what `prepare_image` gives
+    "Prepare uint8 images by mean and std of the model's record; floats stay as they are"
     x = torch.as_tensor(images)
     if x.is_floating_point():
         return x
@@ -44,6 +46,8 @@ def normalize_images(
         raise ValueError(
             f"Pictures are uint8 (N, S, S, 3) or float (N, 3, S, S); got {x.dtype} {tuple(x.shape)}"
         )
+    if prepare := getattr(model, 'prepare_image', None):
+        return torch.stack([prepare(Image.fromarray(image)) for image in x.cpu().numpy()])
     x = x.permute(0, 3, 1, 2) / 255
     pixels = getattr(getattr(model, 'record', None), 'pixels', None)
     if pixels is None:
@@ -76,13 +80,14 @@ def embed_images(
 def embed_texts(
     model: nn.Module,  # in eval mode, with `encode_text`
     texts: Sequence[str],  # N
-    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids; None: `tokenize`
+    tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids; None: the model's own
     batch: int = 256,  # texts at a time
 ) -> Tensor:  # `(N, D)` unit length, float32, on the CPU
     "Embed texts for evaluation, each different text once; no text is a `ValueError`"
     device = check_eval_mode(model)
     if not len(texts):
         raise ValueError("No text to evaluate")
+    tokens = tokens or getattr(model, 'tokenize_texts', None)
     tokens = tokens or (lambda t: tokenize(t, model.text.spec.context))
     unique = {t: i for i, t in enumerate(dict.fromkeys(texts))}
     ids = tokens(list(unique))
@@ -97,7 +102,7 @@ def _check_classes(names: Sequence[str], templates: Sequence[str]) -> None:
     "A `ValueError` that names what is missing, repeated or without braces"
     if not len(names):
         raise ValueError("No class to choose among; give at least one name")
-    repeated = sorted({n for n in names if list(names).count(n) > 1})
+    repeated = sorted(find_repeated(names))
     if repeated:
         raise ValueError(
             f"Classes must differ; given more than once: {', '.join(repeated[:5])}. "
@@ -112,12 +117,13 @@ def average_templates(
     embed: Callable[[list[str]], Tensor],  # C texts to `(C, D)` unit vectors
     names: Sequence[str],  # C classes
     templates: Sequence[str] = ('{}',),  # K, each with one pair of braces
+    normalize: Callable[[Tensor], Tensor] = F.normalize,  # scales rows to length 1
 ) -> Tensor:  # `(C, D)` unit vectors
     "Embed class names: the mean over templates, scaled to length 1 (CLIP §3.1.4)"
     _check_classes(names, templates)
     texts = [[t.replace('{}', n) for n in names] for t in templates]
     embeddings = torch.stack([embed(ts) for ts in texts])  # (K, C, D)
-    return F.normalize(embeddings.mean(0), dim=-1)
+    return normalize(embeddings.mean(0))
 
 
 def build_classifier(
@@ -127,9 +133,27 @@ def build_classifier(
     tokens: Callable[[list[str]], Tensor] | None = None,  # texts to ids
 ) -> Tensor:  # `(D, C)` columns of unit length
     "Make the weights of a linear classifier from class names and templates (CLIP §3.1.4)"
-    return average_templates(lambda texts: embed_texts(model, texts, tokens), names, templates).T
+    normalize = getattr(model, 'normalize_parts', F.normalize)
+    return average_templates(
+        lambda texts: embed_texts(model, texts, tokens), names, templates, normalize
+    ).T
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #cab600a7
+def score_classifier(
+    rows: Tensor,  # `(N, D)` embeddings of images
+    weights: Tensor,  # `(D, C)`
+    targets: Tensor | Sequence[int],  # `(N,)` classes
+) -> ZeroShot:
+    "Evaluate a linear classifier, a part of the images at a time; ties count as errors"
+    targets, c = torch.as_tensor(targets).long(), weights.shape[1]
+    if targets.shape != (len(rows),):
+        raise ValueError(f"{len(rows)} images need {len(rows)} targets; got {tuple(targets.shape)}")
+    size = count_rows(c)
+    parts = zip(rows.split(size), targets.split(size))
+    ranks = [rank_true_class(part @ weights, classes) for part, classes in parts]
+    return score_ranks(torch.cat(ranks), targets, c)
+
+
 def zeroshot(
     model: nn.Module,  # in eval mode
     images: Tensor | np.ndarray,  # uint8 `(N, S, S, 3)` or preprocessed floats
@@ -141,7 +165,7 @@ def zeroshot(
 ) -> ZeroShot:
     "Evaluate zero-shot classification (CLIP §3.1, MobileCLIP §5)"
     weights = build_classifier(model, names, templates, tokens)
-    return top_scores(embed_images(model, images, batch) @ weights, targets)
+    return score_classifier(embed_images(model, images, batch), weights, targets)
 
 # %% ../../nbs/evaluate/02_zeroshot.ipynb #656dd2f5
 EMOJI_TEMPLATES = (

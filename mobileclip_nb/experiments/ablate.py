@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Train', 'Variant', 'Ablation', 'check_ablation', 'find_variant', 'RunJob', 'list_jobs', 'find_lines', 'missing_jobs',
            'RunPrice', 'known_step', 'price_runs', 'price_table', 'do_job', 'serve_jobs', 'RunsMade', 'RunPlace',
-           'run_missing', 't_quantile', 'smallest_difference', 'ComparedVariant', 'values_of', 'compare_variants',
-           'ablation_table', 'bar_sentence', 'draw_ablation']
+           'run_missing', 't_quantile', 'smallest_difference', 'difference_bar', 'ComparedVariant', 'values_of',
+           'compare_variants', 'ablation_table', 'bar_sentence', 'draw_ablation']
 
 # %% ../../nbs/experiments/03_ablate.ipynb #c4f054e0
 import json, math, time
@@ -355,6 +355,7 @@ def run_missing(
     return RunsMade(made, failed, len(left))
 
 # %% ../../nbs/experiments/03_ablate.ipynb #8555f382
+@cache
 def t_quantile(
     df: int,  # degrees of freedom, at least 1
     share: float = 0.975,  # of the distribution below the quantile, 0.5 to 1 (excluded)
@@ -380,6 +381,22 @@ def smallest_difference(
     t = t_quantile(len(base) - 1, 0.5 + share / 2)
     return t * stdev(base) * math.sqrt(1 / len(base) + 1 / n)
 
+
+def difference_bar(
+    base: Sequence[float],  # a metric of the base, a value a seed, at least two
+    one: Sequence[float],  # of a variant, at least one
+    other: Sequence[float],  # of the variant, or base, that it is compared with, at least one
+) -> float | None:  # in the metric's unit; 0: seeds without spread tell nothing; None: too few
+    "What the difference of two means must exceed: by the base's seeds, and by their own"
+    df = len(one) + len(other) - 2
+    if len(base) < 2 or min(len(one), len(other), df) < 1:
+        return None
+    width = math.sqrt(1 / len(one) + 1 / len(other))
+    squares = sum((len(x) - 1) * stdev(x) ** 2 for x in (one, other) if len(x) > 1)
+    by_base = t_quantile(len(base) - 1) * stdev(base) * width
+    by_own = t_quantile(df) * math.sqrt(squares / df) * width
+    return 0.0 if 0 in (by_base, by_own) else max(by_base, by_own)
+
 # %% ../../nbs/experiments/03_ablate.ipynb #6b983613
 class ComparedVariant(NamedTuple):
     "A variant beside the base and beside the paper"
@@ -387,7 +404,7 @@ class ComparedVariant(NamedTuple):
     variant: str
     values: tuple[float, ...]  # ours by seed, percent; empty: not run
     difference: float | None  # of the means, variant minus base
-    bar: float | None  # smallest difference that can be told apart
+    bar: float | None  # what the difference must exceed, of `difference_bar`
     paper: float | None  # percent
     paper_difference: float | None  # variant minus base
 
@@ -441,7 +458,7 @@ def compare_variants(
         ours, bar = None, None
         if k and values and base:
             ours = fmean(values) - fmean(base)
-            bar = smallest_difference(base, len(values))
+            bar = difference_bar(base, base, values)
         out.append(ComparedVariant(v.name, values, ours, bar, paper, both if k else None))
     return out
 
@@ -492,7 +509,7 @@ def bar_sentence(
             lines.append(f'{metric}: the base has {len(base)} runs; two are needed')
             continue
         mean = f'{fmean(base):.1f} ± {stdev(base):.1f} % over {len(base)} seeds'
-        lines.append(f'{metric}: base {mean}; a difference counts from {bar:.1f} points')
+        lines.append(f'{metric}: base {mean}; a difference needs {bar:.1f} points at least')
     return '\n'.join(lines)
 
 # %% ../../nbs/experiments/03_ablate.ipynb #a533c3a0
@@ -502,18 +519,18 @@ def draw_ablation(
     metric: str,  # of `a.columns`
     scale: str = 'nano',
 ) -> Any:  # a matplotlib figure
-    "Draw our seeds as points with the bar around the base, and the paper's numbers beside them"
+    "Draw our seeds as points, the bar of each around the base, and the paper's numbers beside them"
     rows, column = compare_variants(a, runs, metric, scale), a.columns[metric]
     with style():
         fig = figure(9.0, 1.0 + 0.34 * len(rows))
         left, right = fig.subplots(1, 2, sharey=True)
-        base = rows[0].values
-        bar = smallest_difference(base, len(a.seeds))
-        if bar is not None:
-            edges = fmean(base) - bar, fmean(base) + bar
-            left.axvspan(*edges, color=ROLES['baseline'], alpha=0.12, label='not told apart')
-            left.legend(loc='lower left', bbox_to_anchor=(0, 1))
+        base, known = rows[0].values, smallest_difference(rows[0].values, len(a.seeds))
         for y, r in enumerate(rows):
+            if y and known is not None:
+                bar = known if r.bar is None else r.bar
+                label = 'not told apart' if y == 1 else None
+                shape = dict(left=fmean(base) - bar, height=1, label=label)
+                left.barh(y, 2 * bar, color=ROLES['baseline'], alpha=0.15, **shape)
             color = ROLES['baseline'] if y == 0 else ROLES['reinforced']
             left.plot(r.values, [y] * len(r.values), 'o', color=color, markersize=4, alpha=0.7)
             if r.values:
@@ -524,4 +541,6 @@ def draw_ablation(
         left.set_xlabel(f'ours: {metric}, %, {scale}')
         right.set_xlabel(f'paper: {column}' if column else 'the paper has no such column')
         left.set_ylim(len(rows) - 0.5, -0.5)
+        if known is not None and len(rows) > 1:
+            left.legend(loc='lower left', bbox_to_anchor=(0, 1))
     return fig

@@ -19,7 +19,13 @@ from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.ledger import Run, append, markdown_table, read, record_run
 from ..core.papers import Cell, published_value
-from .ablate import Ablation, find_variant, t_quantile, values_of
+from mobileclip_nb.experiments.ablate import (
+    Ablation,
+    difference_bar,
+    find_variant,
+    t_quantile,
+    values_of,
+)
 from .ablations import find_ablation
 from .efficiency import curves, ratios
 from .efficiency_run import NAME as EFFICIENCY
@@ -73,27 +79,14 @@ def _shown(values: Sequence[float], unit: str = '') -> str:
     spread = f' ± {stdev(values):.1f}' if len(values) > 1 else ''
     return f'{fmean(values):.1f}{spread}{unit}'
 
-
-def _bars(
-    base: Sequence[float],  # values of the base, at least two
-    one: Sequence[float],  # of a variant, at least two
-    other: Sequence[float],  # of another, at least two
-) -> tuple[float, float]:  # from the base's seeds, and of a two-sample t-test
-    "What the difference of two variants must exceed"
-    width = (1 / len(one) + 1 / len(other)) ** 0.5
-    squares = sum((len(x) - 1) * stdev(x) ** 2 for x in (one, other))
-    df = len(one) + len(other) - 2
-    first = t_quantile(len(base) - 1) * stdev(base) * width
-    return first, t_quantile(df) * (squares / df) ** 0.5 * width
-
 # %% ../../nbs/experiments/07_claims.ipynb #c4e19f52
 def _tells_apart(a: Ablation, runs: Sequence[Run], metric: str, scale: str) -> bool:
     "Whether any variant of an ablation differs from its base"
     base, *others = (values_of(a, v, runs, metric, scale) for v in a.variants)
     for x in others:
-        if len(x) > 1 and min(bars := _bars(base, base, x)) > 0:
-            if abs(fmean(x) - fmean(base)) > max(bars):
-                return True
+        bar = difference_bar(base, base, x) if len(x) > 1 else None
+        if bar and abs(fmean(x) - fmean(base)) > bar:
+            return True
     return False
 
 
@@ -111,13 +104,13 @@ def compare_pair(
     base = values_of(a, a.variants[0], runs, claim.metric, scale)
     if min(len(better), len(worse), len(base)) < 2:
         return '', 'not run yet'
-    bars, difference = _bars(base, better, worse), fmean(better) - fmean(worse)
-    ours = f'{_shown(better)} against {_shown(worse)}, bar {max(bars):.1f}'
+    bar, difference = difference_bar(base, better, worse), fmean(better) - fmean(worse)
+    ours = f'{_shown(better)} against {_shown(worse)}, bar {bar:.1f}'
     if min(len(better), len(worse), len(base)) < len(a.seeds):
         return f'{ours}, seeds are missing', 'not run yet'
-    if min(bars) == 0:
+    if bar == 0:
         return f'{ours}, seeds without spread', 'does not show'
-    if abs(difference) > max(bars):
+    if abs(difference) > bar:
         agrees = difference > 0 and claim.kind != 'same'
         return ours, 'agrees' if agrees else 'the opposite shows'
     able = claim.kind != 'more' and _tells_apart(a, runs, claim.metric, scale)

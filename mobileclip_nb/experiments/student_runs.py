@@ -22,7 +22,7 @@ from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.runtime import seed_all
 from .efficiency_run import add_noise, draw_concepts, judge
-from .student_sets import STORED_CAPTIONS, StudentSets
+from .student_sets import STORED_CAPTIONS, StudentSets, read_origin
 from ..loaders.batches import Batch
 from ..loaders.in_memory import ViewBatches, ViewSpec, Views
 from ..loaders.ranged import Ranged
@@ -270,6 +270,7 @@ def train_student(
         start = build(student_record(spec.image, spec.text))
     config = RunConfig(ledger=ledger, scale=scale, identity=spec, summary=_Clock())
     config = config.but(start=start, statistics=False, progress=False, judge=ask)
+    config = config.but(origin=read_origin(sets.folder, spec.augment))
     if spec.learns != 'both':
         config = config.but(objective=CaptionChoice(spec.learns))
     done = run(Recipe(STUDENT_NAME, train=train), source, config=config)

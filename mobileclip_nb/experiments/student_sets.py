@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_NAME', 'EXTRA_MODELS', 'MANY', 'STORED_CAPTIONS', 'STUDENT_SETS', 'ExtraModel', 'noisy_pairs', 'model_file',
-           'missing_models', 'make_models', 'price_models', 'set_recipe', 'make_sets', 'StudentSets']
+           'missing_models', 'make_models', 'price_models', 'set_recipe', 'make_sets', 'check_set', 'read_origin',
+           'StudentSets']
 
 # %% ../../nbs/experiments/04_student_sets.ipynb #35d4884d
 import functools, hashlib, json, time
@@ -28,11 +29,18 @@ from ..evaluate.retrieval import RetrievalEvaluator
 from .ablate import RunJob, RunPlace, RunPrice, run_missing
 from ..loaders.batches import PairData
 from ..loaders.in_memory import Views, load_views
+
+# %% ../../nbs/experiments/04_student_sets.ipynb #628ba8ec
 from ..reinforce.captioner import CaptionerSpec, save_captioner
-from ..reinforce.recipe import ReinforceSpec, find_reinforce_recipe
-from ..reinforce.run_local import reinforce
+from mobileclip_nb.reinforce.recipe import (
+    ReinforceSpec,
+    find_reinforce_recipe,
+    list_differences,
+)
+from ..reinforce.run_local import RECIPE, reinforce
 from ..reinforce.teachers import TeacherSpec, load_ensemble
 from ..shards.build import build_shards
+from ..shards.job import DONE
 from ..shards.sample import StoreSpec
 from mobileclip_nb.train.captioner import (
     CaptionerRunConfig,
@@ -281,6 +289,51 @@ def make_sets(
             raise RuntimeError(f"Reinforcement of {name!r} failed:\n{report}")
         say(f'{name}: {report}')
 
+# %% ../../nbs/experiments/04_student_sets.ipynb #b9df2bab
+def _without_folders(recipe: dict[str, Any], views: int) -> dict[str, Any]:
+    "The fields of a recipe that decide what a set holds for runs that read so many views"
+    models = {
+        kind: [m | dict(weights=Path(m['weights']).name) for m in recipe[kind]]
+        for kind in ('captioners', 'teachers')
+    }
+    return recipe | models | dict(name='', n_augmentations=min(views, recipe['n_augmentations']))
+
+
+def check_set(
+    folder: str | Path,  # of `make_sets`
+    name: str,  # of `STUDENT_SETS`
+    views: int = 10,  # augmentations that are read
+) -> None:
+    "Raise `ValueError` if a set was made by another recipe than the one of its name"
+    place = Path(folder) / name / RECIPE
+    remedy = 'remove this folder and call make_sets, or choose another folder'
+    try:
+        made_by = json.loads(place.read_text(encoding='utf-8'))['recipe']
+        there = _without_folders(ReinforceSpec.from_dict(made_by).to_dict(), views)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"The set {name!r} in {str(folder)!r} has no {RECIPE} that can be read "
+            f"({type(e).__name__}), so its recipe is unknown; {remedy}"
+        ) from None
+    here = _without_folders(set_recipe(name, views, folder).to_dict(), views)
+    if lines := list_differences(there, here):
+        raise ValueError(
+            f"The set {name!r} in {str(folder)!r} was made by another recipe: "
+            f"{'; '.join(lines[:5])}; {remedy}"
+        )
+
+
+def read_origin(
+    folder: str | Path,  # of `make_sets`
+    name: str,  # of `STUDENT_SETS`
+) -> dict[str, Any]:  # for the ledger: `set`, `recipe`, and `weights` by model
+    "What made a set: the id of its recipe, and the hashes of the weights of its models"
+    place = Path(folder) / name
+    recipe = json.loads((place / RECIPE).read_text(encoding='utf-8'))['id']
+    markers = [json.loads(m.read_text('utf-8')) for m in sorted((place / DONE).glob('*.json'))]
+    weights = {k: v for m in markers for k, v in m.get('weights', {}).items()}
+    return dict(set=name, recipe=recipe, weights=weights)
+
 # %% ../../nbs/experiments/04_student_sets.ipynb #dccc5211
 def _name_rows(folder: Path, names: Sequence[str], specs: Sequence[TeacherSpec]) -> torch.Tensor:
     "Embeddings of names by all teachers, side by side; kept in a file named by what made it"
@@ -308,6 +361,7 @@ class StudentSets:
         if name not in self.held:
             if not (self.folder / name).is_dir():
                 raise FileNotFoundError(f"The set {name!r} is not made; call make_sets first")
+            check_set(self.folder, name, self.views)
             place = self.folder / name
             self.held[name] = load_views(place, 32, self.views, progress=False)
         return self.held[name]

@@ -7,9 +7,9 @@ __all__ = ['save_interval', 'RunConfig', 'open_data', 'make_model', 'choose_eval
            'run']
 
 # %% ../../nbs/train/40_run.ipynb #9132c206
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class RunConfig(LoopConfig, id_name='RunConfig'):
     held_out: tuple[float, ...] | None = None  # share of data in memory that was kept out
     identity: Spec | None = None  # whose id the ledger's line has; None: the recipe's
     summary: Callable[[Trained], dict[str, float]] | None = None  # more metrics for the ledger
+    origin: Mapping[str, Any] | None = None  # what made the data, for the ledger
 
 # %% ../../nbs/train/40_run.ipynb #dda26810
 def open_data(
@@ -141,7 +142,7 @@ def note_of(
 
 def write_line(
     result: RunResult,
-    config: RunConfig,  # its `ledger`, `scale`, `identity` and `summary`
+    config: RunConfig,  # its `ledger`, `scale`, `identity`, `summary` and `origin`
 ) -> None:
     "Append the line of a finished run to the ledger, under the recipe's id"
     recipe, metrics = result.recipe, result.metrics
@@ -150,7 +151,7 @@ def write_line(
     device = str(next(result.model.parameters()).device)
     seed, seconds, identity = recipe.train.seed, metrics['seconds'], config.identity or recipe
     line = record_run(recipe.name, identity, metrics, seed, seconds, device, config.scale)
-    append(config.ledger, line)
+    append(config.ledger, replace(line, origin=dict(config.origin or {})))
 
 # %% ../../nbs/train/40_run.ipynb #a94a1f41
 def _locked(out: str | Path | None) -> Any:  # a context
