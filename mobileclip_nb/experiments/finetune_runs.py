@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TUNING_NAME', 'KEPT_OUT', 'ALPHAS', 'FINETUNING', 'FinetuneRun', 'tuning_recipe', 'TuningSets', 'metric_at',
-           'score_line', 'train_tuned', 'start_tuning', 'measure_tuning']
+           'score_line', 'train_tuned', 'start_tuning', 'measure_tuning', 'LinePoint', 'line_points', 'allowed_loss',
+           'best_point']
 
 # %% ../../nbs/experiments/07_finetune_runs.ipynb #75288bc0
 import functools, math, time
@@ -228,3 +229,52 @@ FINETUNING = check_ablation(
         note='OpenMoji drawings of known concepts are the new data, 60 steps of 64 pairs',
     )
 )
+
+# %% ../../nbs/experiments/07_finetune_runs.ipynb #38dedd47
+class LinePoint(NamedTuple):
+    "A variant at one place of its line; scores in percent, one a seed"
+
+    variant: str
+    alpha: float  # share of the new weights, 0–1
+    new: tuple[float, ...]
+    old: tuple[float, ...]
+    known: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        "Variant and place, for tables"
+        return f'{self.variant}, alpha {self.alpha:g}'
+
+
+def line_points(
+    a: Ablation,
+    runs: Iterable[Run],  # of the ledger
+    scale: str = 'nano',
+) -> list[LinePoint]:  # variants in their order, from start to end; those without runs left out
+    "Collect the scores of every variant along its line"
+    runs, points = list(runs), []
+    for v in a.variants:
+        for alpha in ALPHAS:
+            scores = [values_of(a, v, runs, metric_at(s, alpha), scale) for s in _SPLITS]
+            points.append(LinePoint(v.name, alpha, *scores))
+    return [p for p in points if p.new]
+
+
+def allowed_loss(
+    points: Sequence[LinePoint],  # of `line_points`; the first variant is the base
+    split: str = 'old',  # of the scores
+) -> float | None:  # points; None where the base has fewer than two seeds
+    "The smallest difference that can be told apart, from the base's seeds along its line"
+    base = [p for p in points if p.variant == points[0].variant and p.alpha > 0]
+    bars = [smallest_difference(getattr(p, split)) for p in base]
+    return None if None in bars else math.sqrt(fmean([b**2 for b in bars]))
+
+
+def best_point(
+    points: Sequence[LinePoint],  # of `line_points`
+    loss: float,  # of the old score that is allowed, points
+) -> LinePoint:
+    "The point with the best new score among those that keep the old one"
+    start = fmean(points[0].old)
+    kept = [p for p in points if start - fmean(p.old) <= loss]
+    return max(kept, key=lambda p: fmean(p.new))
