@@ -73,6 +73,11 @@ NEEDED = [
     ('pyarrow', LAB, (CLI, 'embed', '.', '--out', 'e.parquet')),
     ('pyarrow', "'mobileclip_nb[reinforce]'", (CLI, 'shards', 'build', 'table.parquet', 'plain')),
     (
+        'peft',
+        "'mobileclip_nb[finetune]'",
+        (CLI, 'finetune', 'mobileclip_nano', '.', '--out', 'l', '--method', 'lora', '--rate', '9'),
+    ),
+    (
         'wandb',
         "'mobileclip_nb[wandb]'",
         (
