@@ -95,15 +95,20 @@ def price_ablations(
     scale: str,  # `smoke` or `nano`
     ledger: str | Path,
     n_seeds: int | None = None,  # None: those of each ablation
+    folder: str | Path = 'runs/ablations',  # of prepared sets and models
 ) -> list[Any]:  # of `RunPrice`
-    "Price what is missing"
+    "Price what is missing, with the teachers and captioners that have to be trained for it"
     from mobileclip_nb.core.ledger import read
     from mobileclip_nb.experiments.ablate import missing_jobs, price_runs
+    from mobileclip_nb.experiments.student_sets import MANY, price_models
 
     todo = missing_jobs(jobs_of(ablations, scale, n_seeds), ledger)
     runs = read(ledger) if Path(ledger).exists() else []
     named = [j._replace(variant=j.label.rsplit(', seed', 1)[0]) for j in todo]
-    return price_runs(named, _steps_of, _measure, runs)
+    prices = price_runs(named, _steps_of, _measure, runs)
+    if any(getattr(j.spec, 'augment', None) == MANY for j in todo):
+        return price_models(Path(folder) / scale, scale) + prices
+    return prices
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #608f02f2
 def _show_full(ablations: Sequence[Any], as_json: bool) -> int:
@@ -145,16 +150,21 @@ def _join(first: Any, rest: Any) -> Any:
     return rest._replace(made=first.made + rest.made, failed=failed)
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #672b94a6
-def _prepare(todo: Sequence[Any], folder: Path, is_small: bool) -> Any:  # for `run_missing`
-    "Make the sets that missing runs need, and the function that loads what they share"
+def _prepare(args: argparse.Namespace, todo: Sequence[Any]) -> Any:  # for `run_missing`
+    "Make the models and sets that missing runs need, and the function that loads what they share"
     from mobileclip_nb.experiments.finetune_runs import start_tuning
-    from mobileclip_nb.experiments.student_runs import make_sets, start_students
+    from mobileclip_nb.experiments.student_runs import start_students
+    from mobileclip_nb.experiments.student_sets import MANY, make_models, make_sets
 
-    views, limit = (2, 24) if is_small else (10, None)
+    views, limit = (2, 24) if args.scale == 'smoke' else (10, None)
+    folder = Path(args.folder) / args.scale
     if todo and not hasattr(todo[0].spec, 'augment'):
         return start_tuning(limit)
     if todo:
-        make_sets(folder, sorted({j.spec.augment for j in todo}), views, limit, say)
+        names = sorted({j.spec.augment for j in todo})
+        if MANY in names:
+            make_models(folder, args.scale, args.ledger, args.processes, say)
+        make_sets(folder, names, views, limit, say)
     return start_students(folder, views, limit)
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #13141567
@@ -169,7 +179,7 @@ def make_runs(
     begun = time.time()
     jobs = jobs_of(ablations, args.scale, args.seeds)
     folder = Path(args.folder) / args.scale
-    start = _prepare(missing_jobs(jobs, args.ledger), folder, args.scale == 'smoke')
+    start = _prepare(args, missing_jobs(jobs, args.ledger))
     bases = bases_of(ablations, args.scale, args.seeds)
     place = RunPlace(folder, args.processes, args.ray, _minutes_left(args.minutes, begun))
     first = run_missing(bases, args.ledger, start, args.scale, place, say)
@@ -195,7 +205,7 @@ def run_ablations(
             text = f"{row['name']:22} {row['missing']:3} of {row['runs']:3} missing"
             answer(row, f"{text}  {row['question']}", args.json)
         return 0
-    prices = price_ablations(ablations, args.scale, ledger, args.seeds)
+    prices = price_ablations(ablations, args.scale, ledger, args.seeds, args.folder)
     if args.price:
         answer([p._asdict() for p in prices], price_table(prices, args.processes), args.json)
         return 0
