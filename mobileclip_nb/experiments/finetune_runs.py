@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TUNING_NAME', 'KEPT_OUT', 'ALPHAS', 'FINETUNING', 'FinetuneRun', 'tuning_recipe', 'TuningSets', 'metric_at',
-           'score_line', 'train_tuned', 'start_tuning', 'measure_tuning', 'LinePoint', 'line_points', 'allowed_loss',
-           'best_point']
+           'score_along_line', 'train_tuned', 'start_tuning', 'measure_tuning', 'LinePoint', 'line_points',
+           'allowed_loss', 'best_point']
 
 # %% ../../nbs/experiments/07_finetune_runs.ipynb #75288bc0
 import functools, math, time
@@ -127,7 +127,7 @@ def metric_at(
     return f'{split}_r1' if alpha == 1 else f'{split}_r1_at_{round(100 * alpha)}'
 
 
-def score_line(
+def score_along_line(
     sets: TuningSets,
     model: CLIP,  # after fine-tuning, in eval mode
 ) -> dict[str, float]:  # metrics by the names of `metric_at`
@@ -153,14 +153,14 @@ def train_tuned(
 
     def summary(done: Any) -> dict[str, float]:
         "Score the line, and take the time"
-        scores.update(score_line(sets, merge_lora(done.model).eval()))
+        scores.update(score_along_line(sets, merge_lora(done.model).eval()))
         seconds = time.process_time() - begun
         return scores | dict(seconds_per_step=seconds / len(done.history))
 
     config = RunConfig(ledger=ledger, scale=scale, identity=spec, summary=summary)
     config = config.but(progress=False, watch=())
     done = finetune(sets.start, sets.data, r=tuning_recipe(spec), keep=spec.keep, config=config)
-    return done.fit.metrics | (scores or score_line(sets, done.model))
+    return done.fit.metrics | (scores or score_along_line(sets, done.model))
 
 # %% ../../nbs/experiments/07_finetune_runs.ipynb #3b439db2
 def _do(spec: FinetuneRun, ledger: Path, scale: str, sets: Any) -> Mapping[str, float]:
