@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TOWERS', 'ID_TYPES', 'EXAMPLE_EMOJI', 'EXAMPLE_TEXTS', 'GAP_LIMITS', 'check_choice', 'ExportSpec', 'Port',
            'image_port', 'text_port', 'draw_blocks', 'example_pictures', 'Graph', 'input_ports', 'output_ports',
-           'example_inputs', 'make_graphs', 'Gap', 'measure_gap', 'check_gap', 'text_forms', 'merge_gaps',
-           'compare_graph', 'Part', 'graph_part', 'ExportJob', 'Home', 'register_home', 'list_homes', 'find_home']
+           'example_inputs', 'make_encoder', 'check_half', 'make_graphs', 'Gap', 'measure_gap', 'check_gap',
+           'text_forms', 'merge_gaps', 'compare_graph', 'Part', 'graph_part', 'ExportJob', 'Home', 'register_home',
+           'list_homes', 'find_home', 'GraphFormat', 'write_graphs']
 
 # %% ../../nbs/export/00_contract.ipynb #1a6ea505
 import math
@@ -27,11 +28,13 @@ from ..core.errors import suggest
 from ..datasets.emoji import draw_emoji
 from ..models.clip import CLIP
 from mobileclip_nb.models.encoders import (
+    LARGEST_HALF,
     PIXEL_FORMS,
     ImageEncoder,
     JointEncoder,
     TextEncoder,
     canonical_ids,
+    record_largest,
 )
 from ..preprocessing.tokenizer import EOT, PAD, tokenize
 from ..preprocessing.transform import Pixels
@@ -239,12 +242,12 @@ def example_inputs(
         inputs[name] = t.repeat(times, *[1] * (t.ndim - 1))
     return inputs, dict(image=about, text=f'{n} texts, padded and cut in several ways')
 
-# %% ../../nbs/export/00_contract.ipynb #7b4e39ec
-def _encoder(
-    model: CLIP,  # in eval mode
+# %% ../../nbs/export/00_contract.ipynb #6a8eeffe
+def make_encoder(
+    model: CLIP,  # in eval mode, with a record
     spec: ExportSpec,
     name: str,  # `image`, `text` or `joint`
-    explicit: bool,  # attention of plain operations
+    explicit: bool = True,  # attention of plain operations
 ) -> nn.Module:
     "The encoder of one graph"
     half, fixed = spec.precision == 'fp16', spec.length == model.record.context_length
@@ -255,6 +258,23 @@ def _encoder(
     return JointEncoder(model, spec.pixels, half, explicit, fixed)
 
 
+def check_half(
+    encoder: nn.Module,  # in float32
+    inputs: Sequence[Tensor],
+    name: str,  # of the graph, for the message
+) -> None:
+    "Raise ArithmeticError if numbers inside an encoder are beyond half precision"
+    with torch.inference_mode(), record_largest(encoder) as largest:
+        encoder(*inputs)
+    names = [k for k, v in largest.items() if not v <= LARGEST_HALF and k.startswith('tower')]
+    if names:
+        raise ArithmeticError(
+            f"The {name} tower does not fit into half precision: {names[0]} reaches "
+            f"{largest[names[0]]:.3g}, beyond 65,504 (and {len(names) - 1} more parts). "
+            "Use precision='fp32'"
+        )
+
+# %% ../../nbs/export/00_contract.ipynb #7b4e39ec
 def make_graphs(
     model: CLIP,  # in eval mode, with a record
     spec: ExportSpec = ExportSpec(),
@@ -268,9 +288,12 @@ def make_graphs(
     graphs = []
     for name in spec.towers:
         ports = input_ports(model, spec, name)
+        if spec.precision == 'fp16':
+            encoder = make_encoder(model, spec.but(precision='fp32'), name)
+            check_half(encoder, [inputs[p.name] for p in ports], name)
         graph = Graph(
             name,
-            _encoder(model, spec, name, explicit),
+            make_encoder(model, spec, name, explicit),
             ports,
             output_ports(model, spec, name),
             {p.name: inputs[p.name] for p in ports},
@@ -381,7 +404,8 @@ def compare_graph(
         forms = text_forms(part['text'], is_open) if 'text' in part else [None]
         for ids in forms:
             given = part if ids is None else part | dict(text=ids)
-            out, expected = run({k: t.numpy() for k, t in given.items()}), graph.reference(given)
+            out = run({k: t.contiguous().numpy() for k, t in given.items()})
+            expected = graph.reference(given)
             gaps.append(measure_gap(out, expected))
             rights.append(expected[-1])
     spread = (torch.cat(rights) - rights[0][:1]).abs().max().item()
@@ -476,3 +500,30 @@ def find_home(
         known = ', '.join(homes)
         raise KeyError(f"No format or home {name!r}.{suggest(name, homes)} Known: {known}")
     return homes[name]
+
+# %% ../../nbs/export/00_contract.ipynb #3f9a3ed3
+class GraphFormat(NamedTuple):
+    "How a format writes and runs one graph"
+
+    suffix: str  # of the file: `.onnx`
+    save: Callable[[Graph, Path], None]  # writes the file
+    load: Callable[[Path], Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]]  # runs it
+    checked_by: str  # the software that runs it, with its version
+    explicit: bool = True  # attention of plain operations
+    limits: dict[str, tuple[float, float]] = GAP_LIMITS  # by precision
+    notes: tuple[str, ...] = ()  # what a user should know
+
+
+def write_graphs(
+    job: ExportJob,
+    form: GraphFormat,
+) -> list[Part]:  # one a graph
+    "Write each graph to a file, run the file, and compare; ArithmeticError beyond the limits"
+    parts, precision = [], job.spec.precision
+    for graph in make_graphs(job.model, job.spec, form.explicit):
+        path = job.folder / f'{graph.name}{form.suffix}'
+        form.save(graph, path)
+        gap = compare_graph(graph, form.load(path))
+        check_gap(gap, form.limits[precision], path.name)
+        parts.append(graph_part(graph, (path.name,), precision, gap, form.checked_by, form.notes))
+    return parts

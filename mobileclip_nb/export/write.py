@@ -210,7 +210,7 @@ def _plain_model(
         model.record = r.but(pixels=r.pixels.but(side=spec.side))
     return model
 
-
+# %% ../../nbs/export/10_write.ipynb #b3795bfd
 def export_model(
     model: CLIP,  # in eval mode, with a record; folded or not
     home: str,  # a name of `list_homes()`
