@@ -4,7 +4,8 @@ Narrow towers, because the graph and not the width decides; `tests/export` does 
 and by ONNX with a fixed batch, too.
 """
 
-import gc
+import gc, os, resource, signal, subprocess, sys, time
+from pathlib import Path
 
 import pytest, torch
 
@@ -40,3 +41,43 @@ def test_tower(name):
     print(name, {k: f'{v:.1e}' for k, v in gaps.items()})
     assert max(gaps.values()) <= 1e-5
     gc.collect()
+
+
+EXPORT = ('-m', 'mobileclip_nb', 'export', 'mobileclip_nano', '--to', 'torchscript', 'out')
+
+
+def start(folder, **how):
+    "Begin an export of the nano model in a folder"
+    root = str(Path(__file__).parents[1])
+    env = os.environ | dict(PYTHONPATH=root, OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, *EXPORT], cwd=folder, env=env, text=True, **how)
+
+
+def test_no_room(tmp_path):
+    "A file that may not grow: one line, status 2, and nothing is left"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    process = start(tmp_path, stderr=subprocess.PIPE, preexec_fn=limit)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2, err[-2000:]
+    assert 'no room to write' in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed(tmp_path):
+    "A killed export leaves no folder of its name, and the next one writes it"
+    process = start(tmp_path, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob('.out.*.part/*')):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith('.out.')
+    os.utime(left, (0, 0))
+    process = start(tmp_path, stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert 'text.ts' in out
+    assert [p.name for p in tmp_path.iterdir()] == ['out']

@@ -29,6 +29,7 @@ from mobileclip_nb.cli.console import (
 )
 from .ablate_command import ABLATE
 from .eval_sets import evaluate_sets, is_data_set
+from .export_command import EXPORT, FORMATS
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
 from ..train.options import OPTIONS, add_options
@@ -345,7 +346,7 @@ OWN = [
 DEMO_COMMAND = Command('demo', run_demo, (
     ('--out', dict(default='runs', help='folder for the executed notebook and its page')),
     ('--scale', _SCALE)))
-COMMANDS = (*OWN, *SHARD_COMMANDS, *TRAIN_COMMANDS, ABLATE, DEMO_COMMAND)
+COMMANDS = (*OWN, *SHARD_COMMANDS, *TRAIN_COMMANDS, ABLATE, EXPORT, FORMATS, DEMO_COMMAND)
 # fmt: on
 
 # %% ../../nbs/cli/08_main.ipynb #dd3da230
@@ -353,7 +354,7 @@ def parser() -> argparse.ArgumentParser:
     "Make the parser of all commands"
     p = argparse.ArgumentParser(
         'mobileclip',
-        description='MobileCLIP and MobileCLIP2: label, embed, reinforce, train, evaluate.',
+        description='MobileCLIP and MobileCLIP2: label, embed, reinforce, train, evaluate, export.',
     )
     p.add_argument('--debug', action='store_true', help='show where an error came from')
     top = p.add_subparsers(dest='verb', required=True, metavar='VERB')
@@ -371,7 +372,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/cli/08_main.ipynb #5fd2ae37
-_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError)
+_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, ArithmeticError)
 
 
 def main(

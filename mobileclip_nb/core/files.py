@@ -50,6 +50,9 @@ def _umask() -> int:  # permission bits that new files lack
     return mask
 
 # %% ../../nbs/core/02_files.ipynb #b6ffbcd2
+_NO_ROOM = re.compile(r'(?i)no space left|disk quota|file too large|fail\w* writing|write fail')
+
+
 def _is_full(
     error: BaseException,  # that ended a write
     folder: Path,  # it wrote to
@@ -57,8 +60,9 @@ def _is_full(
     "Whether a write ended because there was no room"
     if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    is_about_writing = isinstance(error, (OSError, RuntimeError))
-    return is_about_writing and shutil.disk_usage(folder).free < 1 << 20
+    if not isinstance(error, (OSError, RuntimeError)):
+        return False
+    return bool(_NO_ROOM.search(str(error))) or shutil.disk_usage(folder).free < 1 << 20
 
 
 def _hidden_folder(
