@@ -98,6 +98,7 @@ NEEDED = [
             'cpu',
         ),
     ),
+    ('onnx', "'mobileclip_nb[export]'", (CLI, 'export', 'mobileclip_nano', '--to', 'onnx', 'x')),
     (
         'clip_benchmark',
         'pip install clip_benchmark',

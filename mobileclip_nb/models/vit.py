@@ -113,7 +113,7 @@ class ViT(nn.Module):
                 "use the model's preprocessing, or x/255"
             )
         x = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        cls = self.cls.expand(len(x), -1, -1)
+        cls = self.cls.expand(x.shape[0], -1, -1)  # `len(x)` would be a constant in a graph
         if self.spec.conv_stem:
             x = torch.cat([cls, x + self.pos], 1)
         else:
