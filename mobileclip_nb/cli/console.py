@@ -49,6 +49,8 @@ def in_shell(
         'resume=True': '--resume',
         '`list_models()`': '`mobileclip models`',
         "device='cpu'": '--device cpu',
+        '`build_index(FOLDER, INDEX)`': '`mobileclip index FOLDER --out INDEX`',
+        'as model=': 'as --model',
     }.items():
         text = text.replace(python, shell)
     return text

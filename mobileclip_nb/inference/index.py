@@ -355,7 +355,7 @@ def _load_for(
         check_same_model(contents.model, identity, out)
     return net, identity
 
-# %% ../../nbs/inference/04_index.ipynb #67fe343f
+# %% ../../nbs/inference/04_index.ipynb #1c5d61ee
 def build_index(
     source: str | Path,  # a folder of images; or shards, as `list_shards` takes them
     out: str | Path,  # folder of the index, new or of the same source
@@ -380,6 +380,8 @@ def build_index(
         contents = _find_earlier(out, found)  # again, now that nobody else writes
         fresh = IndexContents(identity, dict(kind=found.kind, place=found.place))
         writer = IndexWriter(out, contents or fresh)
+        if contents is None:
+            writer.commit()  # first of all, so that what follows is known to be of an index
         report = _update(writer, found, net, batch, progress)
         if approximate:
             add_graph(writer)

@@ -8,7 +8,7 @@ __all__ = ['BLOCK', 'FORMAT', 'VERSION', 'CONTENTS', 'GRAPH_EFFORT', 'score_rows
            'write_contents', 'read_contents', 'load_folded', 'identify_model', 'describe_model', 'check_same_model',
            'take_rows', 'rescore', 'open_graph', 'find_with_graph', 'embed_query', 'Hit', 'ImageIndex', 'open_index']
 
-# %% ../../nbs/inference/02_search.ipynb #46005302
+# %% ../../nbs/inference/02_search.ipynb #e648dc9e
 import json, re, warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -35,7 +35,7 @@ from ..models.weights import is_place
 from ..models.zoo import find_record
 from ..preprocessing.image_sources import list_images
 
-# %% ../../nbs/inference/02_search.ipynb #7de89306
+# %% ../../nbs/inference/02_search.ipynb #cba72855
 BLOCK = 1024  # rows converted at a time
 
 
@@ -49,7 +49,7 @@ def score_rows(
     blocks = torch.from_numpy(vectors).split(BLOCK)
     return torch.cat([block.float() @ columns for block in blocks])
 
-# %% ../../nbs/inference/02_search.ipynb #1da0c441
+# %% ../../nbs/inference/02_search.ipynb #5ea565cf
 class Nearest(NamedTuple):
     "The rows with the largest cosines, best first"
 
@@ -82,7 +82,7 @@ def find_nearest(
         first += len(vectors)
     return best
 
-# %% ../../nbs/inference/02_search.ipynb #cb47e96f
+# %% ../../nbs/inference/02_search.ipynb #add450c3
 class RowLine(NamedTuple):
     "What an index stores of an image beside its embedding"
 
@@ -126,7 +126,7 @@ def write_part(
         np.save(f, vectors.astype(np.float16))
     return RowPart(name, write_lines(folder, number, lines), len(lines))
 
-# %% ../../nbs/inference/02_search.ipynb #e3e2bcb7
+# %% ../../nbs/inference/02_search.ipynb #a07384e3
 def map_vectors(
     folder: Path,  # of the index
     part: RowPart,
@@ -153,7 +153,7 @@ def _damaged(
         "remove the index and build it again"
     )
 
-# %% ../../nbs/inference/02_search.ipynb #4283b1e0
+# %% ../../nbs/inference/02_search.ipynb #be6345b6
 class LineFile:
     "Lines of a part, read one by one"
 
@@ -185,7 +185,7 @@ def read_lines(
         raise _damaged(lines.path, f'{len(lines)} lines, not {part.count}')
     return [lines[row] for row in range(part.count)]
 
-# %% ../../nbs/inference/02_search.ipynb #bcc5c70e
+# %% ../../nbs/inference/02_search.ipynb #18390467
 FORMAT, VERSION, CONTENTS = 'mobileclip_nb search index', 1, 'index.json'
 _PART_NAME = re.compile(r'\d{6,9}\.(npy|jsonl|usearch)')
 
@@ -204,7 +204,7 @@ class IndexContents(NamedTuple):
         str, Any
     ] = {}  # `file` and the `parts` that it covers; empty if there is none
 
-# %% ../../nbs/inference/02_search.ipynb #4c0a970f
+# %% ../../nbs/inference/02_search.ipynb #78c1e7e7
 def write_contents(
     folder: Path,  # of the index
     contents: IndexContents,
@@ -223,7 +223,7 @@ def read_contents(
     path = Path(folder) / CONTENTS
     if not path.is_file():
         raise FileNotFoundError(
-            f"No index at {str(folder)!r}; make one with build_index(FOLDER, {str(folder)!r})"
+            f"No index at {str(folder)!r}; make one with `build_index(FOLDER, INDEX)`"
         )
     try:
         told = json.loads(path.read_text(encoding='utf-8'))
@@ -239,7 +239,7 @@ def read_contents(
         raise _damaged(path, f'{type(e).__name__}: {e}') from e
     return contents
 
-# %% ../../nbs/inference/02_search.ipynb #e61bd4d4
+# %% ../../nbs/inference/02_search.ipynb #08c6f401
 def load_folded(
     model: str | Path | CLIP,  # as `load_for_inference` takes it
     weights: str | None = None,  # a tag or place, for a model requested by name
@@ -278,7 +278,7 @@ def identify_model(
         width=net.record.embed_dim,
     )
 
-# %% ../../nbs/inference/02_search.ipynb #b13a42b1
+# %% ../../nbs/inference/02_search.ipynb #95f52d5f
 def describe_model(
     identity: dict[str, Any],  # of `identify_model`
 ) -> str:
@@ -310,7 +310,7 @@ def check_same_model(
         "or build another index with this one"
     )
 
-# %% ../../nbs/inference/02_search.ipynb #12b94508
+# %% ../../nbs/inference/02_search.ipynb #ef93e77e
 def take_rows(
     parts: Sequence[np.ndarray],  # each `(n, D)` float16
     rows: np.ndarray,  # `(M,)` int64, numbered over all parts
@@ -334,7 +334,7 @@ def rescore(
         scores[i] = score_rows(take_rows(parts, rows), query[None])[:, 0].numpy()
     return keep_best(scores, candidates, k)
 
-# %% ../../nbs/inference/02_search.ipynb #0d9e8743
+# %% ../../nbs/inference/02_search.ipynb #c883accd
 GRAPH_EFFORT = 128  # nodes that a search keeps in view; more finds more and takes longer
 
 
@@ -373,7 +373,7 @@ def find_with_graph(
     rest = find_nearest(parts[covered:], queries, k, first=size)
     return keep_best(*(np.hstack(pair) for pair in zip(near, rest)), k)
 
-# %% ../../nbs/inference/02_search.ipynb #738a09aa
+# %% ../../nbs/inference/02_search.ipynb #ad98af88
 @torch.inference_mode()
 def embed_query(
     model: CLIP,  # in eval mode, with a record
@@ -397,7 +397,7 @@ def embed_query(
         total = total + rows[0].float().cpu().numpy()
     return total / np.linalg.norm(total)
 
-# %% ../../nbs/inference/02_search.ipynb #71ea49d8
+# %% ../../nbs/inference/02_search.ipynb #882a1c5b
 class Hit(NamedTuple):
     "An image that was found"
 
@@ -405,7 +405,7 @@ class Hit(NamedTuple):
     score: float  # cosine with the query
     path: str  # of the file, which may be gone; empty for a sample of a shard
 
-# %% ../../nbs/inference/02_search.ipynb #b1a8e9c1
+# %% ../../nbs/inference/02_search.ipynb #eff2ba43
 class ImageIndex:
     "An index of image embeddings, opened for search"
 
@@ -447,7 +447,7 @@ class ImageIndex:
                 raise
             raise ValueError(
                 f"Cannot load the model of the index {str(self.path)!r}, "
-                f"{describe_model(stored)}: {e.args[0] if e.args else e} Pass it as model="
+                f"{describe_model(stored)}: {e.args[0] if e.args else e} Pass another place of it as model="
             ) from e
         check_same_model(stored, identify_model(net, model, weights), self.path)
         return net
@@ -513,7 +513,7 @@ class ImageIndex:
         path = str(Path(source['place']) / name) if source['kind'] == 'folder' else ''
         return Hit(name, float(score), path)
 
-# %% ../../nbs/inference/02_search.ipynb #a96c4256
+# %% ../../nbs/inference/02_search.ipynb #ba4ece5a
 def open_index(
     path: str | Path,  # of an index
     model: str | Path | CLIP | None = None,  # None: the model it was built with
