@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..core.files import is_local, without_secrets
-from .embed import list_states, read_state
+from .embed import list_states, read_file_state
 from .search import RowLine
 from ..preprocessing.image_sources import IMAGES, find_images
 from ..shards.io import Skips, read_members
@@ -67,7 +67,7 @@ class ShardSource:
         local = is_local(place)
         self.place = os.path.abspath(place) if local else without_secrets(place)
         self.urls, self.faults = name_outputs(place), {}
-        state = (lambda url: read_state(Path(url))) if local else fingerprint_file
+        state = (lambda url: read_file_state(Path(url))) if local else fingerprint_file
         self.states = {name: state(url) for name, url in self.urls.items()}
 
     def read(self, units: Iterable[str]) -> Iterator[tuple[str, str, bytes | Path]]:

@@ -447,7 +447,8 @@ class ImageIndex:
                 raise
             raise ValueError(
                 f"Cannot load the model of the index {str(self.path)!r}, "
-                f"{describe_model(stored)}: {e.args[0] if e.args else e} Pass another place of it as model="
+                f"{describe_model(stored)}: {e.args[0] if e.args else e} "
+                "Pass another place of it as model="
             ) from e
         check_same_model(stored, identify_model(net, model, weights), self.path)
         return net
