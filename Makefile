@@ -29,28 +29,28 @@ help:
 demo: .venv/with-emoji,lab
 	$(BIN)/mobileclip demo
 
-test: .venv/with-emoji,train,finetune,eval,reinforce,export,lab,dev
+test: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/export tests
 
-test-export: .venv/with-emoji,train,finetune,eval,reinforce,export,lab,dev
+test-export: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/export
 
-lab: .venv/with-emoji,train,finetune,eval,reinforce,export,lab,dev
+lab: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 weights: .venv/with-emoji,train,lab
 	OMP_NUM_THREADS=1 $(BIN)/python -c 'from mobileclip_nb.experiments.shipped_weights import make_all; make_all()'
 
-notebooks: .venv/with-emoji,train,finetune,eval,reinforce,export,lab,dev
+notebooks: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	SCALE=nano MOBILECLIP_RUNS='$(CURDIR)/results' $(BIN)/python tests/store.py
 
-prepare: .venv/with-emoji,train,finetune,eval,reinforce,export,lab,dev
+prepare: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	$(BIN)/ruff format --quiet nbs tests setup.py mobileclip_nb/__init__.py
 	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	$(BIN)/python tests/readme.py
 
-bench: .venv/with-emoji,train,finetune,eval,reinforce,export,lab,dev
+bench: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	$(BIN)/mobileclip bench latency
 
 clean:

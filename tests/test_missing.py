@@ -71,6 +71,7 @@ NEEDED = [
     ('emoji', EMOJI, (CLI, 'demo')),
     ('nbconvert', LAB, (CLI, 'demo')),
     ('pyarrow', LAB, (CLI, 'embed', '.', '--out', 'e.parquet')),
+    ('usearch', "'mobileclip_nb[search]'", (CLI, 'index', '.', '--out', 'i', '--approximate')),
     ('pyarrow', "'mobileclip_nb[reinforce]'", (CLI, 'shards', 'build', 'table.parquet', 'plain')),
     (
         'peft',

@@ -30,6 +30,7 @@ from mobileclip_nb.cli.console import (
 from .ablate_command import ABLATE
 from .eval_sets import evaluate_sets, is_data_set, make_eval_model, split_members
 from .export_command import EXPORT, FORMATS
+from .search_commands import COMMANDS as SEARCH_COMMANDS
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
 from ..train.options import OPTIONS, add_options
@@ -370,7 +371,16 @@ OWN = [
 DEMO_COMMAND = Command('demo', run_demo, (
     ('--out', dict(default='runs', help='folder for the executed notebook and its page')),
     ('--scale', _SCALE)))
-COMMANDS = (*OWN, *SHARD_COMMANDS, *TRAIN_COMMANDS, ABLATE, EXPORT, FORMATS, DEMO_COMMAND)
+COMMANDS = (
+    *OWN,
+    *SEARCH_COMMANDS,
+    *SHARD_COMMANDS,
+    *TRAIN_COMMANDS,
+    ABLATE,
+    EXPORT,
+    FORMATS,
+    DEMO_COMMAND,
+)
 # fmt: on
 
 # %% ../../nbs/cli/08_main.ipynb #dd3da230
@@ -378,7 +388,7 @@ def parser() -> argparse.ArgumentParser:
     "Make the parser of all commands"
     p = argparse.ArgumentParser(
         'mobileclip',
-        description='MobileCLIP and MobileCLIP2: label, embed, reinforce, train, evaluate, export.',
+        description='MobileCLIP and MobileCLIP2: label, embed, search, reinforce, train, export.',
     )
     p.add_argument('--debug', action='store_true', help='show where an error came from')
     top = p.add_subparsers(dest='verb', required=True, metavar='VERB')
