@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOWERS', 'ID_TYPES', 'EXAMPLE_EMOJI', 'EXAMPLE_TEXTS', 'GAP_LIMITS', 'check_choice', 'ExportSpec', 'Port',
            'image_port', 'text_port', 'draw_blocks', 'example_pictures', 'Graph', 'input_ports', 'output_ports',
-           'example_inputs', 'make_encoder', 'check_half', 'make_graphs', 'Gap', 'measure_gap', 'check_gap',
-           'text_forms', 'merge_gaps', 'compare_graph', 'Part', 'graph_part', 'ExportJob', 'Home', 'register_home',
-           'list_homes', 'find_home', 'GraphFormat', 'write_graphs']
+           'example_inputs', 'make_encoder', 'check_half', 'make_graphs', 'rename_ports', 'Gap', 'measure_gap',
+           'check_gap', 'text_forms', 'merge_gaps', 'compare_graph', 'Part', 'graph_part', 'ExportJob', 'Home',
+           'register_home', 'list_homes', 'find_home', 'GraphFormat', 'write_graphs']
 
 # %% ../../nbs/export/00_contract.ipynb #1a6ea505
 import math
@@ -266,7 +266,7 @@ def check_half(
     "Raise ArithmeticError if numbers inside an encoder are beyond half precision"
     with torch.inference_mode(), record_largest(encoder) as largest:
         encoder(*inputs)
-    names = [k for k, v in largest.items() if not v <= LARGEST_HALF and k.startswith('tower')]
+    names = [k for k, v in largest.items() if k and not v <= LARGEST_HALF]
     if names:
         raise ArithmeticError(
             f"The {name} tower does not fit into half precision: {names[0]} reaches "
@@ -302,6 +302,27 @@ def make_graphs(
         )
         graphs.append(graph)
     return graphs
+
+# %% ../../nbs/export/00_contract.ipynb #50ace05c
+def rename_ports(
+    graph: Graph,
+    names: dict[str, str],  # old name to new name; others stay
+) -> Graph:
+    "A graph whose inputs and outputs have other names"
+    known = [p.name for p in (*graph.inputs, *graph.outputs)]
+    for name in names:
+        check_choice(name, known, 'input or output')
+    back = {names.get(p.name, p.name): p.name for p in graph.inputs}
+    inputs, outputs = (
+        tuple(p._replace(name=names.get(p.name, p.name)) for p in ports)
+        for ports in (graph.inputs, graph.outputs)
+    )
+    return graph._replace(
+        inputs=inputs,
+        outputs=outputs,
+        examples={names.get(k, k): t for k, t in graph.examples.items()},
+        reference=lambda given: graph.reference({back[k]: t for k, t in given.items()}),
+    )
 
 # %% ../../nbs/export/00_contract.ipynb #72c20756
 class Gap(NamedTuple):
@@ -396,14 +417,14 @@ def compare_graph(
 ) -> Gap:
     "Measure the gap between a file and the model on the examples of a graph"
     size, gaps, rights = graph.inputs[0].shape[0], [], []
-    is_open = any(p.name == 'text' and p.shape[1] == 'length' for p in graph.inputs)
+    text = next((p for p in graph.inputs if p.dtype in ID_TYPES), None)
     rows = max(len(t) for t in graph.examples.values())
     step = size if isinstance(size, int) else rows
     for start in range(0, rows, step):
         part = {k: t[start : start + step] for k, t in graph.examples.items()}
-        forms = text_forms(part['text'], is_open) if 'text' in part else [None]
+        forms = text_forms(part[text.name], text.shape[1] == 'length') if text else [None]
         for ids in forms:
-            given = part if ids is None else part | dict(text=ids)
+            given = part if ids is None else part | {text.name: ids}
             out = run({k: t.contiguous().numpy() for k, t in given.items()})
             expected = graph.reference(given)
             gaps.append(measure_gap(out, expected))

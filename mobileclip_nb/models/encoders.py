@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASKED', 'RANGES', 'PIXEL_FORMS', 'LARGEST_HALF', 'canonical_ids', 'ExplicitAttention', 'explicit_attention',
-           'pixel_factors', 'ImageEncoder', 'TextEncoder', 'JointEncoder', 'record_largest']
+           'ReadBlock', 'read_last', 'ClassTokenTower', 'pixel_factors', 'ImageEncoder', 'TextEncoder', 'JointEncoder',
+           'record_largest']
 
 # %% ../../nbs/models/10_encoders.ipynb #545dc744
 import copy
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..blocks.attention import Attention
+from ..blocks.attention import Attention, TransformerBlock
 from ..blocks.reparam import fold
 from ..core.errors import suggest
 from .clip import CLIP
+from .vit import ViT
 from ..preprocessing.tokenizer import EOT, PAD
 from ..preprocessing.transform import Pixels
 
@@ -90,6 +92,74 @@ def explicit_attention(
     found = [m for m in module.modules() if isinstance(m, Attention)]
     return copy.deepcopy(module, {id(m): ExplicitAttention(m, positions) for m in found})
 
+# %% ../../nbs/models/10_encoders.ipynb #420ac0db
+class ReadBlock(nn.Module):
+    "A transformer block whose output is needed at one position"
+
+    def __init__(
+        self,
+        block: TransformerBlock,  # in eval mode; is left alone
+        positions: int = 0,  # tokens in a sequence; needed for causal attention only
+    ):
+        super().__init__()
+        attention = ExplicitAttention(block.attn, positions)
+        self.heads, dim = attention.heads, attention.proj.in_features
+        self.norm1, self.norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
+        self.mlp, self.proj = copy.deepcopy(block.mlp), attention.proj
+        has_bias = attention.qkv.bias is not None
+        self.query = nn.Linear(dim, dim, has_bias)
+        self.key_value = nn.Linear(dim, 2 * dim, has_bias)
+        for layer, part in ((self.query, slice(dim)), (self.key_value, slice(dim, None))):
+            for name, value in attention.qkv.named_parameters():
+                setattr(layer, name, nn.Parameter(value[part].detach().clone()))
+        self.register_buffer('mask', attention.mask, persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,  # `(B, T, D)`
+        at: Tensor
+        | None = None,  # `(B, 1, T)`, one at the position and zero elsewhere; None: first
+    ) -> Tensor:  # `(B, 1, D)`
+        y = self.norm1(x)
+        here, x = (y[:, :1], x[:, :1]) if at is None else (at @ y, at @ x)
+        q = self.query(here).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.key_value(y).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(2, 3)  # (B, heads, 1, T)
+        if self.mask is not None:
+            scores = scores + (self.mask[:1] if at is None else at @ self.mask)[:, None]
+        x = x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+# %% ../../nbs/models/10_encoders.ipynb #a67f7daf
+def read_last(
+    blocks: nn.Sequential,  # of a tower
+    positions: int = 0,  # tokens in a sequence, for causal attention
+) -> tuple[nn.Sequential, ReadBlock | None]:  # the blocks before, and the last for one position
+    "Take the last block of a tower, if it is a transformer block"
+    if not len(blocks) or not isinstance(blocks[-1], TransformerBlock):
+        return blocks, None
+    return blocks[:-1], ReadBlock(blocks[-1], positions)
+
+
+class ClassTokenTower(nn.Module):
+    "A vision transformer whose last block is computed for the class token only"
+
+    def __init__(
+        self,
+        tower: ViT,  # folded, in eval mode; its blocks may have explicit attention
+        last: ReadBlock,  # its last block
+    ):
+        super().__init__()
+        self.tower, self.last = copy.copy(tower), last
+        self.tower._modules = dict(tower._modules) | dict(blocks=tower.blocks[:-1])
+
+    def forward(
+        self,
+        x: Tensor,  # `(B, 3, side, side)`
+    ) -> Tensor:  # `(B, out)`
+        x = self.last(self.tower.blocks(self.tower.sequence(x)))
+        return self.tower.head(self.tower.norm(x)[:, 0])
+
 # %% ../../nbs/models/10_encoders.ipynb #ab6d1d10
 RANGES = {'bytes': 255.0, 'unit': 1.0}  # largest value of a pixel, by the name of the form
 PIXEL_FORMS = ('bytes', 'unit', 'normalized')
@@ -124,7 +194,9 @@ class ImageEncoder(nn.Module):
     ):
         super().__init__()
         tower = fold(model.image)
-        self.tower = explicit_attention(tower) if explicit else tower
+        last = read_last(tower.blocks)[1] if isinstance(tower, ViT) else None
+        tower = explicit_attention(tower) if explicit else tower
+        self.tower = ClassTokenTower(tower, last) if last else tower
         self.normalize, self.dtype = normalize, torch.float16 if half else torch.float32
         self.tower.to(self.dtype)
         factors = pixel_factors(model.record.pixels, pixels) or (None, None)
@@ -156,9 +228,10 @@ class TextEncoder(nn.Module):
         super().__init__()
         tower = fold(model.text)
         self.context, self.fixed = tower.spec.context, fixed
+        tower.blocks, self.last = read_last(tower.blocks, self.context)
         self.tower = explicit_attention(tower, self.context) if explicit else tower
         self.normalize, self.dtype = normalize, torch.float16 if half else torch.float32
-        self.tower.to(self.dtype)
+        self.to(self.dtype)
         self.eval()
 
     def forward(
@@ -168,8 +241,9 @@ class TextEncoder(nn.Module):
         ids, end = canonical_ids(text, self.context, self.fixed)
         place = torch.arange(self.context, dtype=ids.dtype, device=ids.device)
         is_end = (place == end).to(self.dtype)[:, None]  # (B, 1, T)
-        pooled = (is_end @ self.tower.hidden(ids))[:, 0]
-        y = self.tower.proj(pooled).float()
+        x = self.tower.blocks(self.tower.sequence(ids))
+        x = is_end @ x if self.last is None else self.last(x, is_end)
+        y = self.tower.proj(self.tower.norm(x)[:, 0]).float()
         return F.normalize(y, dim=-1) if self.normalize else y
 
 # %% ../../nbs/models/10_encoders.ipynb #f6f024d0

@@ -160,11 +160,11 @@ class TextTransformer(nn.Module):
         ]
         return nn.Sequential(*blocks)
 
-    def hidden(
+    def sequence(
         self,
         tokens: Tensor,  # `(B, T)` ids, T the context length, padded with 0
     ) -> Tensor:  # `(B, T, W)`
-        "The normalized output of the last block at every position"
+        "The sequence that the blocks read: embeddings of tokens and positions"
         wrong = tokens.is_floating_point() or tokens.dtype == torch.bool
         if wrong or tokens.ndim != 2 or tokens.shape[1] != self.spec.context:
             raise ValueError(
@@ -172,13 +172,13 @@ class TextTransformer(nn.Module):
                 f"got {tokens.dtype} {tuple(tokens.shape)}. "
                 f"Use tokenize(texts, context_length={self.spec.context})"
             )
-        return self.norm(self.blocks(self.token(tokens) + self.pos))
+        return self.token(tokens) + self.pos
 
     def forward(
         self,
         tokens: Tensor,  # `(B, T)` ids, T the context length, padded with 0
     ) -> Tensor:  # `(B, out)`
-        x = self.hidden(tokens)
+        x = self.norm(self.blocks(self.sequence(tokens)))
         text = torch.arange(x.shape[0], device=x.device)  # `len(x)` would be a constant in a graph
         end = tokens.argmax(-1)  # the end token has the highest id
         return self.proj(x[text, end])

@@ -97,10 +97,11 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(d, spec.eps), nn.Linear(d, out)
         self.apply(init_linear)
 
-    def forward(
+    def sequence(
         self,
         x: Tensor,  # `(B, 3, side, side)`
-    ) -> Tensor:  # `(B, out)`
+    ) -> Tensor:  # `(B, N + 1, D)`
+        "The sequence that the blocks read: class token and patches, with positions"
         s = self.spec.side
         if x.ndim != 4 or x.shape[1:] != (3, s, s):
             raise ValueError(
@@ -118,4 +119,10 @@ class ViT(nn.Module):
             x = torch.cat([cls, x + self.pos], 1)
         else:
             x = torch.cat([cls, x], 1) + self.pos
-        return self.head(self.norm(self.blocks(self.pre_norm(x))[:, 0]))
+        return self.pre_norm(x)
+
+    def forward(
+        self,
+        x: Tensor,  # `(B, 3, side, side)`
+    ) -> Tensor:  # `(B, out)`
+        return self.head(self.norm(self.blocks(self.sequence(x))[:, 0]))
