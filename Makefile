@@ -1,5 +1,6 @@
 # make demo       train, judge and use a small MobileCLIP on this machine, in minutes      -> runs/demo.html
 # make test       everything that must be true, tested (what CI runs)
+# make test-export  conversions of all models of the zoo, at their own width
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
 # make notebooks  run every notebook at nano scale and store its outputs
@@ -9,7 +10,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lab weights notebooks prepare bench clean
+.PHONY: help demo test test-export lab weights notebooks prepare bench clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -28,25 +29,28 @@ help:
 demo: .venv/with-emoji,lab
 	$(BIN)/mobileclip demo
 
-test: .venv/with-emoji,train,eval,reinforce,lab,dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+test: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/export tests
 
-lab: .venv/with-emoji,train,eval,reinforce,lab,dev
+test-export: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/export
+
+lab: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 weights: .venv/with-emoji,train,lab
 	OMP_NUM_THREADS=1 $(BIN)/python -c 'from mobileclip_nb.experiments.shipped_weights import make_all; make_all()'
 
-notebooks: .venv/with-emoji,train,eval,reinforce,lab,dev
+notebooks: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	SCALE=nano MOBILECLIP_RUNS='$(CURDIR)/results' $(BIN)/python tests/store.py
 
-prepare: .venv/with-emoji,train,eval,reinforce,lab,dev
+prepare: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	$(BIN)/ruff format --quiet nbs tests setup.py mobileclip_nb/__init__.py
 	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	$(BIN)/python tests/readme.py
 
-bench: .venv/with-emoji,train,eval,reinforce,lab,dev
+bench: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
 	$(BIN)/mobileclip bench latency
 
 clean:

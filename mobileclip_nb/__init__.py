@@ -18,6 +18,8 @@ _HOME = dict(
     predict='inference.predict',
     Prediction='inference.predict',
     embed='inference.embed',
+    build_index='inference.index',
+    open_index='inference.search',
     Embeds='models.clip',
     register_open_clip='models.open_clip_adapter',
 )

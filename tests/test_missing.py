@@ -71,7 +71,13 @@ NEEDED = [
     ('emoji', EMOJI, (CLI, 'demo')),
     ('nbconvert', LAB, (CLI, 'demo')),
     ('pyarrow', LAB, (CLI, 'embed', '.', '--out', 'e.parquet')),
+    ('usearch', "'mobileclip_nb[search]'", (CLI, 'index', '.', '--out', 'i', '--approximate')),
     ('pyarrow', "'mobileclip_nb[reinforce]'", (CLI, 'shards', 'build', 'table.parquet', 'plain')),
+    (
+        'peft',
+        "'mobileclip_nb[finetune]'",
+        (CLI, 'finetune', 'mobileclip_nano', '.', '--out', 'l', '--method', 'lora', '--rate', '9'),
+    ),
     (
         'wandb',
         "'mobileclip_nb[wandb]'",
@@ -93,6 +99,7 @@ NEEDED = [
             'cpu',
         ),
     ),
+    ('onnx', "'mobileclip_nb[export]'", (CLI, 'export', 'mobileclip_nano', '--to', 'onnx', 'x')),
     (
         'clip_benchmark',
         'pip install clip_benchmark',

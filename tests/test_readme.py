@@ -81,6 +81,8 @@ def test_blocks_run_in_order(tmp_path, shell_env):
     wanted = {
         'picture.png',
         'embeddings.npz',
+        'pictures.index/index.json',
+        'found.html',
         'sample.png',
         'reinforced.safetensors',
         'runs/mine/model.safetensors',

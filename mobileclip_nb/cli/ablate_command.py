@@ -16,12 +16,16 @@ from ..train.options import OPTIONS
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #64f34e4f
 def ablations_of(
-    name: str | None,  # of `ABLATIONS`; None and `all` take every one
+    name: str
+    | None,  # of `ABLATIONS`, or `finetuning`; `all`: those of the papers; None: every one
 ) -> list[Any]:  # of `Ablation`
     "The ablations that a command names"
     from mobileclip_nb.experiments.ablations import ABLATIONS, find_ablation
+    from mobileclip_nb.experiments.finetune_runs import FINETUNING
 
-    return list(ABLATIONS.values()) if name in (None, 'all') else [find_ablation(name)]
+    if name in (None, 'all'):
+        return [*ABLATIONS.values(), *([FINETUNING] if name is None else [])]
+    return [FINETUNING if name == FINETUNING.name else find_ablation(name)]
 
 
 def bases_of(
@@ -55,6 +59,19 @@ def jobs_of(
             jobs.setdefault(j.name, j)
     return sorted(jobs.values(), key=lambda j: (j.name not in bases, j.spec.seed))
 
+# %% ../../nbs/cli/04_ablate_command.ipynb #d3bd7f2a
+def _steps_of(spec: Any) -> int:
+    "Steps of a student, or of a fine-tuning run"
+    return spec.train.steps if hasattr(spec, 'train') else spec.steps
+
+
+def _measure(spec: Any) -> float:
+    "Seconds of a step, measured"
+    from mobileclip_nb.experiments.finetune_runs import measure_tuning
+    from mobileclip_nb.experiments.student_runs import measure_step
+
+    return (measure_step if hasattr(spec, 'train') else measure_tuning)(spec)
+
 # %% ../../nbs/cli/04_ablate_command.ipynb #04fad507
 def list_ablations(
     ablations: Sequence[Any],
@@ -83,14 +100,13 @@ def price_ablations(
     "Price what is missing, with the teachers and captioners that have to be trained for it"
     from mobileclip_nb.core.ledger import read
     from mobileclip_nb.experiments.ablate import missing_jobs, price_runs
-    from mobileclip_nb.experiments.student_runs import measure_step
     from mobileclip_nb.experiments.student_sets import MANY, price_models
 
     todo = missing_jobs(jobs_of(ablations, scale, n_seeds), ledger)
     runs = read(ledger) if Path(ledger).exists() else []
     named = [j._replace(variant=j.label.rsplit(', seed', 1)[0]) for j in todo]
-    prices = price_runs(named, lambda s: s.train.steps, measure_step, runs)
-    if any(j.spec.augment == MANY for j in todo):
+    prices = price_runs(named, _steps_of, _measure, runs)
+    if any(getattr(j.spec, 'augment', None) == MANY for j in todo):
         return price_models(Path(folder) / scale, scale) + prices
     return prices
 
@@ -100,6 +116,8 @@ def _show_full(ablations: Sequence[Any], as_json: bool) -> int:
     from mobileclip_nb.experiments.ablations import check_full, full_table
 
     for a in ablations:
+        if not a.published:
+            raise ValueError(f"{a.name} has no published recipe; it runs at smoke and nano")
         result = dict(name=a.name, variants=[r._asdict() for r in check_full(a)])
         answer(result, f'{a.name}: {a.question}\n{full_table(a)}', as_json)
     say('Built on the meta device. To run one: `torchrun -m mobileclip_nb.train RECIPE --set ...`')
@@ -131,7 +149,25 @@ def _join(first: Any, rest: Any) -> Any:
     failed = {label: error for label, error in failed.items() if label not in rest.made}
     return rest._replace(made=first.made + rest.made, failed=failed)
 
+# %% ../../nbs/cli/04_ablate_command.ipynb #672b94a6
+def _prepare(args: argparse.Namespace, todo: Sequence[Any]) -> Any:  # for `run_missing`
+    "Make the models and sets that missing runs need, and the function that loads what they share"
+    from mobileclip_nb.experiments.finetune_runs import start_tuning
+    from mobileclip_nb.experiments.student_runs import start_students
+    from mobileclip_nb.experiments.student_sets import MANY, make_models, make_sets
 
+    views, limit = (2, 24) if args.scale == 'smoke' else (10, None)
+    folder = Path(args.folder) / args.scale
+    if todo and not hasattr(todo[0].spec, 'augment'):
+        return start_tuning(limit)
+    if todo:
+        names = sorted({j.spec.augment for j in todo})
+        if MANY in names:
+            make_models(folder, args.scale, args.ledger, args.processes, say)
+        make_sets(folder, names, views, limit, say)
+    return start_students(folder, views, limit)
+
+# %% ../../nbs/cli/04_ablate_command.ipynb #13141567
 def make_runs(
     args: argparse.Namespace,  # of the command
     ablations: Sequence[Any],
@@ -139,21 +175,11 @@ def make_runs(
     "Prepare the sets that are needed, and make the missing runs"
     from mobileclip_nb.core.ledger import read
     from mobileclip_nb.experiments.ablate import RunPlace, bar_sentence, missing_jobs, run_missing
-    from mobileclip_nb.experiments.student_runs import start_students
-    from mobileclip_nb.experiments.student_sets import MANY, make_models, make_sets
 
     begun = time.time()
     jobs = jobs_of(ablations, args.scale, args.seeds)
-    todo = missing_jobs(jobs, args.ledger)
-    small = args.scale == 'smoke'
-    views, limit = (2, 24) if small else (10, None)
     folder = Path(args.folder) / args.scale
-    if todo:
-        names = sorted({j.spec.augment for j in todo})
-        if MANY in names:
-            make_models(folder, args.scale, args.ledger, args.processes, say)
-        make_sets(folder, names, views, limit, say)
-    start = start_students(folder, views, limit)
+    start = _prepare(args, missing_jobs(jobs, args.ledger))
     bases = bases_of(ablations, args.scale, args.seeds)
     place = RunPlace(folder, args.processes, args.ray, _minutes_left(args.minutes, begun))
     first = run_missing(bases, args.ledger, start, args.scale, place, say)
@@ -193,7 +219,7 @@ def run_ablations(
 # fmt: off
 _SCALE = next(option for option in OPTIONS if option[0] == '--scale')[1]
 ABLATE = Command('ablate', run_ablations, (
-    ('name', dict(nargs='?', help='an ablation, or `all`; without one they are listed')),
+    ('name', dict(nargs='?', help='an ablation, or `all` of the papers; without one they are listed')),
     ('--scale', _SCALE | dict(default='nano', help='smoke or nano; full builds the published recipes and runs nothing')),
     ('--seeds', flag('seeds, from 0; by default those of the ablation', type=positive)),
     ('--processes', dict(type=positive, default=1, help='runs at a time, each on one core')),

@@ -107,7 +107,7 @@ def caption_command(
     args: argparse.Namespace,  # `images`, `captioner`, `weights`, `n`, `length`, `seed`, `device`
 ) -> int:  # exit status
     "Let a captioner describe pictures"
-    from mobileclip_nb.inference.predict import open_images, list_images
+    from mobileclip_nb.preprocessing.image_sources import list_images, open_images
     from mobileclip_nb.reinforce.caption_sampling import diversity
     from mobileclip_nb.reinforce.captioner import load_captioner
 

@@ -162,6 +162,17 @@ def is_captioner(
 
     return read_json(read_state(model)[1].get(ABOUT, '{}'), 'record').get('kind') == 'captioner'
 
+# %% ../../nbs/cli/02_train_commands.ipynb #dd38880d
+def _tuning_recipe(args: argparse.Namespace) -> Any:
+    "The recipe with the method that `--method` names, if any"
+    from mobileclip_nb.train.finetune import choose_method
+
+    if args.method is None:
+        return recipe_of(args)
+    if args.freeze:
+        raise ValueError('--method and --freeze both say what does not learn; give one')
+    return choose_method(recipe_of(args), args.method, args.rank)
+
 # %% ../../nbs/cli/02_train_commands.ipynb #34dbe314
 def finetune_model(
     args: argparse.Namespace,  # `model`, `data`, `out`, `alpha`, `keep`, `device`, `rate`, ...
@@ -176,7 +187,7 @@ def finetune_model(
 
     if not 0 <= args.alpha <= 1:
         raise ValueError(f'--alpha {args.alpha} is not between 0, the old, and 1, the new')
-    r, out, device = recipe_of(args), Path(args.out), pick_device(args.device or 'cpu')
+    r, out, device = _tuning_recipe(args), Path(args.out), pick_device(args.device or 'cpu')
     check_folder(out, args.resume, r, args.data, opening_of(args), start_name(args.model))
 
     def before(model: Any, data: Any) -> None:
@@ -318,6 +329,8 @@ _FINETUNE: Options = (
     MODEL_WEIGHTS,
     ('--out', dict(required=True, help='folder of the run')),
     ('--alpha', dict(type=float, default=0.5, help='how far from the old weights (0) to the new (1) the written model lies (0.5)')),
+    ('--method', flag('whole, frozen-image, frozen-text, projections, or lora: which weights learn (whole)', type=str)),
+    ('--rank', dict(type=int, default=8, help='of the adapters, with --method lora (8)')),
     ('--keep', dict(type=float, default=0.0, help='weight of agreeing with the old model while learning (0)')),
     ('--recipe', dict(default='finetune', help='a recipe by name')),
     *_RUN,

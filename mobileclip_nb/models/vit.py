@@ -97,10 +97,11 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(d, spec.eps), nn.Linear(d, out)
         self.apply(init_linear)
 
-    def forward(
+    def sequence(
         self,
         x: Tensor,  # `(B, 3, side, side)`
-    ) -> Tensor:  # `(B, out)`
+    ) -> Tensor:  # `(B, N + 1, D)`
+        "The sequence that the blocks read: class token and patches, with positions"
         s = self.spec.side
         if x.ndim != 4 or x.shape[1:] != (3, s, s):
             raise ValueError(
@@ -113,9 +114,15 @@ class ViT(nn.Module):
                 "use the model's preprocessing, or x/255"
             )
         x = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        cls = self.cls.expand(len(x), -1, -1)
+        cls = self.cls.expand(x.shape[0], -1, -1)  # `len(x)` would be a constant in a graph
         if self.spec.conv_stem:
             x = torch.cat([cls, x + self.pos], 1)
         else:
             x = torch.cat([cls, x], 1) + self.pos
-        return self.head(self.norm(self.blocks(self.pre_norm(x))[:, 0]))
+        return self.pre_norm(x)
+
+    def forward(
+        self,
+        x: Tensor,  # `(B, 3, side, side)`
+    ) -> Tensor:  # `(B, out)`
+        return self.head(self.norm(self.blocks(self.sequence(x))[:, 0]))

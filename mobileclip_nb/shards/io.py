@@ -26,7 +26,7 @@ from mobileclip_nb.core.files import (
     open_for_writing,
 )
 from .safe_io import Limits, read_json
-from ..core.errors import REASONS, Faulty
+from ..core.errors import REASONS, Faulty, printable
 from mobileclip_nb.shards.tar import (
     END,
     RECORD,
@@ -37,13 +37,6 @@ from mobileclip_nb.shards.tar import (
     tar_file,
 )
 from .sample import Sample, StoreSpec, from_members, to_members
-
-# %% ../../nbs/shards/05_io.ipynb #4141a4d1
-def _plain(text: str, most: int = 200) -> str:
-    "Make foreign text fit for a terminal and a log"
-    text = str(text).encode('utf-8', 'replace').decode()
-    text = ''.join(c if c.isprintable() else '?' for c in text)
-    return text if len(text) <= most else text[:most] + '...'
 
 # %% ../../nbs/shards/05_io.ipynb #b0b52f94
 @dataclass
@@ -64,7 +57,7 @@ class Skips:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < self.most:
-            examples.append((shard, _plain(key), _plain(detail)))
+            examples.append((shard, printable(key, 200), printable(detail, 200)))
 
     @property
     def total(self) -> int:

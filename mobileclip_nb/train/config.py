@@ -94,6 +94,8 @@ PARTS = {
     'image': 'the image tower',
     'text': 'the text tower',
     'probe': 'everything but the last layer of the image tower',
+    'towers': 'everything but the last projections of both towers',
+    'weights': 'every weight; low-rank adapters learn in their place',
 }
 
 # %% ../../nbs/train/00_config.ipynb #1b9ff12f
@@ -110,7 +112,7 @@ class TrainSpec(OptimSpec, id_name='TrainSpec'):
     accumulate: int = 1  # parts of a batch that pass through the towers one after the other
     checkpointing: bool = False  # activation checkpointing
     compile: bool = False  # compile the towers with `torch.compile`
-    frozen: str = ''  # a part of `PARTS` that does not learn: `image`, `text`, `probe`
+    frozen: str = ''  # a part of `PARTS` that does not learn, such as `image`
     frozen_norm: bool = False  # statistics of batch normalization are fixed
     sync_norm: bool = False  # statistics of batch normalization over all ranks
     parallel: str = 'ddp'  # on several ranks: `ddp` keeps whole models, `fsdp` shards

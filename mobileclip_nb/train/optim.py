@@ -98,13 +98,17 @@ def hold_still(
         model.get_submodule(name).eval()
 
 # %% ../../nbs/train/01_optim.ipynb #53f10003
+# Of these parts a few tensors learn, by what stands in their names; of the towers all others.
+_LEARNING = dict(probe=('image.head.',), towers=('image.head.', 'text.proj.'), weights=('.lora_',))
+
+
 def _is_trained(
     name: str,  # of a parameter
     part: str,  # of `PARTS`
 ) -> bool:
     "Whether a parameter receives gradients when `part` is frozen"
-    if part == 'probe':
-        return name == 'logit_scale' or name.startswith('image.head.')
+    if part in _LEARNING:
+        return name == 'logit_scale' or any(own in name for own in _LEARNING[part])
     return not part or not name.startswith(f'{part}.')
 
 

@@ -81,7 +81,7 @@ OPTIONS: Options = (
         "length of the run (nano); full is what the recipe means, and the published run where it is a paper's")),
     ('--steps', dict(type=int, help="instead of the recipe's")),
     ('--seed', dict(type=int, help="of weights and data order, instead of the recipe's")),
-    ('--freeze', dict(help='image, text, or probe: what does not learn')),
+    ('--freeze', dict(help='image, text, probe or towers: what does not learn')),
     ('--set', dict(action='append', metavar='FIELD=VALUE', help=
         'any field of the recipe, such as train.lr=3e-4 or train.parallel=fsdp; may be repeated')),
     ('--resume', dict(action='store_true', help="go on where the folder's run stopped, if there is one")),

@@ -57,6 +57,7 @@ class Recipe(Spec, id_name='Recipe'):
     drop: float | None = (
         None  # stochastic depth at the image tower's last block, 0–1; None keeps the model's
     )
+    lora: int = 0  # rank of adapters that learn in place of trained weights; 0 for none
 
     def at(
         self,

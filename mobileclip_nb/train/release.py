@@ -19,6 +19,7 @@ from ..models.clip import CLIP
 from ..core.errors import suggest
 from .optim import freeze
 from .loop import Trained
+from .lora import add_lora, merge_lora
 from .between_steps import refresh_model
 from .recipe import Note, read_note
 from .source import Opening, open_run
@@ -91,7 +92,10 @@ def from_run(
     average = which == 'ema' and held['ema'] is not None
     model, state = build(note.record, empty=True), held['ema' if average else 'model']
     bias = state.pop('logit_bias', None)  # of the sigmoid loss; a ranking does without it
+    if note.recipe.lora:
+        model = add_lora(model, note.recipe.lora)
     model.load_state_dict(state)
+    model = merge_lora(model) if note.recipe.lora else model
     if statistics is None:
         lags = is_lagging(model, held['spec'], held['step'])
         statistics = which == 'ema' and not note.start and lags

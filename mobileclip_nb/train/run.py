@@ -25,6 +25,7 @@ from ..core.config import Spec
 from .data import check_pairs
 from .heldout import BEST_BY, evaluation_interval, make_report
 from .loop import Trained, train
+from .lora import add_lora, merge_lora
 from .between_steps import LoopConfig
 from .objective import objective as plain
 from .recipe import Note, Recipe, learner, record_of, write_note
@@ -85,13 +86,27 @@ def open_data(
     found = as_batches(recipe, data) if isinstance(data, PairData) else data
     return RunData(recipe, record_of(recipe), found, None, config.held_out, config.place)
 
+# %% ../../nbs/train/40_run.ipynb #b7eaff0f
+def _adapted(model: CLIP | None, r: Recipe) -> CLIP:
+    "Put a recipe's adapters beside the weights that a run starts with"
+    if not (r.lora and r.train.frozen == 'weights'):
+        raise ValueError(
+            f"lora={r.lora} and train.frozen={r.train.frozen!r} belong together: adapters learn "
+            "where the weights are frozen; choose_method(recipe, 'lora') sets both"
+        )
+    if model is None:
+        raise ValueError(f"lora={r.lora} adapts trained weights, and this run has random ones")
+    return add_lora(model, r.lora, r.train.seed)
+
 
 def make_model(
     data: RunData,
     config: RunConfig = RunConfig(),
 ) -> CLIP:  # in train mode, on its device
     "Make the model of a run, or take the one it starts with"
-    model = config.start
+    model, r = config.start, data.recipe
+    if r.lora or r.train.frozen == 'weights':
+        model = _adapted(model, r)
     if model is None:
         model = learner(data.recipe, captions_of(data.source), data.record)
     return model.to(pick_device(config.device or 'cpu'))
@@ -201,7 +216,8 @@ def run(
             write_note(out, note_of(data, model, config))
         chosen = choose_evaluation(data, config, say)
         done = _train(model, data, out, chosen.but(say=say))
-        result = RunResult(done.model, done, data.recipe, data)
+        learned = merge_lora(done.model) if data.recipe.lora else done.model
+        result = RunResult(learned, done, data.recipe, data)
         if config.ledger and done.new and first:
             write_line(result, config)
     return result

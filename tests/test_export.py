@@ -1,0 +1,83 @@
+"""Every kind of tower leaves Python: trace, torch.export, and ONNX with a dynamic batch.
+
+Narrow towers, because the graph and not the width decides; `tests/export` does all towers of the zoo at their own width,
+and by ONNX with a fixed batch, too.
+"""
+
+import gc, os, resource, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+
+pytest.importorskip('onnxruntime')
+import export_paths
+from mobileclip_nb.models.mci import MCI, MCi
+from mobileclip_nb.models.text_repmixer import text_tower
+from mobileclip_nb.models.text_transformer import TextSpec
+from mobileclip_nb.models.vit import VIT, ViT
+from mobileclip_nb.models.zoo import NANO, build
+
+NARROW = dict(dim=64, depth=2, heads=2)
+TEXT = TextSpec(width=64, heads=2, layers=2)
+PATHS = [p for p in export_paths.PATHS if p is not export_paths.onnx_static]
+TOWERS = {
+    'nano image': lambda: build(NANO).image,
+    'nano text': lambda: build(NANO).text,
+    'mci3': lambda: MCi(MCI['mci3'].but(depths=(1,) * 5, dims=(48, 48, 48, 96, 96)), 32),
+    'vit_b16': lambda: ViT(VIT['vit_b16'].but(**NARROW), 32),
+    'vit_l14': lambda: ViT(VIT['vit_l14'].but(**NARROW), 32),
+    'text': lambda: text_tower(TEXT, 32),
+    'causal text': lambda: text_tower(TEXT.but(causal=True), 32),
+}
+
+
+@pytest.mark.parametrize('name', TOWERS)
+def test_tower(name):
+    "The exported tower agrees with the eager one, on another batch where the batch is dynamic"
+    tower = export_paths.folded(TOWERS[name]())
+    x, more = export_paths.inputs(tower), export_paths.inputs(tower, 3)
+    with torch.no_grad():
+        gaps = {path.__name__: path(tower, x, more) for path in PATHS}
+    print(name, {k: f'{v:.1e}' for k, v in gaps.items()})
+    assert max(gaps.values()) <= 1e-5
+    gc.collect()
+
+
+EXPORT = ('-m', 'mobileclip_nb', 'export', 'mobileclip_nano', '--to', 'torchscript', 'out')
+
+
+def start(folder, **how):
+    "Begin an export of the nano model in a folder"
+    root = str(Path(__file__).parents[1])
+    env = os.environ | dict(PYTHONPATH=root, OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, *EXPORT], cwd=folder, env=env, text=True, **how)
+
+
+def test_no_room(tmp_path):
+    "A file that may not grow: one line, status 2, and nothing is left"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    process = start(tmp_path, stderr=subprocess.PIPE, preexec_fn=limit)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2, err[-2000:]
+    assert 'no room to write' in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed(tmp_path):
+    "A killed export leaves no folder of its name, and the next one writes it"
+    process = start(tmp_path, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob('.out.*.part/*')):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith('.out.')
+    os.utime(left, (0, 0))
+    process = start(tmp_path, stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert 'text.ts' in out
+    assert [p.name for p in tmp_path.iterdir()] == ['out']
