@@ -499,6 +499,31 @@ def test_ensemble_on_pictures(tmp_path, capsys):
         assert found['n_images'] == 30 and found['i2t_r10'] >= found['i2t_r1']
 
 
+def test_teachers_tune(tmp_path, capsys):
+    "A scale a teacher from pairs in a folder, as JSON; what cannot be read is named, with status 2"
+    from mobileclip_nb.datasets.emoji import write_folder
+
+    add_small_vit(tmp_path)
+    write_folder(tmp_path / 'pictures', 'heldout', limit=30)
+    words = ['--on', str(tmp_path / 'pictures'), '--scales', '10,40,100', '--device', 'cpu']
+    assert main(['teachers', 'tune', 'teacher_nano_a', *words, '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    (teacher,) = found['teachers']
+    nll = {r['scale']: r['nll'] for r in found['readings']}
+    assert found['pairs'] == 30 and list(nll) == [10, 40, 100]
+    assert nll[teacher['best']] == min(nll.values()) == teacher['nll']
+    assert f'"scale": {teacher["best"]}' in found['lines']['reinforce']
+    for wrong, message in {
+        ('teacher_nano_x',): "No model 'teacher_nano_x'",
+        ('gone.json',): "No recipe file 'gone.json'",
+        ('open_clip:small-vit',): 'A teacher needs weights',
+        ('teacher_nano_a', '--out', 'new.json'): 'name one in place of models',
+        ('teacher_nano_a', '--scales', 'high'): 'write numbers',
+    }.items():
+        assert main(['teachers', 'tune', *wrong[:1], *words, *wrong[1:]]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_open_clip_models(sets, tmp_path):
     "A model of open_clip that is not ours; and ours through open_clip's interface, with equal embeddings"
     import open_clip
