@@ -53,7 +53,15 @@ def _pairs(full: Mapping[str, Any]) -> list[Any]:
 
 
 _WEIGHTS = [
-    (f'λ = {x:g}', x, f'{x}', 'recipe.train.loss.distill', x, 'recipe.train.loss.clip', 1 - x)
+    (
+        f'λ = {x:g}',
+        x,
+        f'{x}',
+        'recipe.train.loss.distill',
+        x,
+        'recipe.train.loss.clip',
+        round(1 - x, 1),
+    )
     for x in (1.0, 0.7, 0.5, 0.3, 0.1)
 ]
 _CHOICE = 'with one caption a picture the full scale needs the same objective as the nano scale'
