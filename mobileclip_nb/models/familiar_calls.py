@@ -96,7 +96,7 @@ _PROCESSOR = 'model.processor, model.preprocess and model.tokenizer come with th
 _TRAINER = (
     '`mobileclip train` and `mobileclip finetune` train, and mobileclip_nb.train.run in Python'
 )
-_CLASSIFIER = 'ZeroShotClassifier(LABELS, model=..., templates=...) is one to call on images'
+_CLASSIFIER = 'ZeroShotClassifier(LABELS, model=...) is one to call on images, templates=... among its arguments'
 REMEDIES = {
     'AutoModel': _MODEL,
     'CLIPModel': _MODEL,
