@@ -273,7 +273,7 @@ def _embed_list(
         rows += [embeddings.float().cpu().numpy() for _, embeddings in batches]
     return np.concatenate(rows)
 
-
+# %% ../../nbs/inference/01_embed.ipynb #cf4bf66b
 def embed(
     images: object,  # as `list_images` takes them; with `out` a folder, subfolders included
     out: str | Path | None = None,  # ends in .npz or .parquet; None: nothing is stored

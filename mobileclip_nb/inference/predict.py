@@ -92,7 +92,7 @@ def read_texts(
         raise ValueError(f"{str(path)!r} must hold a list, or an object of labels and texts")
     return found
 
-
+# %% ../../nbs/inference/00_predict.ipynb #0b3e4744
 def label_prompts(
     labels: object,  # a list, a dictionary of label and texts, or a file with either
     templates: object = None,  # a list, or a file; None: the model's default
@@ -330,7 +330,7 @@ class ZeroShotClassifier:
     @torch.inference_mode()
     def __call__(
         self,
-        images: object,  # path, folder, URL, bytes, PIL image, array, tensor, or a sequence of these
+        images: object,  # path, folder, URL, bytes, PIL image, array, tensor; or a sequence
         top: int | None = None,  # labels kept an image; None keeps all
         batch: int | None = None,  # images at a time; None takes `default_batch`
         on_error: str = 'raise',  # or `skip`: leave out images that cannot be read
@@ -351,7 +351,7 @@ class ZeroShotClassifier:
 
 # %% ../../nbs/inference/00_predict.ipynb #4de4ecfb
 def predict(
-    images: object,  # path, folder, URL, bytes, PIL image, array, tensor, or a sequence of these
+    images: object,  # path, folder, URL, bytes, PIL image, array, tensor; or a sequence
     labels: Sequence[str] | Mapping[str, object] | str | Path,  # as `label_prompts` takes them
     model: str | Path | CLIP = 'mobileclip_nano',  # as `load_for_inference` takes it
     templates: Sequence[str] | str | Path | None = None,  # `{}` is the label; None: the default

@@ -45,7 +45,7 @@ def _check_classes(
             "needs no training, and mobileclip_nb.downstream.classification trains one"
         )
 
-
+# %% ../../nbs/models/08_factory.ipynb #bac37cc8
 def create_model(
     name: str | Path,  # of a model in any spelling, or a location of weights that tells its model
     weights: str | Path | bool | None = None,  # a tag, a path, a folder, `hf-hub:ORG/REPO[/FILE]`

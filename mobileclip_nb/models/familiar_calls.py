@@ -96,7 +96,7 @@ _PROCESSOR = 'model.processor, model.preprocess and model.tokenizer come with th
 _TRAINER = (
     '`mobileclip train` and `mobileclip finetune` train, and mobileclip_nb.train.run in Python'
 )
-_CLASSIFIER = 'ZeroShotClassifier(LABELS, model=...) is one to call on images, templates=... among its arguments'
+_CLASSIFIER = 'ZeroShotClassifier(LABELS, model=...) makes one to call on images'
 REMEDIES = {
     'AutoModel': _MODEL,
     'CLIPModel': _MODEL,
@@ -108,7 +108,7 @@ REMEDIES = {
     'Trainer': _TRAINER,
     'TrainingArguments': _TRAINER,
     'build_zero_shot_classifier': _CLASSIFIER,
-    'reparameterize_model': 'fold(model) folds a model, and create_model(..., folded=True) makes one',
+    'reparameterize_model': 'fold(model), or create_model(..., folded=True), does that',
 }
 
 
@@ -121,8 +121,9 @@ class Elsewhere:
     ):
         self._message = f'mobileclip_nb has no {name}: {REMEDIES[name]}'
 
-    def __call__(self, *_: Any, **__: Any) -> None:
-        raise TypeError(self._message)
+    @property
+    def __call__(self) -> None:
+        raise TypeError(self._message)  # whatever the arguments: looking the method up raises
 
     def __getattr__(self, attribute: str) -> None:
         raise AttributeError(self._message)

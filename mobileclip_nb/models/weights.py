@@ -181,7 +181,7 @@ def _cached_file(
             return Path(cached)
     return None
 
-
+# %% ../../nbs/models/07_weights.ipynb #548900e6
 def fetch_hub(
     location: str,  # `hf-hub:ORG/REPO` or `hf-hub:ORG/REPO/FILE`
 ) -> Path:  # of the file in the hub's cache

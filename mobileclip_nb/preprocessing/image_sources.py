@@ -22,7 +22,7 @@ from .transform import rgb
 
 # %% ../../nbs/preprocessing/05_image_sources.ipynb #8e692c51
 # fmt: off
-IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.heic', '.heif', '.avif')  # file name extensions searched for in folders
+IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.heic', '.heif', '.avif')  # extensions
 # fmt: on
 
 
@@ -60,7 +60,7 @@ def _to_array(
         raise ValueError(f"A tensor must be uint8, or floats from 0 to 1; got {x.dtype}")
     return x.movedim(-3, -1).numpy()
 
-
+# %% ../../nbs/preprocessing/05_image_sources.ipynb #a2647673
 def list_images(
     images: object,  # path, folder, URL, bytes, PIL image, array, tensor; or a sequence of these
 ) -> list[tuple[str, object]]:  # name and source of each image
@@ -106,7 +106,7 @@ def _fetch(
         reason = getattr(e, 'reason', None) or e
         raise OSError(f"Cannot fetch {without_secrets(url)!r}: {reason}") from None
 
-
+# %% ../../nbs/preprocessing/05_image_sources.ipynb #fe938bf1
 def _open(
     name: str,  # for messages
     source: object,  # second of the pairs of `list_images`
