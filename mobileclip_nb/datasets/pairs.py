@@ -158,7 +158,19 @@ def _jsonl_rows(path: Path, image: str, caption: str) -> Iterator[PairRow]:  # n
         yield from _object_rows(where, content.get(image), content.get(caption))
 
 # %% ../../nbs/datasets/00_pairs.ipynb #036fdae5
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+SUFFIXES = (
+    '.png',
+    '.jpg',
+    '.jpeg',
+    '.webp',
+    '.gif',
+    '.bmp',
+    '.tif',
+    '.tiff',
+    '.heic',
+    '.heif',
+    '.avif',
+)
 _READERS = {'.csv': _csv_rows, '.tsv': _csv_rows, '.jsonl': _jsonl_rows}
 
 
