@@ -139,7 +139,7 @@ def make_graph(
         module = make_module(v)
     dtype = str(x.dtype).removeprefix('torch.')
     given = Port(v.tower, dtype, tuple(x.shape), 'input')
-    out = Port('embedding', 'float32', (v.batch, record.embed_dim), 'not normalized')
+    out = Port(f'{v.tower}_embedding', 'float32', (v.batch, record.embed_dim), 'not normalized')
     return Graph(
         v.tower,
         module.requires_grad_(False),
