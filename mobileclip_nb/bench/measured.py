@@ -11,6 +11,8 @@ __all__ = ['check_peers', 'list_variants', 'serve_roofline', 'pinned_roofline', 
 import functools
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -140,14 +142,16 @@ def measure_models(
     listed = [list_variants(base, runtimes, peers) for base in groups]
     record = start_record(timing)
     record.notes = sorted({note for _, notes in listed for note in notes})
-    for n in threads:
-        say(f'the machine, threads: {n}')
-        record.rooflines.append(pinned_roofline(n)._asdict())
-        for k, (base, (variants, _)) in enumerate(zip(groups, listed), 1):
-            what = f'{base.model} {base.tower}, batch {base.batch}, threads: {n}'
-            say(f'{k} of {len(groups)}: {what}')
-            record.groups.append(time_variants(variants, timing.but(threads=n), say))
-            keep(record)
+    with TemporaryDirectory() as folder:
+        for n in threads:
+            say(f'the machine, threads: {n}')
+            record.rooflines.append(pinned_roofline(n)._asdict())
+            for k, (base, (variants, _)) in enumerate(zip(groups, listed), 1):
+                what = f'{base.model} {base.tower}, batch {base.batch}, threads: {n}'
+                say(f'{k} of {len(groups)}: {what}')
+                found = time_variants(variants, timing.but(threads=n), say, Path(folder))
+                record.groups.append(found)
+                keep(record)
     return record
 
 

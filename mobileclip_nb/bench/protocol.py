@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from .runtimes import Variant
+from .runtimes import Variant, variant_path
 from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.files import atomic_write
@@ -117,6 +117,8 @@ def serve_variant(
             ms = _sample(call, n)
             pipe.send((statistics.median(ms), min(ms), time.process_time() - begun))
         pipe.send(dict(peak_mb=memory_mb()))
+    except (EOFError, BrokenPipeError):
+        return  # the parent has no more questions
     except Exception as e:
         pipe.send(RuntimeError(f'{v.label}: {type(e).__name__}: {e}'))
 
@@ -189,10 +191,11 @@ class Worker:
         return self.wait()
 
     def stop(self) -> None:
-        "End the process"
+        "End the process: by itself if it waits for a question, else by force"
+        self.pipe.close()
+        self.process.join(3)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
 # %% ../../nbs/bench/05_protocol.ipynb #6157a8c9
 def _busy_seconds() -> float | None:
@@ -297,6 +300,10 @@ def _write_files(variants: Sequence[Variant], folder: Path, say: Callable) -> li
     "The files of all variants, each written in a process of its own"
     paths = []
     for v in variants:
+        path = variant_path(v, folder)
+        if path is None or path.exists():
+            paths.append(path)
+            continue
         worker = Worker(save_file, (v, folder), v.label)
         try:
             say(f'  writing {v.label}')
@@ -320,6 +327,7 @@ def time_variants(
     variants: Sequence[Variant],  # of one tower and input
     timing: TimingSpec = TimingSpec(),
     say: Callable[[str], None] = lambda text: None,  # progress
+    files: Path | None = None,  # a folder that keeps files for another call; None: a temporary one
 ) -> TimedGroup:
     "Time variants side by side, each in a process of its own (MobileCLIP §5)"
     if len({v.but(runtime='', source='') for v in variants}) != 1:
@@ -329,7 +337,7 @@ def time_variants(
     workers: dict[str, Worker] = {}
     with TemporaryDirectory() as folder:
         try:
-            paths = _write_files(variants, Path(folder), say)
+            paths = _write_files(variants, files or Path(folder), say)
             for v, path in zip(variants, paths):
                 say(f'  opening {v.label}')
                 job = (v, path, timing)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEERS', 'TIMM_NAMES', 'Call', 'RUNTIMES', 'Variant', 'open_clip_name', 'make_module', 'make_input', 'make_graph',
-           'Runtime', 'check_runtimes', 'save_variant', 'open_variant']
+           'Runtime', 'check_runtimes', 'variant_path', 'save_variant', 'open_variant']
 
 # %% ../../nbs/bench/04_runtimes.ipynb #ed8cd5b4
 import importlib, warnings
@@ -163,6 +163,7 @@ class Runtime(NamedTuple):
     save: Callable[[Graph, Path], None] | None = None  # writes the file
     load: Callable[[Path, int, Variant], Call] | None = None  # opens it at a number of threads
     explicit: bool = True  # attention of plain operations in the file
+    suffix: str = '.onnx'  # of the file
 
 
 RUNTIMES: dict[str, Runtime] = {}
@@ -243,7 +244,7 @@ def _load_openvino(precision: str) -> Callable[[Path, int, Variant], Call]:
 _ONNX = (('onnx', 'export'), ('onnxscript', 'export'))
 _OPENVINO = (*_ONNX, ('openvino', 'export'))
 RUNTIMES['aotinductor'] = Runtime(
-    'AOTInductor, frozen', save=_save_aoti, load=_load_aoti, explicit=False
+    'AOTInductor, frozen', save=_save_aoti, load=_load_aoti, explicit=False, suffix='.pt2'
 )
 RUNTIMES['onnx'] = Runtime(
     'ONNX Runtime', (*_ONNX, ('onnxruntime', 'export')), save=save_onnx, load=_load_onnx
@@ -270,17 +271,24 @@ def check_runtimes(
     return list(names)
 
 # %% ../../nbs/bench/04_runtimes.ipynb #017a468c
+def variant_path(
+    v: Variant,
+    folder: Path,  # for files
+) -> Path | None:  # None for runtimes without a file
+    "The file of a variant, one for all runtimes that read the same"
+    runtime = RUNTIMES[v.runtime]
+    if runtime.save is None:
+        return None
+    return folder / f'{v.but(runtime=runtime.suffix).id}{runtime.suffix}'
+
+
 def save_variant(
     v: Variant,
     folder: Path,  # for the file
 ) -> Path | None:  # None for runtimes without a file
-    "Write the file of a variant, once for all runtimes that read the same"
-    runtime = RUNTIMES[v.runtime]
-    if runtime.save is None:
-        return None
-    suffix = '.onnx' if runtime.save is save_onnx else f'.{v.runtime}.pt2'
-    path = folder / f'{v.but(runtime=suffix).id}{suffix}'
-    if not path.exists():
+    "Write the file of a variant, unless it is there"
+    runtime, path = RUNTIMES[v.runtime], variant_path(v, folder)
+    if path is not None and not path.exists():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of converters, about their own internals
             runtime.save(make_graph(v, runtime.explicit), path)
