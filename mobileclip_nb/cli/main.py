@@ -33,6 +33,7 @@ from .export_command import EXPORT, FORMATS
 from .search_commands import COMMANDS as SEARCH_COMMANDS
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
+from .bench_commands import COMMANDS as BENCH_COMMANDS
 from ..train.options import OPTIONS, add_options
 
 # %% ../../nbs/cli/08_main.ipynb #81b72c9b
@@ -376,6 +377,7 @@ COMMANDS = (
     *SEARCH_COMMANDS,
     *SHARD_COMMANDS,
     *TRAIN_COMMANDS,
+    *BENCH_COMMANDS,
     ABLATE,
     EXPORT,
     FORMATS,
