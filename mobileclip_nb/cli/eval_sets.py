@@ -280,12 +280,14 @@ def run_sets(
     missing: dict[str, str],  # receives keys and reasons
 ) -> Any:  # a `SuiteResult`
     "Run a model over the data sets that were asked for"
-    from mobileclip_nb.core.files import cache_dir
+    from mobileclip_nb.core.files import cache_dir, check_writable
     from mobileclip_nb.evaluate.suite import SuiteResult, run_suite
 
     own = getattr(args, 'winogavil', None)
     if own and args.on != 'suite38':
         raise ValueError('--winogavil belongs to --on suite38; alone: --on winogavil --data FOLDER')
+    if args.out:
+        check_writable(args.out)
     model = make_eval_model(args)
     if args.on in CHOICE_SETS:
         return SuiteResult([], {}) if rank else run_choices(args, model, missing)

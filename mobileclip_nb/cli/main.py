@@ -22,10 +22,13 @@ from mobileclip_nb.cli.console import (
     THREADS,
     WEIGHTS,
     answer,
+    error_text,
     flag,
     in_shell,
     model_of,
     say,
+    status_of,
+    stop_on_sigterm,
 )
 from .ablate_command import ABLATE
 from .eval_sets import evaluate_sets, is_data_set, make_eval_model, split_members
@@ -82,7 +85,7 @@ def label_pictures(
         answer(result, f'{p.path}  {text}', args.json)
     for path, why in found.skipped:
         say(f'{path}: {why}')
-    return 1 if found.skipped else 0
+    return status_of(len(found), len(found.skipped))
 
 # %% ../../nbs/cli/08_main.ipynb #f9625b0d
 def embed_pictures(
@@ -98,7 +101,7 @@ def embed_pictures(
     answer(result, text, args.json)
     for path, why in done.skipped.items():
         say(f'{path}: {why}')
-    return 1 if done.skipped else 0
+    return status_of(len(done.paths), len(done.skipped))
 
 # %% ../../nbs/cli/08_main.ipynb #8937b72d
 def folder_splits(
@@ -417,15 +420,15 @@ def main(
     if args.verb not in ('models', 'shards', 'bench'):
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # read when torch is loaded, later
     try:
-        return args.run(args)
+        with stop_on_sigterm():
+            return args.run(args)
     except KeyboardInterrupt as e:
         say(in_shell(str(e)) or 'stopped')
         return 2
     except _ERRORS as e:
         if args.debug:
             raise
-        text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
-        say(f'mobileclip {args.verb}: {in_shell(text)}')
+        say(f'mobileclip {args.verb}: {in_shell(error_text(e))}')
         return 2
 
 # %% ../../nbs/cli/08_main.ipynb #cc187683

@@ -247,11 +247,13 @@ def release_weights(
 ) -> int:  # exit status
     "Make weights with their record of a run's folder or checkpoint"
     import torch
+    from mobileclip_nb.core.files import check_writable
     from mobileclip_nb.models.weights import save_weights
     from mobileclip_nb.train.release import from_run
 
     if not str(args.out).endswith('.safetensors'):
         raise ValueError(f'--out {args.out}: released weights end in .safetensors')
+    check_writable(args.out)
     which = 'raw' if args.raw else 'ema'
     keep_file(args.out, from_run(args.folder, which, False)[1] | dict(alpha=None))
     model, run = from_run(args.folder, which, say=say)
