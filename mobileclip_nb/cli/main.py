@@ -110,7 +110,9 @@ def folder_splits(
     pixels: Any,  # of the model: side and way of resizing
 ) -> dict[str, Any]:  # name to `PairData`
     "The pictures of a folder; those that the model's run kept out of training apart from the rest"
-    from mobileclip_nb.train.data import load_data, load_parts
+    from mobileclip_nb.datasets.pairs import hold_out, read_pairs
+    from mobileclip_nb.loaders.batches import files_of_pairs
+    from mobileclip_nb.train.data import EMOJI, is_shards, load_data
     from mobileclip_nb.train.options import run_of
 
     name, files = Path(place).name, [w for _, w in split_members(weights) if Path(w).is_file()]
@@ -121,14 +123,19 @@ def folder_splits(
             f"The runs of {weights} kept different shares of {name} out of training "
             f"({', '.join(map(str, sorted(shares)))}); evaluate them one by one"
         )
+    if place in EMOJI or is_shards(place):
+        return {name: load_data(place, pixels.side, say=say, resize=pixels.resize)}
+    pairs = read_pairs(place)
+    say(str(pairs.report))
+    parts = {name: pairs}
     if shares:
         try:
-            (part,) = load_parts(place, pixels, *shares, say=say)
+            learned, held = hold_out(pairs, *shares)
         except ValueError:
-            part = None  # too few pictures for two parts: another folder of this name
-        if part:
-            return {f'{name}, held out': part.held, f'{name}, trained on': part.data}
-    return {name: load_data(place, pixels.side, say=say, resize=pixels.resize)}
+            pass  # too few pictures for two parts: another folder of this name
+        else:
+            parts = {f'{name}, held out': held, f'{name}, trained on': learned}
+    return {k: files_of_pairs(p, pixels.side, pixels.resize) for k, p in parts.items()}
 
 
 def unknown_line(

@@ -12,7 +12,14 @@ import argparse, sys
 from pathlib import Path
 from typing import Any
 
-from .console import WEIGHTS as MODEL_WEIGHTS, Command, answer, flag, say
+from mobileclip_nb.cli.console import (
+    WEIGHTS as MODEL_WEIGHTS,
+    Command,
+    align_tables,
+    answer,
+    flag,
+    say,
+)
 from ..core.runtime import pick_device, set_threads
 from ..train.heldout import BEST_BY
 from mobileclip_nb.train.options import (
@@ -34,13 +41,12 @@ def show_price(
     device: str,  # where it will be trained, and is timed
 ) -> int:  # exit status
     "Print what a run would cost; published data need not be here"
-    from mobileclip_nb.train.cost import measured_price, price, published_data
+    from mobileclip_nb.train.cost import measured_price, price_alone
     from mobileclip_nb.train.recipe import learner
     from mobileclip_nb.train.source import captions_of, open_run
 
     if args.data is None:
-        assumed = 'assumed: --rate' if args.rate else ''
-        cost = price(r, args.rate, published_data(r.data), assumed)
+        cost = price_alone(r, args.rate, device)
     else:
         data = open_run(r, args.data, opening_of(args, say=say))
         r, found = data.recipe, data.source
@@ -93,7 +99,7 @@ def beside_bar(
     "Write to standard error, above a progress bar if one is there"
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(align_tables(text), file=sys.stderr)
 
 
 def best_of(
