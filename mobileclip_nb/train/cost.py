@@ -23,7 +23,7 @@ from ..shards.job import file_size
 from .loop import train
 from .recipe import Recipe, learner
 from .source import as_batches, source_parts
-from .config import TrainSpec
+from .config import LossSpec, TrainSpec
 
 # %% ../../nbs/train/33_cost.ipynb #8ae97f22
 def format_bytes(n: float, unit: str = 'B') -> str:
