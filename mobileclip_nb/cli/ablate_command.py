@@ -34,7 +34,7 @@ def ablations_of(
         raise KeyError(f"No ablation {name!r}.{suggest(name, known)} There are {listed}.")
     return [known[name]]
 
-
+# %% ../../nbs/cli/04_ablate_command.ipynb #5b117a02
 def bases_of(
     ablations: Sequence[Any],
     scale: str,  # `smoke` or `nano`

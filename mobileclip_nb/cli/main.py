@@ -137,7 +137,7 @@ def folder_splits(
             parts = {f'{name}, held out': held, f'{name}, trained on': learned}
     return {k: files_of_pairs(p, pixels.side, pixels.resize) for k, p in parts.items()}
 
-
+# %% ../../nbs/cli/08_main.ipynb #5b117a03
 def unknown_line(
     model: Any,  # a CLIP
     texts: Sequence[str],  # captions

@@ -47,7 +47,7 @@ def atomic_write(
     finally:
         temporary.unlink(missing_ok=True)
 
-
+# %% ../../nbs/core/02_files.ipynb #5b117a04
 _NO_ROOM = re.compile(r'(?i)no space left|disk quota|file too large|fail\w* writing|write fail')
 _TORCH_WRITE = re.compile(r'unexpected pos|PytorchStreamWriter')  # what torch makes of a full disk
 
@@ -105,7 +105,7 @@ def _drop_lock(lock: FileLock) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
-
+# %% ../../nbs/core/02_files.ipynb #5b117a05
 def _hidden_folder(
     path: Path,  # the final name of a folder
 ) -> tuple[Path, FileLock]:  # beside it, new and empty; held while the process lives

@@ -269,7 +269,7 @@ def _other_image(
     beside = (p for p in sidecar.parent.glob(f'{glob.escape(sidecar.stem)}.*') if p.is_file())
     return next((p for p in sorted(beside) if p.suffix.lower() in _UNREAD), None)
 
-
+# %% ../../nbs/datasets/00_pairs.ipynb #5b117a06
 def _report_unused(
     report: PairsReport,  # is filled
     rows: list[PairRow],  # as read

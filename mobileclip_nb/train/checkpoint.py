@@ -329,7 +329,7 @@ def _check_same_run(
             f"{current_ranks().world}. Use as many, or another folder"
         )
 
-
+# %% ../../nbs/train/21_checkpoint.ipynb #5b117a07
 def restore(
     state: State,  # newly made; changed in place
     held: dict[str, Any],  # of `load_run`

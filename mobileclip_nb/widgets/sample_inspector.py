@@ -254,7 +254,7 @@ def _make_box(
 
     return PicturedBox(children)
 
-
+# %% ../../nbs/widgets/00_sample_inspector.ipynb #5b117a01
 def make_inspector(
     samples: Sequence[Sample],  # to choose from, keys all different
     spec: AugmentSpec,  # the pipeline
