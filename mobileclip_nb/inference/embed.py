@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.runtime import pick_device
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_writable
 from ..core.errors import import_optional
 from mobileclip_nb.inference.predict import (
     check_positive,
@@ -212,11 +212,12 @@ def _write_parts(tables: Iterable[Table], parts: Path) -> list[Table]:
 
 # %% ../../nbs/inference/01_embed.ipynb #4e2a447c
 def _check_output(out: Path) -> None:
-    "Check the format of the output, and that its library is installed"
+    "Check the format of the output, its library, and that it can be written"
     if out.suffix not in ('.npz', '.parquet'):
         raise ValueError(f"Cannot tell how to write {out.name!r}; end it in .npz or .parquet")
     if out.suffix == '.parquet':
         import_optional('pyarrow', extra='lab')
+    check_writable(out)
 
 
 def list_states(folder: Path) -> dict[str, str]:  # relative path to state

@@ -101,7 +101,7 @@ def open_image(
             if image.width * image.height > max_pixels:
                 raise ValueError(
                     f"it claims {image.width}x{image.height} pixels, over the limit of "
-                    f"{max_pixels:,}; pass a larger max_pixels if you trust it"
+                    f"{max_pixels:,}; make a smaller copy of it"
                 )
             image.load()
             return to_upright_rgb(image)
@@ -111,8 +111,7 @@ def open_image(
         raise ValueError(f"Image {name}: not an image that PIL can read") from e
     except Image.DecompressionBombError as e:
         raise ValueError(
-            f"Image {name}: it claims more pixels than PIL opens; "
-            "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"Image {name}: it claims more pixels than PIL opens; make a smaller copy of it"
         ) from e
     except IsADirectoryError as e:
         raise ValueError(f"Image {name}: is a folder") from e

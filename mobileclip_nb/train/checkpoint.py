@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BEST', 'EMA', 'State', 'find_nonfinite', 'link_file', 'checkpoints', 'check_vacant', 'remove_old_checkpoints',
-           'save_state', 'read_checkpoint', 'load_run', 'find_best', 'step_of', 'restore_best', 'restore', 'find_run',
-           'start_run', 'trained_model']
+           'save_state', 'read_checkpoint', 'load_run', 'find_best', 'step_of', 'restore_best', 'OtherBatches',
+           'restore', 'find_run', 'start_run', 'trained_model']
 
 # %% ../../nbs/train/21_checkpoint.ipynb #84289ab4
-import copy, io, json, math, os, shutil, warnings
+import copy, errno, io, json, math, os, shutil, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,10 +202,11 @@ def save_state(
             if (keep > 1 or milestones) and state.saved not in (None, state.step) and path.exists():
                 link_file(path, path.with_stem(f'{path.stem}-{state.saved:08d}'))
     except (OSError, RuntimeError) as e:
+        why = getattr(e, 'strerror', None) or e
         raise OSError(
-            getattr(e, 'errno', None),
+            getattr(e, 'errno', None) or errno.EIO,
             f"The checkpoint of step {state.step} could not be written to {path.parent.name!r} "
-            f"({e}). {before}. Make room or mend the folder, then go on with resume=True",
+            f"({why}). {before}. Make room or mend the folder, then go on with resume=True",
         ) from e
     state.saved = state.step
     remove_old_checkpoints(path, keep, milestones)
@@ -299,12 +300,16 @@ def restore_best(
     return f'{where}, whose checkpoint is gone; the next higher one is kept as {BEST}'
 
 # %% ../../nbs/train/21_checkpoint.ipynb #fdbacf8e
+class OtherBatches(ValueError):
+    "A run is to go on with batches of other data than it began with"
+
+
 def _check_same_run(
     held: dict[str, Any],  # of `load_run`
     spec: TrainSpec,  # what is asked for now
     data: str,  # the batches' id now
 ) -> None:
-    "Raise `ValueError` if a checkpoint belongs to another run"
+    "Raise `ValueError` if a checkpoint belongs to another run, `OtherBatches` for other data"
     was = held['spec'].diff(spec)
     if was:
         both = ', '.join(f"{k}={getattr(spec, k)!r} (was {v!r})" for k, v in was.items())
@@ -313,7 +318,7 @@ def _check_same_run(
             "Use the old values, or another folder"
         )
     if held['data'] != data:
-        raise ValueError(
+        raise OtherBatches(
             f"The run in this folder was trained on other batches ({held['data']}, now {data}). "
             "Use those, or another folder"
         )
@@ -324,7 +329,7 @@ def _check_same_run(
             f"{current_ranks().world}. Use as many, or another folder"
         )
 
-
+# %% ../../nbs/train/21_checkpoint.ipynb #5b117a07
 def restore(
     state: State,  # newly made; changed in place
     held: dict[str, Any],  # of `load_run`
