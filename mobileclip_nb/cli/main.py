@@ -399,7 +399,7 @@ def parser() -> argparse.ArgumentParser:
             members = [c.name.split()[1] for c in COMMANDS if c.name.startswith(f'{group} ')]
             inner = top.add_parser(group, help=f"{group}: {', '.join(members)}")
             groups[group] = inner.add_subparsers(dest='what', required=True, metavar='WHAT')
-        about = command.run.__doc__
+        about = command.run.__doc__.splitlines()[0]
         own = groups[group].add_parser(name, help=about, description=about)
         add_options(own, (*command.options, ('--json', flag('print JSON on standard output'))))
         own.set_defaults(run=command.run)
