@@ -7,6 +7,10 @@ Importing this package loads nothing heavy: a name is fetched from its module th
 `list_models()` names every model, `create_model(name, weights)` makes one, and `nbs/` tells how each part works.
 """
 
+from mobileclip_nb.core.docstrings import complete_on_import
+
+complete_on_import(__name__)
+
 _HOME = dict(
     create_model='models.factory',
     create_model_and_transforms='models.familiar_calls',
@@ -79,7 +83,7 @@ def __getattr__(name):
     elif name in _HOME:
         value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
     elif name in _ELSEWHERE:
-        value = import_module(f'{__name__}.models.familiar_calls').Elsewhere(name)
+        return import_module(f'{__name__}.models.familiar_calls').Elsewhere(name)
     else:
         from mobileclip_nb.core.errors import suggest
 

@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'WRAPPERS', 'ABOUT', 'CODE_IN_PICKLE', 'WEIGHTS_FILE', 'RUN_FILES', 'read_state', 'hub_names', 'reach_hub',
            'hub_url', 'fetch_hub', 'find_saved', 'locate', 'stored_record', 'is_place', 'clean_tag', 'Found',
            'published_url', 'read_weights', 'resolve', 'complaint', 'fill', 'load_weights', 'tensors_of',
-           'save_weights']
+           'write_tensors', 'save_weights']
 
 # %% ../../nbs/models/07_weights.ipynb #c328afe8
 import json, os, re
@@ -549,6 +549,26 @@ def tensors_of(
     return {k: t.detach().cpu().contiguous() for k, t in from_native(state, naming).items()}
 
 # %% ../../nbs/models/07_weights.ipynb #4475dc38
+def write_tensors(
+    state: dict[str, Tensor],  # contiguous, on the CPU; native names if there is a record
+    path: Path,  # ends in one of `SUFFIXES`
+    record: Record | None = None,  # of the model; stored with the tensors
+    run: dict[str, object] | None = None,  # JSON: what made the weights; stored with the record
+) -> None:
+    "Write a weight file atomically"
+    about = {}
+    if record is not None:
+        content = dict(record=record.to_dict()) | (dict(run=run) if run else {})
+        about = {ABOUT: json.dumps(content, sort_keys=True)}
+    with atomic_write(path) as part:
+        if path.suffix.lower() == '.safetensors':
+            from safetensors.torch import save_file
+
+            save_file(state, part, dict(format='pt') | about)
+        else:
+            torch.save(dict(state_dict=state) | about if about else state, part)
+
+
 def save_weights(
     model: CLIP,  # train form or folded
     path: str | Path,  # ends in .safetensors, .pt, .pth or .bin
@@ -564,15 +584,5 @@ def save_weights(
     state = tensors_of(model, naming)
     if dtype:
         state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in state.items()}
-    about = {}
-    if naming == 'native' and model.record:
-        content = dict(record=model.record.to_dict()) | (dict(run=run) if run else {})
-        about = {ABOUT: json.dumps(content, sort_keys=True)}
-    with atomic_write(path) as part:
-        if suffix == '.safetensors':
-            from safetensors.torch import save_file
-
-            save_file(state, part, dict(format='pt') | about)
-        else:
-            torch.save(dict(state_dict=state) | about if about else state, part)
+    write_tensors(state, path, model.record if naming == 'native' else None, run)
     return path
