@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'LARGEST_BATCH', 'UNIT_VECTOR', 'SAFE_TO_SQUARE', 'COREML_LIMITS', 'CHECK_ON_MAC', 'EXAMPLES',
-           'COREML_PRECISIONS', 'coreml_spec', 'select_by_arithmetic', 'largest_deviation', 'convert_graph',
-           'run_package', 'compress_weights', 'write_package', 'write_mac_check', 'write_coreml']
+           'COREML_PRECISIONS', 'coreml_spec', 'select_by_arithmetic', 'make_decompositions', 'largest_deviation',
+           'convert_graph', 'run_package', 'compress_weights', 'write_package', 'write_mac_check', 'write_coreml']
 
-# %% ../../nbs/export/04_coreml.ipynb #90500c75
+# %% ../../nbs/export/04_coreml.ipynb #db53e623
 import math, shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -36,6 +36,8 @@ from mobileclip_nb.export.contract import (
     register_home,
 )
 from mobileclip_nb.export.coreml_interpreter import (
+    CoreMLProgram,
+    describe_ports,
     find_not_finite,
     import_coremltools,
     load_program,
@@ -45,7 +47,7 @@ from mobileclip_nb.export.coreml_interpreter import (
 from .torch_export import open_dimensions
 from ..models.zoo import Record
 
-# %% ../../nbs/export/04_coreml.ipynb #476c490e
+# %% ../../nbs/export/04_coreml.ipynb #6ca62cf5
 BATCHES = (1, 8, 32)  # rows of token ids, where their number is open
 LARGEST_BATCH = 32  # rows of pictures, where their number is open
 
@@ -89,18 +91,26 @@ def _make_inputs(graph: Graph, is_picture: bool) -> list[Any]:
         out.append(ct.TensorType(name=p.name, shape=shape, dtype=kind))
     return out
 
-# %% ../../nbs/export/04_coreml.ipynb #f8501bde
+# %% ../../nbs/export/04_coreml.ipynb #e0c97efa
 def select_by_arithmetic(
     condition: Tensor,  # booleans
-    a: Tensor,  # where the condition holds
-    b: Tensor,  # elsewhere
+    a: Tensor | int,  # where the condition holds
+    b: Tensor | int,  # elsewhere
 ) -> Tensor:
     "A selection of whole numbers as a sum; other types are left to the converter"
-    if a.is_floating_point() or b.is_floating_point():
+    kind = torch.result_type(a, b)
+    if kind.is_floating_point:
         return NotImplemented
-    return b + condition.to(a.dtype) * (a - b)
+    return b + condition.to(kind) * (a - b)
 
-# %% ../../nbs/export/04_coreml.ipynb #e2f1cf22
+
+def make_decompositions() -> dict[Any, Callable[..., Tensor]]:  # for `run_decompositions`
+    "Every form of a selection, with tensors and with numbers, as arithmetic"
+    where = torch.ops.aten.where
+    forms = (where.self, where.ScalarSelf, where.ScalarOther, where.Scalar)
+    return dict.fromkeys(forms, select_by_arithmetic)
+
+# %% ../../nbs/export/04_coreml.ipynb #6c03a759
 UNIT_VECTOR = ('reduce_l2_norm', 'maximum', 'real_div', 'tile')  # kept in float32
 SAFE_TO_SQUARE = 255.0  # its square is below the largest float16
 
@@ -124,7 +134,7 @@ def largest_deviation(
         hook.remove()
     return max(found)
 
-# %% ../../nbs/export/04_coreml.ipynb #ebe97f22
+# %% ../../nbs/export/04_coreml.ipynb #eccad82e
 def convert_graph(
     graph: Graph,  # of a float32 encoder
     is_half: bool = True,  # float16 inside
@@ -133,11 +143,10 @@ def convert_graph(
 ) -> Any:  # coremltools' model
     "Convert an encoder to an ML program of iOS 16"
     ct = import_coremltools()
-    table = {torch.ops.aten.where.self: select_by_arithmetic}
     with torch.no_grad():
         program = torch.export.export(
             graph.module, graph.sample(), dynamic_shapes=open_dimensions(graph)
-        ).run_decompositions(table)
+        ).run_decompositions(make_decompositions())
 
     def to_half(op: Any) -> bool:
         return op.op_type not in kept
@@ -154,7 +163,7 @@ def convert_graph(
             compute_precision=precision,
         )
 
-# %% ../../nbs/export/04_coreml.ipynb #e8a4a55e
+# %% ../../nbs/export/04_coreml.ipynb #3c174418
 def _pad_rows(x: np.ndarray, allowed: int | str) -> np.ndarray:
     "Repeat the last row until a package takes the number of rows"
     if not isinstance(allowed, str) or '|' not in allowed:
@@ -164,12 +173,11 @@ def _pad_rows(x: np.ndarray, allowed: int | str) -> np.ndarray:
 
 
 def run_package(
-    path: Path,  # a folder `.mlpackage`
+    program: CoreMLProgram,
     outputs: Sequence[str],  # names, in the order wanted
     rows: int | str = 1,  # that the package takes: `1|8|32`
 ) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:  # arrays by name to outputs
-    "Open a package in the interpreter, with results rounded as the program declares them"
-    program = load_program(path)
+    "A package as a function: computed by the interpreter, with results rounded as it declares"
 
     def run(given: dict[str, np.ndarray]) -> list[np.ndarray]:
         n = len(next(iter(given.values())))
@@ -178,7 +186,7 @@ def run_package(
 
     return run
 
-# %% ../../nbs/export/04_coreml.ipynb #d33c51db
+# %% ../../nbs/export/04_coreml.ipynb #f96a864c
 COREML_LIMITS = GAP_LIMITS | {
     'int8': (math.inf, 0.998),
     'palettized8': (math.inf, 0.99),
@@ -207,7 +215,7 @@ def compress_weights(
     with silence_coremltools():
         return call(model, opt.OptimizationConfig(global_config=config))
 
-# %% ../../nbs/export/04_coreml.ipynb #af513c0c
+# %% ../../nbs/export/04_coreml.ipynb #b3c1e01c
 def _label(model: Any, graph: Graph, record: Record, precision: str) -> None:
     "Write author, licence, preprocessing and the meaning of inputs and outputs into a model"
     model.author = record.attribution or 'mobileclip_nb'
@@ -233,7 +241,7 @@ def _kept_operations(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     note = f'layer normalization in float32, because inputs deviate by up to {largest:.3g}'
     return (*UNIT_VECTOR, 'layer_norm'), (note,)
 
-# %% ../../nbs/export/04_coreml.ipynb #83d40fba
+# %% ../../nbs/export/04_coreml.ipynb #ed2d232a
 def write_package(
     job: ExportJob,
     graph: Graph,  # of a float32 encoder
@@ -251,18 +259,17 @@ def write_package(
     with silence_coremltools():
         model.save(str(path))
     del model
-    if wrong := find_not_finite(load_program(path)):
+    program = load_program(path)
+    if wrong := find_not_finite(program):
         raise ArithmeticError(f"{path.name} holds constants that are not finite: {wrong[:3]}")
-    is_enumerated = len(graph.inputs) == 1 and graph.inputs[0].dtype == 'int32'
-    rows = '|'.join(map(str, BATCHES)) if is_enumerated else 1
-    rows = rows if isinstance(graph.inputs[0].shape[0], str) else 1
-    gap = compare_graph(graph, run_package(path, [p.name for p in graph.outputs], rows))
+    rows = describe_ports(program.spec.description.input)[graph.inputs[0].name][1][0]
+    gap = compare_graph(graph, run_package(program, [p.name for p in graph.outputs], rows))
     check_gap(gap, COREML_LIMITS[precision], path.name)
     by = f'our interpreter of coremltools {version("coremltools")} programs; not run on a Mac'
     notes = ('specification 7: iOS 16, macOS 13', *notes)
     return graph_part(graph, (path.name,), precision, gap, by, notes)
 
-# %% ../../nbs/export/04_coreml.ipynb #228ef613
+# %% ../../nbs/export/04_coreml.ipynb #727f2266
 CHECK_ON_MAC = 'check_on_mac.py'
 EXAMPLES = 'examples.npz'
 
@@ -288,7 +295,7 @@ def write_mac_check(
     shutil.copyfile(str(script), folder / CHECK_ON_MAC)
     return Part('check', (CHECK_ON_MAC, EXAMPLES), notes=('run on a Mac: python check_on_mac.py',))
 
-# %% ../../nbs/export/04_coreml.ipynb #71129476
+# %% ../../nbs/export/04_coreml.ipynb #b88b7ec5
 COREML_PRECISIONS = tuple(COREML_LIMITS)
 
 

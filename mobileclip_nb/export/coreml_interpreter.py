@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNARY', 'BINARY', 'REDUCTIONS', 'silence_coremltools', 'import_coremltools', 'to_tensor', 'Arguments',
-           'CoreMLProgram', 'decode_constants', 'load_program', 'PackageInfo', 'find_not_finite', 'describe_package',
-           'compute_values', 'run_program', 'find_overflows']
+           'CoreMLProgram', 'decode_constants', 'load_program', 'PackageInfo', 'describe_ports', 'find_not_finite',
+           'describe_package', 'compute_values', 'run_program', 'find_overflows']
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #9c4d7d72
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #51a5c4c7
 import io, logging, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.errors import import_optional
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #6ec9de29
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #e486a975
 @contextmanager
 def silence_coremltools() -> Iterator[None]:
     "No log lines, progress bars and warnings inside the block; exceptions pass"
@@ -42,7 +42,7 @@ def import_coremltools() -> ModuleType:
     with silence_coremltools():
         return import_optional('coremltools', 'coreml')
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #c8646561
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #00fc42f6
 def to_tensor(
     value: Any,  # a tensor, an array or a number
 ) -> Tensor:  # floats as float32
@@ -81,7 +81,7 @@ class Arguments:
         value = self._read(self.op.inputs[name]) if self.has(name) else default
         return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #af13b1b8
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #f1e727b9
 # fmt: off
 UNARY = {
     'relu': torch.relu, 'sigmoid': torch.sigmoid, 'tanh': torch.tanh, 'erf': torch.erf, 'exp': torch.exp, 'abs': torch.abs,
@@ -115,7 +115,7 @@ _OPERATIONS |= {k: lambda a, f=f: f(a.tensor('x')) for k, f in UNARY.items()}
 _OPERATIONS |= {k: lambda a, f=f: f(a.tensor('x'), a.tensor('y')) for k, f in BINARY.items()}
 _OPERATIONS |= {k: _reduce(f) for k, f in REDUCTIONS.items()}
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #5d0af6fc
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #6bfba758
 def _implement(name: str) -> Callable[[Callable], Callable]:
     "Enter a function into the table of operations"
 
@@ -160,7 +160,7 @@ def _(a: Arguments) -> Tensor:
         raise NotImplementedError('avg_pool with padding')
     return F.avg_pool2d(x, kernel, a.plain('strides', [1] * len(kernel)))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #65c8cd51
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #a4f904f9
 @_implement('linear')
 def _(a: Arguments) -> Tensor:
     return F.linear(a.tensor('x'), a.tensor('weight'), a.tensor('bias'))
@@ -201,7 +201,7 @@ def _(a: Arguments) -> Tensor:
     y = y if not a.has('gamma') else y * a.tensor('gamma').reshape(shape)
     return y if not a.has('beta') else y + a.tensor('beta').reshape(shape)
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #75a1dcce
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #88f11323
 @_implement('reshape')
 def _(a: Arguments) -> Tensor:
     x = a.tensor('x')
@@ -246,7 +246,7 @@ def _(a: Arguments) -> Tensor:
 def _(a: Arguments) -> Tensor:
     return torch.stack(a.tensors('values'), a.plain('axis'))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #b203e983
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #1f7a4451
 @_implement('slice_by_index')
 def _(a: Arguments) -> Tensor:
     x = a.tensor('x')
@@ -273,7 +273,7 @@ def _(a: Arguments) -> Tensor:
     found = x.index_select(axis, at.reshape(-1) % x.shape[axis])
     return found.reshape((*x.shape[:axis], *at.shape, *x.shape[axis:][1:]))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #3cfd71ae
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #c88d9bc2
 @_implement('select')
 def _(a: Arguments) -> Tensor:
     return torch.where(a.tensor('cond').bool(), a.tensor('a'), a.tensor('b'))
@@ -306,7 +306,7 @@ def _(a: Arguments) -> Tensor:
 def _(a: Arguments) -> Tensor:
     return torch.arange(a.plain('start'), a.plain('end'), a.plain('step'))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #e12d8923
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #d642f48b
 class CoreMLProgram(NamedTuple):
     "What a saved package computes"
 
@@ -348,7 +348,7 @@ def load_program(
         decoded |= decode_constants(function)
     return CoreMLProgram(dict(program.functions), decoded, spec)
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #621ac35c
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #be15257e
 class PackageInfo(NamedTuple):
     "What a Core ML package holds"
 
@@ -374,7 +374,9 @@ def _shape(kind: Any) -> list[int | str]:
     return list(kind.shape)
 
 
-def _describe_ports(features: Any) -> dict[str, tuple[str, list[int | str]]]:
+def describe_ports(
+    features: Any,  # `description.input` or `description.output` of a specification
+) -> dict[str, tuple[str, list[int | str]]]:  # an open dimension is a word
     "Name, type and shape of inputs or outputs"
     found = {}
     for f in features:
@@ -388,7 +390,7 @@ def _describe_ports(features: Any) -> dict[str, tuple[str, list[int | str]]]:
             found[f.name] = (name, _shape(array))
     return found
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #f2c48094
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #77bfbbc4
 def find_not_finite(
     program: CoreMLProgram,
 ) -> tuple[str, ...]:  # names
@@ -418,15 +420,15 @@ def describe_package(
     known = {k: getattr(d.metadata, k) for k in ('author', 'license', 'versionString')}
     return PackageInfo(
         spec.specificationVersion,
-        _describe_ports(d.input),
-        _describe_ports(d.output),
+        describe_ports(d.input),
+        describe_ports(d.output),
         dict(counts),
         find_not_finite(program),
         known | dict(description=d.metadata.shortDescription) | dict(d.metadata.userDefined),
         {f.name: f.shortDescription for f in features},
     )
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #0a6b9cbf
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #0877595d
 def _fits(n: int, allowed: int | str) -> bool:
     "Whether a size is one of those that a package takes"
     if isinstance(allowed, str) and '..' in allowed:
@@ -439,7 +441,7 @@ def _check_inputs(program: CoreMLProgram, names: Sequence[str], given: dict[str,
     "Raise ValueError for inputs that the program does not take"
     if set(given) != set(names):
         raise ValueError(f"Inputs {sorted(given)}; the program takes {sorted(names)}")
-    ports = {} if program.spec is None else _describe_ports(program.spec.description.input)
+    ports = {} if program.spec is None else describe_ports(program.spec.description.input)
     for name, (_, shape) in ports.items():
         found = list(np.shape(given[name])) if name in given else shape
         if len(found) != len(shape) or not all(map(_fits, found, shape)):
@@ -452,7 +454,7 @@ def _store(value: Tensor, kind: str, half: bool) -> Tensor:
         return value.half().float() if half and kind == 'fp16' else value
     return value.to(torch.int32) if kind.startswith('int') else value
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #2e813491
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #0b2b24a8
 def _read_names(op: Any) -> set[str]:
     "Names of the variables that an operation reads"
     found = [
@@ -490,7 +492,7 @@ def compute_values(
             if last[name] == i:
                 values.pop(name, None)  # nothing reads it again
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #d94430cc
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #6d60168d
 def run_program(
     program: CoreMLProgram,
     inputs: dict[str, np.ndarray],  # an image as `(1, 3, H, W)`, 0 to 255
@@ -506,7 +508,7 @@ def run_program(
                 values[var.name] = value.numpy()
     return {name: values[name] for name in wanted}
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #3d373217
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #2c1077b2
 def find_overflows(
     program: CoreMLProgram,
     inputs: dict[str, np.ndarray],
