@@ -7,7 +7,7 @@ __all__ = ['BATCHES', 'LARGEST_BATCH', 'UNIT_VECTOR', 'SAFE_TO_SQUARE', 'COREML_
            'COREML_PRECISIONS', 'coreml_spec', 'select_by_arithmetic', 'make_decompositions', 'largest_deviation',
            'convert_graph', 'run_package', 'compress_weights', 'write_package', 'write_mac_check', 'write_coreml']
 
-# %% ../../nbs/export/04_coreml.ipynb #db53e623
+# %% ../../nbs/export/04_coreml.ipynb #c64e2f16
 import math, shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -47,7 +47,7 @@ from mobileclip_nb.export.coreml_interpreter import (
 from .torch_export import open_dimensions
 from ..models.zoo import Record
 
-# %% ../../nbs/export/04_coreml.ipynb #6ca62cf5
+# %% ../../nbs/export/04_coreml.ipynb #4cf4939a
 BATCHES = (1, 8, 32)  # rows of token ids, where their number is open
 LARGEST_BATCH = 32  # rows of pictures, where their number is open
 
@@ -91,7 +91,7 @@ def _make_inputs(graph: Graph, is_picture: bool) -> list[Any]:
         out.append(ct.TensorType(name=p.name, shape=shape, dtype=kind))
     return out
 
-# %% ../../nbs/export/04_coreml.ipynb #e0c97efa
+# %% ../../nbs/export/04_coreml.ipynb #7f6a8225
 def select_by_arithmetic(
     condition: Tensor,  # booleans
     a: Tensor | int,  # where the condition holds
@@ -110,7 +110,7 @@ def make_decompositions() -> dict[Any, Callable[..., Tensor]]:  # for `run_decom
     forms = (where.self, where.ScalarSelf, where.ScalarOther, where.Scalar)
     return dict.fromkeys(forms, select_by_arithmetic)
 
-# %% ../../nbs/export/04_coreml.ipynb #6c03a759
+# %% ../../nbs/export/04_coreml.ipynb #8d6ceee0
 UNIT_VECTOR = ('reduce_l2_norm', 'maximum', 'real_div', 'tile')  # kept in float32
 SAFE_TO_SQUARE = 255.0  # its square is below the largest float16
 
@@ -134,7 +134,7 @@ def largest_deviation(
         hook.remove()
     return max(found)
 
-# %% ../../nbs/export/04_coreml.ipynb #eccad82e
+# %% ../../nbs/export/04_coreml.ipynb #1bd8c297
 def convert_graph(
     graph: Graph,  # of a float32 encoder
     is_half: bool = True,  # float16 inside
@@ -145,7 +145,9 @@ def convert_graph(
     ct = import_coremltools()
     with torch.no_grad():
         program = torch.export.export(
-            graph.module, graph.sample(), dynamic_shapes=open_dimensions(graph)
+            graph.module,
+            tuple(t.contiguous() for t in graph.sample()),
+            dynamic_shapes=open_dimensions(graph),
         ).run_decompositions(make_decompositions())
 
     def to_half(op: Any) -> bool:
@@ -163,7 +165,7 @@ def convert_graph(
             compute_precision=precision,
         )
 
-# %% ../../nbs/export/04_coreml.ipynb #3c174418
+# %% ../../nbs/export/04_coreml.ipynb #0bdddae7
 def _pad_rows(x: np.ndarray, allowed: int | str) -> np.ndarray:
     "Repeat the last row until a package takes the number of rows"
     if not isinstance(allowed, str) or '|' not in allowed:
@@ -186,7 +188,7 @@ def run_package(
 
     return run
 
-# %% ../../nbs/export/04_coreml.ipynb #f96a864c
+# %% ../../nbs/export/04_coreml.ipynb #82650799
 COREML_LIMITS = GAP_LIMITS | {
     'int8': (math.inf, 0.998),
     'palettized8': (math.inf, 0.99),
@@ -215,7 +217,7 @@ def compress_weights(
     with silence_coremltools():
         return call(model, opt.OptimizationConfig(global_config=config))
 
-# %% ../../nbs/export/04_coreml.ipynb #b3c1e01c
+# %% ../../nbs/export/04_coreml.ipynb #1b3027a5
 def _label(model: Any, graph: Graph, record: Record, precision: str) -> None:
     "Write author, licence, preprocessing and the meaning of inputs and outputs into a model"
     model.author = record.attribution or 'mobileclip_nb'
@@ -241,7 +243,7 @@ def _kept_operations(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     note = f'layer normalization in float32, because inputs deviate by up to {largest:.3g}'
     return (*UNIT_VECTOR, 'layer_norm'), (note,)
 
-# %% ../../nbs/export/04_coreml.ipynb #ed2d232a
+# %% ../../nbs/export/04_coreml.ipynb #7e8b0872
 def write_package(
     job: ExportJob,
     graph: Graph,  # of a float32 encoder
@@ -269,7 +271,7 @@ def write_package(
     notes = ('specification 7: iOS 16, macOS 13', *notes)
     return graph_part(graph, (path.name,), precision, gap, by, notes)
 
-# %% ../../nbs/export/04_coreml.ipynb #727f2266
+# %% ../../nbs/export/04_coreml.ipynb #b9ea5b1a
 CHECK_ON_MAC = 'check_on_mac.py'
 EXAMPLES = 'examples.npz'
 
@@ -295,7 +297,7 @@ def write_mac_check(
     shutil.copyfile(str(script), folder / CHECK_ON_MAC)
     return Part('check', (CHECK_ON_MAC, EXAMPLES), notes=('run on a Mac: python check_on_mac.py',))
 
-# %% ../../nbs/export/04_coreml.ipynb #b88b7ec5
+# %% ../../nbs/export/04_coreml.ipynb #f5dbf035
 COREML_PRECISIONS = tuple(COREML_LIMITS)
 
 

@@ -7,7 +7,7 @@ __all__ = ['UNARY', 'BINARY', 'REDUCTIONS', 'silence_coremltools', 'import_corem
            'CoreMLProgram', 'decode_constants', 'load_program', 'PackageInfo', 'describe_ports', 'find_not_finite',
            'describe_package', 'compute_values', 'run_program', 'find_overflows']
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #51a5c4c7
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #cf980294
 import io, logging, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,16 @@ from torch import Tensor
 
 from ..core.errors import import_optional
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #e486a975
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #0510be97
+def _is_about_a_model(record: logging.LogRecord) -> bool:
+    "Whether a line of coremltools is about more than libraries that only macOS has"
+    return not record.getMessage().startswith('Failed to load _ML')
+
+
+for _name in ('coremltools.models.model', 'coremltools.models.compute_plan'):
+    logging.getLogger(_name).addFilter(_is_about_a_model)
+
+
 @contextmanager
 def silence_coremltools() -> Iterator[None]:
     "No log lines, progress bars and warnings inside the block; exceptions pass"
@@ -42,7 +51,7 @@ def import_coremltools() -> ModuleType:
     with silence_coremltools():
         return import_optional('coremltools', 'coreml')
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #00fc42f6
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #770d5f73
 def to_tensor(
     value: Any,  # a tensor, an array or a number
 ) -> Tensor:  # floats as float32
@@ -81,7 +90,7 @@ class Arguments:
         value = self._read(self.op.inputs[name]) if self.has(name) else default
         return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #f1e727b9
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #d9b14ddf
 # fmt: off
 UNARY = {
     'relu': torch.relu, 'sigmoid': torch.sigmoid, 'tanh': torch.tanh, 'erf': torch.erf, 'exp': torch.exp, 'abs': torch.abs,
@@ -115,7 +124,7 @@ _OPERATIONS |= {k: lambda a, f=f: f(a.tensor('x')) for k, f in UNARY.items()}
 _OPERATIONS |= {k: lambda a, f=f: f(a.tensor('x'), a.tensor('y')) for k, f in BINARY.items()}
 _OPERATIONS |= {k: _reduce(f) for k, f in REDUCTIONS.items()}
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #6bfba758
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #8e19445d
 def _implement(name: str) -> Callable[[Callable], Callable]:
     "Enter a function into the table of operations"
 
@@ -160,7 +169,7 @@ def _(a: Arguments) -> Tensor:
         raise NotImplementedError('avg_pool with padding')
     return F.avg_pool2d(x, kernel, a.plain('strides', [1] * len(kernel)))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #a4f904f9
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #bc915026
 @_implement('linear')
 def _(a: Arguments) -> Tensor:
     return F.linear(a.tensor('x'), a.tensor('weight'), a.tensor('bias'))
@@ -201,7 +210,7 @@ def _(a: Arguments) -> Tensor:
     y = y if not a.has('gamma') else y * a.tensor('gamma').reshape(shape)
     return y if not a.has('beta') else y + a.tensor('beta').reshape(shape)
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #88f11323
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #40eabe05
 @_implement('reshape')
 def _(a: Arguments) -> Tensor:
     x = a.tensor('x')
@@ -246,7 +255,7 @@ def _(a: Arguments) -> Tensor:
 def _(a: Arguments) -> Tensor:
     return torch.stack(a.tensors('values'), a.plain('axis'))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #1f7a4451
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #bdbe102e
 @_implement('slice_by_index')
 def _(a: Arguments) -> Tensor:
     x = a.tensor('x')
@@ -273,7 +282,7 @@ def _(a: Arguments) -> Tensor:
     found = x.index_select(axis, at.reshape(-1) % x.shape[axis])
     return found.reshape((*x.shape[:axis], *at.shape, *x.shape[axis:][1:]))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #c88d9bc2
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #08d87861
 @_implement('select')
 def _(a: Arguments) -> Tensor:
     return torch.where(a.tensor('cond').bool(), a.tensor('a'), a.tensor('b'))
@@ -306,7 +315,7 @@ def _(a: Arguments) -> Tensor:
 def _(a: Arguments) -> Tensor:
     return torch.arange(a.plain('start'), a.plain('end'), a.plain('step'))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #d642f48b
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #461a49b0
 class CoreMLProgram(NamedTuple):
     "What a saved package computes"
 
@@ -348,7 +357,7 @@ def load_program(
         decoded |= decode_constants(function)
     return CoreMLProgram(dict(program.functions), decoded, spec)
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #be15257e
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #60d20f82
 class PackageInfo(NamedTuple):
     "What a Core ML package holds"
 
@@ -390,7 +399,7 @@ def describe_ports(
             found[f.name] = (name, _shape(array))
     return found
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #77bfbbc4
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #1ec4e070
 def find_not_finite(
     program: CoreMLProgram,
 ) -> tuple[str, ...]:  # names
@@ -428,7 +437,7 @@ def describe_package(
         {f.name: f.shortDescription for f in features},
     )
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #0877595d
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #5b73fd8d
 def _fits(n: int, allowed: int | str) -> bool:
     "Whether a size is one of those that a package takes"
     if isinstance(allowed, str) and '..' in allowed:
@@ -454,7 +463,7 @@ def _store(value: Tensor, kind: str, half: bool) -> Tensor:
         return value.half().float() if half and kind == 'fp16' else value
     return value.to(torch.int32) if kind.startswith('int') else value
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #0b2b24a8
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #8446aa9a
 def _read_names(op: Any) -> set[str]:
     "Names of the variables that an operation reads"
     found = [
@@ -492,7 +501,7 @@ def compute_values(
             if last[name] == i:
                 values.pop(name, None)  # nothing reads it again
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #6d60168d
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #26ab864b
 def run_program(
     program: CoreMLProgram,
     inputs: dict[str, np.ndarray],  # an image as `(1, 3, H, W)`, 0 to 255
@@ -508,7 +517,7 @@ def run_program(
                 values[var.name] = value.numpy()
     return {name: values[name] for name in wanted}
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #2c1077b2
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #df063614
 def find_overflows(
     program: CoreMLProgram,
     inputs: dict[str, np.ndarray],
