@@ -7,7 +7,7 @@ __all__ = ['UNARY', 'BINARY', 'REDUCTIONS', 'silence_coremltools', 'import_corem
            'CoreMLProgram', 'decode_constants', 'load_program', 'PackageInfo', 'describe_ports', 'find_not_finite',
            'describe_package', 'compute_values', 'run_program', 'find_overflows']
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #cf980294
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #78b43c34
 import io, logging, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.errors import import_optional
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #0510be97
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #aaac5619
 def _is_about_a_model(record: logging.LogRecord) -> bool:
     "Whether a line of coremltools is about more than libraries that only macOS has"
     return not record.getMessage().startswith('Failed to load _ML')
@@ -51,7 +51,7 @@ def import_coremltools() -> ModuleType:
     with silence_coremltools():
         return import_optional('coremltools', 'coreml')
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #770d5f73
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #2aaf11fb
 def to_tensor(
     value: Any,  # a tensor, an array or a number
 ) -> Tensor:  # floats as float32
@@ -90,7 +90,7 @@ class Arguments:
         value = self._read(self.op.inputs[name]) if self.has(name) else default
         return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #d9b14ddf
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #877674e8
 # fmt: off
 UNARY = {
     'relu': torch.relu, 'sigmoid': torch.sigmoid, 'tanh': torch.tanh, 'erf': torch.erf, 'exp': torch.exp, 'abs': torch.abs,
@@ -124,7 +124,7 @@ _OPERATIONS |= {k: lambda a, f=f: f(a.tensor('x')) for k, f in UNARY.items()}
 _OPERATIONS |= {k: lambda a, f=f: f(a.tensor('x'), a.tensor('y')) for k, f in BINARY.items()}
 _OPERATIONS |= {k: _reduce(f) for k, f in REDUCTIONS.items()}
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #8e19445d
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #cb0e984d
 def _implement(name: str) -> Callable[[Callable], Callable]:
     "Enter a function into the table of operations"
 
@@ -169,7 +169,7 @@ def _(a: Arguments) -> Tensor:
         raise NotImplementedError('avg_pool with padding')
     return F.avg_pool2d(x, kernel, a.plain('strides', [1] * len(kernel)))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #bc915026
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #ede2d262
 @_implement('linear')
 def _(a: Arguments) -> Tensor:
     return F.linear(a.tensor('x'), a.tensor('weight'), a.tensor('bias'))
@@ -200,6 +200,12 @@ def _(a: Arguments) -> Tensor:
     return (a.tensor('x') + a.plain('epsilon', 1e-12)).rsqrt()
 
 
+@_implement('batch_norm')
+def _(a: Arguments) -> Tensor:
+    parts = [a.tensor(k) for k in ('mean', 'variance', 'gamma', 'beta')]
+    return F.batch_norm(a.tensor('x'), *parts, eps=a.plain('epsilon', 1e-5))
+
+
 @_implement('layer_norm')
 def _(a: Arguments) -> Tensor:
     x = a.tensor('x')
@@ -210,7 +216,7 @@ def _(a: Arguments) -> Tensor:
     y = y if not a.has('gamma') else y * a.tensor('gamma').reshape(shape)
     return y if not a.has('beta') else y + a.tensor('beta').reshape(shape)
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #40eabe05
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #c47a648a
 @_implement('reshape')
 def _(a: Arguments) -> Tensor:
     x = a.tensor('x')
@@ -255,7 +261,7 @@ def _(a: Arguments) -> Tensor:
 def _(a: Arguments) -> Tensor:
     return torch.stack(a.tensors('values'), a.plain('axis'))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #bdbe102e
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #724ca314
 @_implement('slice_by_index')
 def _(a: Arguments) -> Tensor:
     x = a.tensor('x')
@@ -282,7 +288,7 @@ def _(a: Arguments) -> Tensor:
     found = x.index_select(axis, at.reshape(-1) % x.shape[axis])
     return found.reshape((*x.shape[:axis], *at.shape, *x.shape[axis:][1:]))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #08d87861
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #30d413c5
 @_implement('select')
 def _(a: Arguments) -> Tensor:
     return torch.where(a.tensor('cond').bool(), a.tensor('a'), a.tensor('b'))
@@ -315,7 +321,7 @@ def _(a: Arguments) -> Tensor:
 def _(a: Arguments) -> Tensor:
     return torch.arange(a.plain('start'), a.plain('end'), a.plain('step'))
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #461a49b0
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #2cd2b5b5
 class CoreMLProgram(NamedTuple):
     "What a saved package computes"
 
@@ -357,7 +363,7 @@ def load_program(
         decoded |= decode_constants(function)
     return CoreMLProgram(dict(program.functions), decoded, spec)
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #60d20f82
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #4752904a
 class PackageInfo(NamedTuple):
     "What a Core ML package holds"
 
@@ -399,7 +405,7 @@ def describe_ports(
             found[f.name] = (name, _shape(array))
     return found
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #1ec4e070
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #754628e0
 def find_not_finite(
     program: CoreMLProgram,
 ) -> tuple[str, ...]:  # names
@@ -437,7 +443,7 @@ def describe_package(
         {f.name: f.shortDescription for f in features},
     )
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #5b73fd8d
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #d1e1b580
 def _fits(n: int, allowed: int | str) -> bool:
     "Whether a size is one of those that a package takes"
     if isinstance(allowed, str) and '..' in allowed:
@@ -463,7 +469,7 @@ def _store(value: Tensor, kind: str, half: bool) -> Tensor:
         return value.half().float() if half and kind == 'fp16' else value
     return value.to(torch.int32) if kind.startswith('int') else value
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #8446aa9a
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #a8fd56ee
 def _read_names(op: Any) -> set[str]:
     "Names of the variables that an operation reads"
     found = [
@@ -501,7 +507,7 @@ def compute_values(
             if last[name] == i:
                 values.pop(name, None)  # nothing reads it again
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #26ab864b
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #59e4dd22
 def run_program(
     program: CoreMLProgram,
     inputs: dict[str, np.ndarray],  # an image as `(1, 3, H, W)`, 0 to 255
@@ -517,7 +523,7 @@ def run_program(
                 values[var.name] = value.numpy()
     return {name: values[name] for name in wanted}
 
-# %% ../../nbs/export/03_coreml_interpreter.ipynb #df063614
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #a3720cac
 def find_overflows(
     program: CoreMLProgram,
     inputs: dict[str, np.ndarray],
