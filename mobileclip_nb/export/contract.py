@@ -236,6 +236,8 @@ def example_inputs(
         scale = 255 if spec.pixels == 'unit' else 1
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / scale
     ids = tokenize(EXAMPLE_TEXTS[:n], r.context_length).to(getattr(torch, spec.ids))
+    if spec.length:
+        ids = nn.functional.pad(ids, (0, spec.length - r.context_length), value=PAD)
     inputs = dict(image=x, text=ids)
     for name, t in inputs.items():
         times = math.ceil(max(spec.batch, 1) / len(t))
