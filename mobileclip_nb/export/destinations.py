@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fix_spec', 'ClipGraph', 'clip_graph', 'write_onnx_graph', 'tower_graphs', 'license_texts', 'TrialInputs',
-           'make_trial', 'Trial', 'skip_trial', 'trial_part', 'installed_version', 'store_json', 'find_npm_package',
-           'run_node', 'has_node']
+           'make_trial', 'Trial', 'skip_trial', 'trial_parts', 'installed_version', 'describe_pixels', 'store_json',
+           'find_npm_package', 'run_node', 'has_node']
 
 # %% ../../nbs/export/19_destinations.ipynb #5b51fa21
 import json, os, shutil, subprocess
@@ -36,6 +36,7 @@ from mobileclip_nb.export.contract import (
 )
 from .onnx import OPSET, run_onnx, save_onnx
 from ..models.clip import CLIP
+from ..preprocessing.transform import FILTERS, Pixels
 
 # %% ../../nbs/export/19_destinations.ipynb #82a2f5d2
 def fix_spec(
@@ -174,7 +175,8 @@ class Trial(NamedTuple):
     "What a destination's own software made of a folder"
 
     software: str = ''  # name and version; empty where it is not installed
-    gap: Gap | None = None  # from strings and picture files to embeddings
+    text: Gap | None = None  # from strings to embeddings
+    image: Gap | None = None  # from picture files to embeddings
     notes: tuple[str, ...] = ()
 
 
@@ -185,19 +187,22 @@ def skip_trial(
     return Trial(notes=(f'not run by {software}, which is not installed here',))
 
 
-def trial_part(
-    files: Sequence[str],  # configuration and tokenizer files of the folder
+def trial_parts(
     trial: Trial,
+    tokenizer: Sequence[str] = (),  # files of the tokenizer
+    preprocessing: Sequence[str] = (),  # files of the preprocessing of images
     notes: tuple[str, ...] = (),  # what else a user should know
-) -> Part:
-    "The part of a folder's settings, with the gap end to end"
-    return Part(
-        'settings',
-        tuple(files),
-        gap=trial.gap,
-        checked_by=trial.software,
-        notes=(*notes, *trial.notes),
-    )
+) -> list[Part]:  # without those that have no files
+    "The parts of a folder's settings, with the gaps from strings and picture files"
+    parts = []
+    for name, names, gap in [
+        ('tokenizer', tokenizer, trial.text),
+        ('preprocessing', preprocessing, trial.image),
+    ]:
+        by = trial.software if gap else ''
+        part = Part(name, tuple(names), gap=gap, checked_by=by, notes=(*notes, *trial.notes))
+        parts.append(part)
+    return [p for p in parts if p.files]
 
 
 def installed_version(
@@ -208,6 +213,28 @@ def installed_version(
         return version(package)
     except PackageNotFoundError:
         return None
+
+# %% ../../nbs/export/19_destinations.ipynb #c99dfb33
+def describe_pixels(
+    pixels: Pixels,  # preprocessing of a model
+) -> dict[str, Any]:  # content of `preprocessor_config.json`
+    "The preprocessing of images in the terms of transformers' CLIP processor"
+    side = pixels.side
+    return dict(
+        image_processor_type='CLIPImageProcessor',
+        feature_extractor_type='CLIPFeatureExtractor',
+        do_convert_rgb=True,
+        do_resize=True,
+        size=dict(shortest_edge=side),
+        resample=int(FILTERS[pixels.resize]),
+        do_center_crop=True,
+        crop_size=dict(height=side, width=side),
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=any(pixels.mean) or any(s != 1 for s in pixels.std),
+        image_mean=list(pixels.mean),
+        image_std=list(pixels.std),
+    )
 
 # %% ../../nbs/export/19_destinations.ipynb #7834caad
 def store_json(
