@@ -69,6 +69,16 @@ function resizeAxis(data, stride, step, rows, lines) {
   return out;
 }
 
+const range = (n, from = 0) => Array.from({ length: n }, (_, i) => from + i);
+
+// The lines of the source that an axis needs, and the same weights counted from the first of them.
+function linesOf(axis) {
+  const begin = Math.min(...axis.map((r) => r.begin));
+  const end = Math.max(...axis.map((r) => r.begin + r.weights.length));
+  const moved = axis.map((r) => ({ begin: r.begin - begin, weights: r.weights }));
+  return { lines: range(end - begin, begin), moved };
+}
+
 // Resize the shortest side to `side` and crop the center, as Pillow does it, byte by byte.
 // data: RGB, row by row. Gives side * side * 3 bytes.
 export function squareOf({ width, height, data }, side, filter = 'bilinear') {
@@ -84,13 +94,15 @@ export function squareOf({ width, height, data }, side, filter = 'bilinear') {
     columns = axisWeights(width, left * fx, (left + side) * fx, side, filter, 0, side);
     rows = axisWeights(height, top * fy, (top + side) * fy, side, filter, 0, side);
   }
-  const begin = Math.min(...rows.map((r) => r.begin));
-  const end = Math.max(...rows.map((r) => r.begin + r.weights.length));
-  const needed = Array.from({ length: end - begin }, (_, i) => begin + i);
-  const narrow = resizeAxis(data, width * 3, 3, columns, needed);
-  const moved = rows.map((r) => ({ begin: r.begin - begin, weights: r.weights }));
-  const every = Array.from({ length: side }, (_, i) => i);
-  const turned = resizeAxis(narrow, 3, side * 3, moved, every); // column by column
+  // Pillow 13 reduces the rows first where a picture is more than twice as high as wide.
+  if (height > 2 * width && side < width) {
+    const { lines, moved } = linesOf(columns);
+    const low = resizeAxis(data, 3, width * 3, rows, lines); // column by column
+    return resizeAxis(low, 3, side * 3, moved, range(side));
+  }
+  const { lines, moved } = linesOf(rows);
+  const narrow = resizeAxis(data, width * 3, 3, columns, lines); // row by row
+  const turned = resizeAxis(narrow, 3, side * 3, moved, range(side)); // column by column
   const out = new Uint8Array(side * side * 3);
   for (let x = 0; x < side; x++) {
     for (let y = 0; y < side; y++) {
@@ -157,7 +169,7 @@ export class Clip {
     const clip = new Clip();
     clip.ort = ort;
     ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
-    ort.env.wasm.wasmPaths = `${base}ort/`;
+    ort.env.wasm.wasmPaths = { wasm: `${base}ort/ort-wasm-simd-threaded.wasm` };
     const answer = await fetch(`${base}model.json`);
     if (!answer.ok) throw new Error(`model.json: status ${answer.status}`);
     clip.about = await answer.json();

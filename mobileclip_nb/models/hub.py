@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB_LICENSES', 'WEIGHTS_FILE', 'CARD', 'RUN_FILES', 'write_card', 'save_pretrained', 'find_saved', 'from_pretrained',
-           'push_to_hub']
+           'upload_folder', 'push_to_hub']
 
 # %% ../../nbs/models/12_hub.ipynb #976a03c6
 import json, tempfile
@@ -136,6 +136,31 @@ def from_pretrained(
     return create_model(r.name, weights or next(iter(r.weights)), **how)
 
 # %% ../../nbs/models/12_hub.ipynb #b358d49a
+def upload_folder(
+    folder: str | Path,  # of a saved model, or of an export
+    repo: str,  # `ORG/REPO`
+    private: bool = False,
+    token: str | None = None,  # None: the one that `hf auth login` stored
+) -> str:  # URL of the repository
+    "Upload a folder to the Hugging Face hub, in one commit"
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = huggingface_hub.HfApi(token=token)
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message='Model and card')
+    except HFValidationError as e:
+        raise ValueError(f"{repo!r} is no name of a repository; write ORG/REPO ({e})") from e
+    except (HfHubHTTPError, OSError) as e:
+        first = str(e).splitlines()[0] if str(e) else ''
+        raise OSError(
+            f"Cannot upload to {repo!r} ({type(e).__name__}: {first}). Check the network and "
+            "the token (`hf auth login`), or upload what save_pretrained writes"
+        ) from e
+    return str(url)
+
+
 def push_to_hub(
     model: CLIP,  # with a record
     repo: str,  # `ORG/REPO`
@@ -143,9 +168,6 @@ def push_to_hub(
     token: str | None = None,  # None: the one that `hf auth login` stored
 ) -> str:  # URL of the repository
     "Upload a model with its card to the Hugging Face hub"
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     if model.record is not None and 'research' in model.record.weights_license:
         raise ValueError(
             f"The weights of {model.record.name} are under {model.record.weights_license}; "
@@ -154,16 +176,4 @@ def push_to_hub(
         )
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, repo)
-        try:
-            api = huggingface_hub.HfApi(token=token)
-            url = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Model and card')
-        except HFValidationError as e:
-            raise ValueError(f"{repo!r} is no name of a repository; write ORG/REPO ({e})") from e
-        except (HfHubHTTPError, OSError) as e:
-            first = str(e).splitlines()[0] if str(e) else ''
-            raise OSError(
-                f"Cannot upload to {repo!r} ({type(e).__name__}: {first}). Check the network and "
-                "the token (`hf auth login`), or upload what save_pretrained writes"
-            ) from e
-    return str(url)
+        return upload_folder(folder, repo, private, token)
