@@ -49,6 +49,7 @@ def try_ultralytics(
 ) -> Trial:
     "Load the file with ultralytics' text model, and compare strings with the model"
     version = installed_version('ultralytics')
+    version = version or installed_version('ultralytics-opencv-headless')
     if not version:
         return skip_trial('ultralytics')
     script = str(files('mobileclip_nb') / 'data' / 'ultralytics_trial.py.txt')
