@@ -71,7 +71,7 @@ class ClipGraph(nn.Module):
         logits, image, text = self.joint(pixel_values, input_ids)
         return logits, logits.T, text, image
 
-
+# %% ../../nbs/export/19_destinations.ipynb #695a2927
 def clip_graph(
     model: CLIP,  # in eval mode, with a record
     spec: ExportSpec,  # `tower` is set here

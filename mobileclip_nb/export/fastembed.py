@@ -59,7 +59,7 @@ def load_fastembed(
         fastembed.ImageEmbedding(IMAGE_NAME, specific_model_path=image),
     )
 
-
+# %% ../../nbs/export/23_fastembed.ipynb #ae3cbf72
 def try_fastembed(
     model: CLIP,  # in eval mode, with a record
     folder: Path,  # of the export

@@ -90,7 +90,7 @@ def embed_as_immich(
             found[1].append(run(dict(image=_square(Image.open(path), settings)))[0][0])
     return found
 
-
+# %% ../../nbs/export/22_immich.ipynb #0d5ca47a
 def try_immich(
     model: CLIP,  # in eval mode, with a record
     folder: Path,  # of the export

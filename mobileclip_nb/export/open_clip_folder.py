@@ -121,7 +121,7 @@ def write_open_clip(
     files = (*OPEN_CLIP_FILES, CARD)
     return [Part('model', files, precision='fp32', gap=gap, checked_by=by, notes=notes)]
 
-
+# %% ../../nbs/export/25_open_clip_folder.ipynb #aa55cccd
 @register_home(
     'hub',
     files=(WEIGHTS_FILE, CARD),

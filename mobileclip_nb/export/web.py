@@ -154,7 +154,7 @@ def find_browser() -> str | None:  # path; None where there is no Chromium or no
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     return found if installed_version('playwright') else None
 
-
+# %% ../../nbs/export/21_web.ipynb #60135f08
 def run_in_browser(
     folder: str | Path,  # with an `index.html` that sets `data-ready` on its body
     work: Callable[[Any], Any],  # gets Playwright's page, once it is ready
@@ -237,7 +237,7 @@ def describe_page(
         pictures=pictures,
     )
 
-
+# %% ../../nbs/export/21_web.ipynb #5fb4956d
 @register_home(
     'web',
     files=(
