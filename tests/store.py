@@ -68,6 +68,7 @@ def main(paths):
 
 if __name__ == '__main__':
     os.environ.setdefault('SCALE', 'nano')
+    os.environ.setdefault('NODE_PATH', str(ROOT / 'tests' / 'export' / 'js' / 'node_modules'))
     named = [Path(a).resolve() for a in sys.argv[1:]]
     sys.exit(
         main(
