@@ -171,30 +171,34 @@ def quantize_openvino(
         )
 
 # %% ../../nbs/export/07_openvino.ipynb #6b5a179b
-def _with_bias(
+def _end_of_layer(
     op: Any,  # a node of OpenVINO
-) -> Any:  # the node that adds a constant to its output, if that is all that reads it
-    "The end of a layer"
+) -> str:  # name of the node that adds the bias, or of the node itself
+    "Find where a layer with its bias ends"
     (reader, *others) = op.output(0).get_target_inputs()
-    reader = reader.get_node()
-    if others or reader.get_type_name() != 'Add':
-        return op
-    kinds = {reader.input_value(i).get_node().get_type_name() for i in (0, 1)}
-    return reader if kinds & {'Constant', 'Convert'} else op
+    add = reader.get_node()
+    if others or add.get_type_name() != 'Add':
+        return op.get_friendly_name()
+    other = next(
+        v.get_node() for v in add.input_values() if v.get_node().get_name() != op.get_name()
+    )
+    while other.get_type_name() in ('Reshape', 'Convert'):
+        other = other.input_value(0).get_node()
+    return (add if other.get_type_name() == 'Constant' else op).get_friendly_name()
 
 
-def _outputs_of(
+def _read_nodes(
     model: Any,  # an `openvino.Model`
-    names: Sequence[str],  # of layers
+    names: Sequence[str],  # of nodes
     given: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:  # name to output
-    "Run a model in float32 and read the outputs of some layers"
+    "Run a model in float32 and read the outputs of some nodes"
     core, model = import_optional('openvino', 'openvino').Core(), model.clone()
     ops = {op.get_friendly_name(): op for op in model.get_ops()}
     there = [name for name in names if name in ops]
-    ports = model.add_outputs([_with_bias(ops[name]).output(0) for name in there])
+    model.add_outputs([ops[name].output(0) for name in there])
     compiled = core.compile_model(model, 'CPU', {_KEY: 'f32', 'INFERENCE_NUM_THREADS': 1})
-    found = list(compiled(given).values())[-len(ports) :]  # added outputs are the last
+    found = list(compiled(given).values())[-len(there) :]  # added outputs are the last
     return dict(zip(there, found, strict=True))
 
 
@@ -205,8 +209,10 @@ def openvino_layers(
 ) -> list[LayerCosine]:
     "Cosine of each convolution and matrix product with the one in float32"
     kinds = name_layers(base)
-    found, expected = (_outputs_of(m, list(kinds), given) for m in (model, base))
-    return compare_layers(found, expected, kinds)
+    ops = {op.get_friendly_name(): op for op in base.get_ops()}
+    ends = {_end_of_layer(ops[name]): kind for name, kind in kinds.items()}
+    found, expected = (_read_nodes(m, list(ends), given) for m in (model, base))
+    return compare_layers(found, expected, ends)
 
 # %% ../../nbs/export/07_openvino.ipynb #b1f11596
 _HINTS = {'bf16': 'bf16'}  # precision of an export to that of its computation; others `f32`
