@@ -92,7 +92,10 @@ def read_graph(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'graph.onnx'
         save_onnx(graph, path)
-        return core.read_model(path.read_bytes())
+        model = core.read_model(path.read_bytes())
+    passes = import_optional('openvino._offline_transformations', 'openvino')
+    passes.apply_moc_transformations(model, True)  # as a converter does: merges constant factors
+    return model
 
 
 def save_openvino(
@@ -168,6 +171,9 @@ def quantize_openvino(
             subset_size=len(batches),
             model_type=nncf.ModelType.TRANSFORMER if is_text else None,
             ignored_scope=scope,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE, disable_channel_alignment=True
+            ),
         )
 
 # %% ../../nbs/export/07_openvino.ipynb #6b5a179b
@@ -175,16 +181,15 @@ def _end_of_layer(
     op: Any,  # a node of OpenVINO
 ) -> str:  # name of the node that adds the bias, or of the node itself
     "Find where a layer with its bias ends"
-    (reader, *others) = op.output(0).get_target_inputs()
-    add = reader.get_node()
-    if others or add.get_type_name() != 'Add':
+    readers = [port.get_node() for port in op.output(0).get_target_inputs()]
+    adds = [r for r in readers if r.get_type_name() == 'Add']
+    if len(adds) != 1:
         return op.get_friendly_name()
-    other = next(
-        v.get_node() for v in add.input_values() if v.get_node().get_name() != op.get_name()
-    )
+    inputs = [v.get_node() for v in adds[0].input_values()]
+    (other,) = [n for n in inputs if n.get_name() != op.get_name()]
     while other.get_type_name() in ('Reshape', 'Convert'):
         other = other.input_value(0).get_node()
-    return (add if other.get_type_name() == 'Constant' else op).get_friendly_name()
+    return (adds[0] if other.get_type_name() == 'Constant' else op).get_friendly_name()
 
 
 def _read_nodes(
