@@ -267,7 +267,7 @@ def widen(
 
 def count_sides(
     spec: str | MCiSpec,  # a name of `MCI`, or a spec
-    sides: Sequence[int] = (256, 512, 768, 1024),  # pixels; multiples of 32, of 64 for five stages
+    sides: Sequence[int] = (256, 512, 1024),  # pixels; multiples of 32, of 64 for five stages
 ) -> dict[int, Cost]:  # by side
     "Count a folded image encoder at several input sizes"
     with torch.device('meta'):
