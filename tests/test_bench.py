@@ -125,9 +125,9 @@ def test_a_failing_variant_leaves_no_process():
     import multiprocessing
 
     from mobileclip_nb.bench.protocol import TimingSpec, time_variants
-    from mobileclip_nb.bench.runtimes import Variant
+    from mobileclip_nb.bench.runtimes import BenchVariant
 
-    nano = Variant('mobileclip_nano')
+    nano = BenchVariant('mobileclip_nano')
     with pytest.raises(RuntimeError, match='timm, folded: ValueError: timm has no image encoder'):
         time_variants([nano, nano.but(source='timm')], TimingSpec(rounds=1, warmup=0))
     assert multiprocessing.active_children() == []
