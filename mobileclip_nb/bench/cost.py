@@ -81,7 +81,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     "Bytes of some tensors"
     return sum(t.numel() * t.element_size() for t in tensors)
 
-
+# %% ../../nbs/bench/01_cost.ipynb #eb3ad0e8
 class _Recorder(TorchDispatchMode):
     "Record every operation, and when each block of memory is made and last read"
 
@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
         self.operations.append(Operation(layer, name, shape, macs, read, written))
         return out
 
-# %% ../../nbs/bench/01_cost.ipynb #2f06538e
+# %% ../../nbs/bench/01_cost.ipynb #bcd342e1
 class Cost(NamedTuple):
     "What a network costs for one batch"
 
@@ -128,7 +128,7 @@ class Cost(NamedTuple):
         "The sums without the operations"
         return {k: v for k, v in self._asdict().items() if k != 'operations'}
 
-
+# %% ../../nbs/bench/01_cost.ipynb #ce323257
 def _peak(life: dict[int, list[int]], start: int) -> int:
     "The largest sum of blocks that live at the same time; `start` bytes are the input"
     change: dict[int, int] = {}
@@ -170,7 +170,7 @@ def count_cost(
         operations,
     )
 
-# %% ../../nbs/bench/01_cost.ipynb #cb2a2a4c
+# %% ../../nbs/bench/01_cost.ipynb #ead98d8e
 def meta_tower(
     record: Record,
     tower: str,  # `image` or `text`
@@ -209,7 +209,7 @@ def count_towers(
         for tower in ('image', 'text')
     }
 
-# %% ../../nbs/bench/01_cost.ipynb #9d83a393
+# %% ../../nbs/bench/01_cost.ipynb #e65453d9
 class LayerCost(NamedTuple):
     "Operations of one part of a network together"
 
@@ -241,7 +241,7 @@ def group_layers(
         for layer, group in groups.items()
     ]
 
-# %% ../../nbs/bench/01_cost.ipynb #11b7659b
+# %% ../../nbs/bench/01_cost.ipynb #ff296c43
 def widen(
     spec: MCiSpec,
     params: float,  # parameters to come near to
@@ -267,7 +267,7 @@ def widen(
 
 def count_sides(
     spec: str | MCiSpec,  # a name of `MCI`, or a spec
-    sides: Sequence[int] = (256, 512, 768, 1024),  # pixels; multiples of 32, of 64 for five stages
+    sides: Sequence[int] = (256, 512, 1024),  # pixels; multiples of 32, of 64 for five stages
 ) -> dict[int, Cost]:  # by side
     "Count a folded image encoder at several input sizes"
     with torch.device('meta'):

@@ -83,7 +83,7 @@ def _published_score(row: str, accuracy: str, paper: str) -> float | None:
         return release['in1k_top1_pct' if accuracy == 'imagenet' else 'avg38_pct']
     return None
 
-
+# %% ../../nbs/bench/07_frontier.ipynb #02fdd4ff
 def published_points(
     paper: str = 'MobileCLIP2',  # `MobileCLIP`: Table 7; `MobileCLIP2`: Table 8
     accuracy: str = 'avg38',  # a key of `ACCURACIES`
@@ -103,7 +103,7 @@ def published_points(
             points.append(point._replace(params_m=params))
     return points
 
-# %% ../../nbs/bench/07_frontier.ipynb #866e5727
+# %% ../../nbs/bench/07_frontier.ipynb #8f26f7aa
 def pareto_front(
     points: Iterable[Point],
 ) -> list[Point]:  # from fast to slow
@@ -114,7 +114,7 @@ def pareto_front(
             front.append(p)
     return front
 
-# %% ../../nbs/bench/07_frontier.ipynb #1a9380b9
+# %% ../../nbs/bench/07_frontier.ipynb #c8040943
 def _architecture(record: Record, tower: str) -> str:
     "What decides the latency of a tower"
     if tower == 'image':
@@ -152,7 +152,7 @@ def _pair_latency(rows: dict[str, Timed], name: str) -> float | None:
     pair = [rows.get(_architecture(model, tower)) for tower in ('image', 'text')]
     return sum(row.ms_p50 for row in pair) if all(pair) else None
 
-
+# %% ../../nbs/bench/07_frontier.ipynb #38dad609
 def measured_points(
     record: TimingRecord,
     accuracy: str = 'avg38',  # a key of `ACCURACIES`
@@ -176,7 +176,7 @@ def measured_points(
         )
     return points
 
-# %% ../../nbs/bench/07_frontier.ipynb #4ef6232e
+# %% ../../nbs/bench/07_frontier.ipynb #bff013cc
 def ledger_points(
     ledger: str | Path,
     metric: str,  # as `heldout_i2t_r1`
@@ -203,7 +203,7 @@ def ledger_points(
         )
     return points
 
-# %% ../../nbs/bench/07_frontier.ipynb #bff013cc
+# %% ../../nbs/bench/07_frontier.ipynb #c4376b29
 FAMILY_COLORS = dict(
     MobileCLIP=COLORS['orange'],
     MobileCLIP2=COLORS['red'],
@@ -244,7 +244,7 @@ def draw_points(
             ax.annotate(text, p[2:4], xytext=(5, -9), textcoords='offset points', fontsize=8)
     ax.set(xlabel=f'ms, {points[0].device}', ylabel=points[0].measure)
 
-
+# %% ../../nbs/bench/07_frontier.ipynb #0a76734c
 def draw_frontier(
     points: Sequence[Point],  # of one device and one score
     width: float = 8.0,  # inches
@@ -271,7 +271,7 @@ def format_frontier(
     columns = ['model', f'ms, {points[0].device}', points[0].measure, '']
     return markdown_table(columns, rows, [False, True, True, False])
 
-# %% ../../nbs/bench/07_frontier.ipynb #44f6f123
+# %% ../../nbs/bench/07_frontier.ipynb #5cf7cbd8
 def encoder_points(
     record: TimingRecord | None = None,  # None: the published latencies
     threads: int = 1,
@@ -292,7 +292,7 @@ def encoder_points(
             points.append(point._replace(params_m=row['params M'].number))
     return points
 
-# %% ../../nbs/bench/07_frontier.ipynb #ddc824ed
+# %% ../../nbs/bench/07_frontier.ipynb #5051bda0
 def stage_ratios() -> dict[int, float]:  # side in pixels to ratio
     "Published latency of the wider MCi2 over that of MCi3 (MobileCLIP2 Figure 3)"
     found = {}

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from .runtimes import Variant, variant_path
+from .runtimes import BenchVariant, variant_path
 from ..core.config import Spec
 from ..core.errors import suggest
 from ..core.files import atomic_write
@@ -87,10 +87,10 @@ def _sample(call: Callable[[], Any], calls: int) -> list[float]:
         times.append((time.perf_counter() - start) * 1e3)
     return times
 
-
+# %% ../../nbs/bench/05_protocol.ipynb #6b0de241
 def serve_variant(
     pipe: Connection,  # to the parent
-    v: Variant,
+    v: BenchVariant,
     path: Path | None,  # of its file
     timing: TimingSpec,
 ) -> None:
@@ -122,10 +122,10 @@ def serve_variant(
     except Exception as e:
         pipe.send(RuntimeError(f'{v.label}: {type(e).__name__}: {e}'))
 
-
+# %% ../../nbs/bench/05_protocol.ipynb #4704f7f5
 def save_file(
     pipe: Connection,  # to the parent
-    v: Variant,
+    v: BenchVariant,
     folder: Path,  # for the file
 ) -> None:
     "The body of a process: write the file of a variant"
@@ -137,7 +137,7 @@ def save_file(
     except Exception as e:
         pipe.send(RuntimeError(f'{v.label}: {type(e).__name__}: {e}'))
 
-# %% ../../nbs/bench/05_protocol.ipynb #b81f7d90
+# %% ../../nbs/bench/05_protocol.ipynb #bac80333
 _POOLS = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
 
 
@@ -152,7 +152,7 @@ def _set_pools(threads: int) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-
+# %% ../../nbs/bench/05_protocol.ipynb #6010eddb
 class Worker:
     "A process that answers questions over a pipe"
 
@@ -197,7 +197,7 @@ class Worker:
         self.process.kill()
         self.process.join()
 
-# %% ../../nbs/bench/05_protocol.ipynb #6157a8c9
+# %% ../../nbs/bench/05_protocol.ipynb #b863b389
 def _busy_seconds() -> float | None:
     "Seconds that all cores together were busy since the machine started; None if not told"
     try:
@@ -220,7 +220,7 @@ def watch_load() -> Iterator[dict[str, float]]:  # `own` is added to by the call
     if busy is not None and after is not None:
         load['foreign_cores'] = max(0.0, (after - busy - load['own']) / elapsed)
 
-# %% ../../nbs/bench/05_protocol.ipynb #6010eddb
+# %% ../../nbs/bench/05_protocol.ipynb #ba912cfa
 def run_rounds(
     ask: dict[str, Callable[[], Any]],  # name to a function that takes one sample
     timing: TimingSpec,
@@ -238,7 +238,7 @@ def run_rounds(
             say(f'  round {i + 1 - timing.warmup} of {timing.rounds}')
     return samples
 
-# %% ../../nbs/bench/05_protocol.ipynb #b863b389
+# %% ../../nbs/bench/05_protocol.ipynb #1e1f5fd0
 class Timed(NamedTuple):
     "What was measured of one variant"
 
@@ -259,14 +259,15 @@ class Timed(NamedTuple):
     imports_mb: float  # resident before opening, with PyTorch
     peak_mb: float  # most resident while it was timed
     cosine: float  # smallest, with the first variant of the same source; 1.0 for itself
+    macs: int = 0  # multiply-accumulates of a call; 0: not counted
 
     @property
     def label(self) -> str:
         "A name for tables"
         return f'{self.source}, {self.runtime}'
 
-
-def _timed(v: Variant, timing: TimingSpec, samples: list[Any], about: dict[str, Any]) -> Timed:
+# %% ../../nbs/bench/05_protocol.ipynb #1613766f
+def _timed(v: BenchVariant, timing: TimingSpec, samples: list[Any], about: dict[str, Any]) -> Timed:
     "Summarize the samples of a variant"
     ms = [s[0] for s in samples]
     low, middle, high = statistics.quantiles(ms, n=4, method='inclusive') if ms[1:] else ms * 3
@@ -287,7 +288,7 @@ def _smallest_cosine(a: Any, b: Any) -> float:  # arrays `(B, D)`
     over = (a * a).sum(-1) ** 0.5 * (b * b).sum(-1) ** 0.5
     return round(float(((a * b).sum(-1) / over).min()), 6)
 
-# %% ../../nbs/bench/05_protocol.ipynb #f260b1b7
+# %% ../../nbs/bench/05_protocol.ipynb #ef00ee5f
 class TimedGroup(NamedTuple):
     "Variants that were timed in turn"
 
@@ -296,7 +297,9 @@ class TimedGroup(NamedTuple):
     cores: tuple[int, ...]  # that the processes were pinned to
 
 
-def _write_files(variants: Sequence[Variant], folder: Path, say: Callable) -> list[Path | None]:
+def _write_files(
+    variants: Sequence[BenchVariant], folder: Path, say: Callable
+) -> list[Path | None]:
     "The files of all variants, each written in a process of its own"
     paths = []
     for v in variants:
@@ -313,7 +316,7 @@ def _write_files(variants: Sequence[Variant], folder: Path, say: Callable) -> li
     return paths
 
 
-def _collect(workers: dict[str, Worker], variants: Sequence[Variant]) -> list[dict[str, Any]]:
+def _collect(workers: dict[str, Worker], variants: Sequence[BenchVariant]) -> list[dict[str, Any]]:
     "What each process tells of itself, with the cosine of its output"
     about, first = [], {}
     for v, worker in zip(variants, workers.values()):
@@ -322,9 +325,9 @@ def _collect(workers: dict[str, Worker], variants: Sequence[Variant]) -> list[di
         about.append(told | dict(cosine=_smallest_cosine(told['output'], base)))
     return about
 
-
+# %% ../../nbs/bench/05_protocol.ipynb #88a65b9e
 def time_variants(
-    variants: Sequence[Variant],  # of one tower and input
+    variants: Sequence[BenchVariant],  # of one tower and input
     timing: TimingSpec = TimingSpec(),
     say: Callable[[str], None] = lambda text: None,  # progress
     files: Path | None = None,  # a folder that keeps files for another call; None: a temporary one
@@ -356,7 +359,7 @@ def time_variants(
     rows = [_timed(v, timing, s, a) for v, s, a in zip(variants, samples.values(), about)]
     return TimedGroup(tuple(rows), load.get('foreign_cores'), tuple(about[0]['cores']))
 
-# %% ../../nbs/bench/05_protocol.ipynb #19bd31c0
+# %% ../../nbs/bench/05_protocol.ipynb #dc1e6733
 class Ratio(NamedTuple):
     "How many times faster one variant is than another"
 
@@ -385,7 +388,7 @@ def is_told_apart(
     "Whether the quartiles of a ratio lie on one side of 1"
     return ratio.p25 > 1 or ratio.p75 < 1
 
-# %% ../../nbs/bench/05_protocol.ipynb #b149f663
+# %% ../../nbs/bench/05_protocol.ipynb #f99db765
 LIBRARIES = (
     'onnx',
     'onnxruntime',
@@ -429,7 +432,7 @@ def start_record(
         packages=packages() | found, started=now, timing=timing.to_dict(), wait_policy=policy
     )
 
-
+# %% ../../nbs/bench/05_protocol.ipynb #71f0eb44
 def write_record(
     record: TimingRecord,
     path: str | Path,  # a .json file
@@ -465,7 +468,7 @@ def read_record(
         what = 'is no record of `mobileclip bench latency --out`'
         raise ValueError(f"{str(path)!r} {what}: {e}") from e
 
-# %% ../../nbs/bench/05_protocol.ipynb #88a65b9e
+# %% ../../nbs/bench/05_protocol.ipynb #6ca1a5d0
 def find_row(
     group: TimedGroup,
     label: str,  # `timm, folded`

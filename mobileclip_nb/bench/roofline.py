@@ -121,7 +121,7 @@ class LayerTime(NamedTuple):
     macs: int
     share: float  # of the machine's floating-point rate
 
-
+# %% ../../nbs/bench/03_roofline.ipynb #07b64718
 def time_layers(
     module: nn.Module,  # in eval mode, on the CPU
     x: Tensor,  # a batch

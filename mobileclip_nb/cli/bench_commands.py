@@ -14,6 +14,62 @@ from .console import Command, answer, flag, positive, say
 from ..train.options import OPTIONS, Options
 
 # %% ../../nbs/cli/07_bench_commands.ipynb #a22469b0
+def split_names(
+    text: str,  # names with commas between
+) -> list[str]:  # without empty ones and repetitions
+    "Read a list of names, for `type` of an option"
+    return list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
+
+# %% ../../nbs/cli/07_bench_commands.ipynb #ff18358c
+# fmt: off
+_SCALE = next(option for option in OPTIONS if option[0] == '--scale')[1]
+_READER: Options = (
+    ('--samples', dict(type=int, default=64, help='in each shard (64)')),
+    ('--rounds', dict(type=int, default=8, help='batches each way (8)')),
+    ('--side', dict(type=int, default=256, help='pixels (256)')),
+    ('--views', dict(type=int, default=30, help='stored augmentations a sample (30)')),
+    ('--batch', dict(type=int, default=32, help='samples a round (32)')),
+)
+_EFFICIENCY: Options = (
+    ('--out', dict(default='runs/efficiency', help='folder for shards and ledger (runs/efficiency)')),
+    ('--scale', _SCALE | dict(help='length of the runs: full takes hours')),
+    ('--seeds', dict(nargs='+', type=int, default=[0, 1, 2], help='of starts, order and noise (0 1 2)')),
+    ('--limit', flag('at most so many pictures', type=int)),
+)
+# fmt: on
+
+# %% ../../nbs/cli/07_bench_commands.ipynb #23608dfa
+# fmt: off
+_THREADS = ('--threads', flag('of each process, which is pinned to as many cores; several are measured one after the other (1)',
+                              type=positive, nargs='+'))
+_PNG = ('--png', flag('a file for the plot', type=str))
+_LATENCY: Options = (
+    ('models', dict(nargs='*', help='of `mobileclip models`, with random weights; without one, image encoders beside timm in one process')),
+    ('--runtime', dict(type=split_names, default=['folded'], metavar='R,R',
+                       help='with commas: eager, folded, compile, aotinductor, onnx, openvino, openvino-bf16, ... (folded)')),
+    ('--against', dict(type=split_names, default=[], metavar='P,P', help='open_clip, timm: the same architecture, reparameterized, in '
+                                                                         'eager PyTorch and in each runtime of the list with a file')),
+    ('--tower', dict(type=split_names, default=['image', 'text'], metavar='T,T', help='image, text (both)')),
+    ('--batch', dict(type=positive, nargs='+', default=[1], help='rows of a call (1)')),
+    ('--side', flag('pixels of an image, for MCi towers; by default the size of the model', type=positive, nargs='+')),
+    _THREADS,
+    ('--rounds', flag('rounds that count (12; 20 without a model)', type=positive)),
+    ('--out', flag('a .json file for the record, written after each group', type=str)),
+    _PNG,
+    ('--models', dict(dest='rows', nargs='+', default=['mci0', 'mci2'], help='without a model: rows of MCI (mci0 mci2)')),
+)
+_FRONTIER: Options = (
+    ('--accuracy', dict(default='avg38', help='imagenet, avg38 (avg38), published')),
+    ('--paper', dict(default='MobileCLIP2', help='MobileCLIP or MobileCLIP2 (MobileCLIP2): whose table of published models')),
+    ('--record', flag('latencies of a record of `bench latency --out` instead of the published ones of the iPhone', type=str)),
+    _THREADS,
+    ('--ledger', flag('accuracies of our own runs instead of published ones; needs --record', type=str)),
+    ('--metric', dict(default='heldout_i2t_r1', help='of the ledger (heldout_i2t_r1)')),
+    _PNG,
+)
+# fmt: on
+
+# %% ../../nbs/cli/07_bench_commands.ipynb #9e613bb2
 def _quick_latency(args: argparse.Namespace) -> int:
     "Ratios against timm in one process, and the cold start"
     from mobileclip_nb.bench.latency import compare_with_timm, format_latencies, time_cold_start
@@ -28,17 +84,10 @@ def _quick_latency(args: argparse.Namespace) -> int:
     answer({k: [l._asdict() for l in v] for k, v in found.items()}, text, args.json)
     return 0
 
-# %% ../../nbs/cli/07_bench_commands.ipynb #ff18358c
-def split_names(
-    text: str,  # names with commas between
-) -> list[str]:  # without empty ones and repetitions
-    "Read a list of names, for `type` of an option"
-    return list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
-
-
+# %% ../../nbs/cli/07_bench_commands.ipynb #c8d00da0
 def _groups(args: argparse.Namespace) -> list[Any]:
     "The groups that a command asks for: models by towers by batches by sides"
-    from mobileclip_nb.bench.runtimes import Variant
+    from mobileclip_nb.bench.runtimes import BenchVariant
     from mobileclip_nb.models.mci import MCI
     from mobileclip_nb.models.zoo import find_record
 
@@ -53,10 +102,10 @@ def _groups(args: argparse.Namespace) -> list[Any]:
         for tower in towers:
             for batch in args.batch:
                 sides = args.side if args.side and tower == 'image' else [0]
-                groups += [Variant(record.name, tower, batch=batch, side=s) for s in sides]
+                groups += [BenchVariant(record.name, tower, batch=batch, side=s) for s in sides]
     return list(dict.fromkeys(groups))
 
-
+# %% ../../nbs/cli/07_bench_commands.ipynb #346ed51c
 def bench_latency(
     args: argparse.Namespace,  # `models`, `runtime`, `against`, `threads`, `out`, `png`, ...
 ) -> int:  # exit status
@@ -88,7 +137,7 @@ def bench_latency(
     answer(asdict(record) if args.json else {}, format_record(record), args.json)
     return 0
 
-
+# %% ../../nbs/cli/07_bench_commands.ipynb #d2527894
 def _write_png(fig: Any, path: str) -> None:
     "Write a figure as a file, whole or not at all"
     from mobileclip_nb.core.files import atomic_write
@@ -97,7 +146,7 @@ def _write_png(fig: Any, path: str) -> None:
     with atomic_write(Path(path)) as part:
         part.write_bytes(png(fig, dpi=150))
 
-# %% ../../nbs/cli/07_bench_commands.ipynb #b64c843d
+# %% ../../nbs/cli/07_bench_commands.ipynb #b3835763
 def bench_frontier(
     args: argparse.Namespace,  # `accuracy`, `paper`, `record`, `threads`, `ledger`, `metric`, `png`
 ) -> int:  # exit status
@@ -126,7 +175,7 @@ def bench_frontier(
     answer([p._asdict() for p in points], format_frontier(points), args.json)
     return 0
 
-# %% ../../nbs/cli/07_bench_commands.ipynb #d2527894
+# %% ../../nbs/cli/07_bench_commands.ipynb #6f80e82b
 def bench_reader(
     args: argparse.Namespace,  # `samples`, `rounds`, `side`, `views`, `batch`
 ) -> int:  # exit status
@@ -140,7 +189,7 @@ def bench_reader(
     answer(result, str(found), args.json)
     return 0
 
-# %% ../../nbs/cli/07_bench_commands.ipynb #ec36dafb
+# %% ../../nbs/cli/07_bench_commands.ipynb #341dfd93
 def bench_efficiency(
     args: argparse.Namespace,  # `out`, `scale`, `seeds`, `limit`
 ) -> int:  # exit status
@@ -155,53 +204,10 @@ def bench_efficiency(
     answer(dict(out=str(args.out), table=text.splitlines()), text, args.json)
     return 0
 
-# %% ../../nbs/cli/07_bench_commands.ipynb #1ff13145
-# fmt: off
-_SCALE = next(option for option in OPTIONS if option[0] == '--scale')[1]
-_READER: Options = (
-    ('--samples', dict(type=int, default=64, help='in each shard (64)')),
-    ('--rounds', dict(type=int, default=8, help='batches each way (8)')),
-    ('--side', dict(type=int, default=256, help='pixels (256)')),
-    ('--views', dict(type=int, default=30, help='stored augmentations a sample (30)')),
-    ('--batch', dict(type=int, default=32, help='samples a round (32)')),
-)
-_EFFICIENCY: Options = (
-    ('--out', dict(default='runs/efficiency', help='folder for shards and ledger (runs/efficiency)')),
-    ('--scale', _SCALE | dict(help='length of the runs: full takes hours')),
-    ('--seeds', dict(nargs='+', type=int, default=[0, 1, 2], help='of starts, order and noise (0 1 2)')),
-    ('--limit', flag('at most so many pictures', type=int)),
-)
-_THREADS = ('--threads', flag('of each process, which is pinned to as many cores; several are measured one after the other (1)',
-                              type=positive, nargs='+'))
-_PNG = ('--png', flag('a file for the plot', type=str))
-_LATENCY: Options = (
-    ('models', dict(nargs='*', help='of `mobileclip models`, with random weights; without one, image encoders beside timm in one process')),
-    ('--runtime', dict(type=split_names, default=['folded'], metavar='R,R',
-                       help='with commas: eager, folded, compile, aotinductor, onnx, openvino, openvino-bf16, ... (folded)')),
-    ('--against', dict(type=split_names, default=[], metavar='P,P', help='open_clip, timm: the same architecture, reparameterized, in eager '
-                                                                         'PyTorch and in each runtime of the list with a file')),
-    ('--tower', dict(type=split_names, default=['image', 'text'], metavar='T,T', help='image, text (both)')),
-    ('--batch', dict(type=positive, nargs='+', default=[1], help='rows of a call (1)')),
-    ('--side', flag('pixels of an image, for MCi towers; by default the size of the model', type=positive, nargs='+')),
-    _THREADS,
-    ('--rounds', flag('rounds that count (12; 20 without a model)', type=positive)),
-    ('--out', flag('a .json file for the record, written after each group', type=str)),
-    _PNG,
-    ('--models', dict(dest='rows', nargs='+', default=['mci0', 'mci2'], help='without a model: rows of MCI (mci0 mci2)')),
-)
-_FRONTIER: Options = (
-    ('--accuracy', dict(default='avg38', help='imagenet, avg38 (avg38), published')),
-    ('--paper', dict(default='MobileCLIP2', help='MobileCLIP or MobileCLIP2 (MobileCLIP2): whose table of published models')),
-    ('--record', flag('latencies of a record of `bench latency --out` instead of the published ones of the iPhone', type=str)),
-    _THREADS,
-    ('--ledger', flag('accuracies of our own runs instead of published ones; needs --record', type=str)),
-    ('--metric', dict(default='heldout_i2t_r1', help='of the ledger (heldout_i2t_r1)')),
-    _PNG,
-)
+# %% ../../nbs/cli/07_bench_commands.ipynb #ebe6e5ee
 COMMANDS = [
     Command('bench latency', bench_latency, _LATENCY),
     Command('bench frontier', bench_frontier, _FRONTIER),
     Command('bench reader', bench_reader, _READER),
     Command('bench efficiency', bench_efficiency, _EFFICIENCY),
 ]
-# fmt: on
