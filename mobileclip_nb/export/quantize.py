@@ -60,7 +60,8 @@ def fragile_nodes(
     return [node for node, kind in onnx_layers(path).values() if kind in FRAGILE]
 
 # %% ../../nbs/export/13_quantize.ipynb #8a8eb603
-_AXES = {'Conv': 0, 'Gather': 0, 'MatMul': -1}  # of the output channel in a weight
+_AXES = {'Conv': 0, 'MatMul': -1}  # of the output channel in a weight
+_BLOCK = 32  # numbers of a token's embedding that share a scale
 
 
 def _round_weight(
@@ -83,32 +84,66 @@ def _axis_of(
         return 0 if is_turned else -1
     return _AXES.get(node.op_type)
 
+# %% ../../nbs/export/13_quantize.ipynb #2de630f8
+def _read_bits(
+    node: Any,  # a `Gather` of ONNX, from a table of floats
+    table: np.ndarray,  # float32 `(V, D)`
+) -> tuple[list[Any], dict[str, np.ndarray]]:  # nodes in its place, and their constants
+    "Read embeddings from a table of bytes with a scale for each block of a row"
+    helper = import_optional('onnx', 'export').helper
+    (name, ids), (out,) = node.input, node.output
+    blocks = table.reshape(len(table), -1, _BLOCK)
+    bits, scale = _round_weight(blocks.reshape(-1, _BLOCK), 0)
+    scale = scale.reshape(*blocks.shape[:2], 1)
+    constants = {'bits': bits.reshape(blocks.shape), 'scale': scale, 'shape': np.array([0, 0, -1])}
+    b, s, shape = (f'{name}.{end}' for end in constants)
+    nodes = [
+        helper.make_node('Gather', [b, ids], [f'{out}.bits'], axis=0),
+        helper.make_node('Cast', [f'{out}.bits'], [f'{out}.blocks'], to=1),
+        helper.make_node('Gather', [s, ids], [f'{out}.scale'], axis=0),
+        helper.make_node('Mul', [f'{out}.blocks', f'{out}.scale'], [f'{out}.scaled']),
+        helper.make_node('Reshape', [f'{out}.scaled', shape], [out]),
+    ]
+    return nodes, {f'{name}.{end}': array for end, array in constants.items()}
 
+
+def _dequantize(
+    node: Any,  # of ONNX
+    name: str,  # of its weight
+    w: np.ndarray,
+    axis: int,  # of the output channels
+) -> tuple[list[Any], dict[str, np.ndarray]]:  # nodes in its place, and their constants
+    "Turn a weight of bytes back before the node that reads it"
+    helper = import_optional('onnx', 'export').helper
+    bits, scale = _round_weight(w, axis)
+    names = f'{name}.bits', f'{name}.scale'
+    turn = helper.make_node('DequantizeLinear', names, [name], axis=axis % w.ndim)
+    return [turn, node], dict(zip(names, (bits, scale)))
+
+# %% ../../nbs/export/13_quantize.ipynb #1e8cc6b6
 def round_weights(
     path: str | Path,  # an ONNX file in floating point
     out: str | Path,  # file to write
     keep: Sequence[str] = (),  # names of nodes whose weights stay as they are
 ) -> int:  # weights that were rounded
-    "Store the weights of an ONNX file as bytes with a scale for each output channel"
+    "Store the weights of an ONNX file as bytes with scales"
     onnx = import_optional('onnx', 'export')
-    model, nodes = onnx.load(str(path)), []
-    arrays = {t.name: t for t in model.graph.initializer}
-    done: set[str] = set()
+    model, nodes, done = onnx.load(str(path)), [], set()
+    weights = {t.name: t for t in model.graph.initializer if t.data_type == 1 and len(t.dims) > 1}
     for node in model.graph.node:
-        axis, place = _axis_of(node), 0 if node.op_type == 'Gather' else 1
-        name = node.input[place] if axis is not None else ''
-        tensor = arrays.get(name)
-        is_weight = tensor is not None and tensor.data_type == 1 and len(tensor.dims) > 1
-        if is_weight and node.name not in keep and name not in done:
-            bits, scale = _round_weight(onnx.numpy_helper.to_array(tensor), axis)
-            model.graph.initializer.remove(tensor)
-            for array, end in ((bits, 'bits'), (scale, 'scale')):
-                tensor = onnx.numpy_helper.from_array(array, f'{name}.{end}')
-                model.graph.initializer.append(tensor)
-            given, axis = [f'{name}.bits', f'{name}.scale'], axis % bits.ndim
-            nodes.append(onnx.helper.make_node('DequantizeLinear', given, [name], axis=axis))
-            done.add(name)
-        nodes.append(node)
+        axis, is_table = _axis_of(node), node.op_type == 'Gather'
+        name = node.input[0 if is_table else 1] if is_table or axis is not None else ''
+        is_odd = is_table and name in weights and weights[name].dims[-1] % _BLOCK
+        if name not in weights or name in done or node.name in keep or is_odd:
+            nodes.append(node)
+            continue
+        w = onnx.numpy_helper.to_array(weights[name])
+        new, constants = _read_bits(node, w) if is_table else _dequantize(node, name, w, axis)
+        nodes += new
+        model.graph.initializer.remove(weights[name])
+        for key, array in constants.items():
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, key))
+        done.add(name)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     Path(out).write_bytes(model.SerializeToString())
