@@ -28,8 +28,8 @@ from mobileclip_nb.bench.protocol import (
     Worker,
     find_row,
     format_group,
-    is_told_apart,
     pin_process,
+    sign_test,
     speed_ratio,
     start_record,
     time_variants,
@@ -202,7 +202,12 @@ class Comparison(NamedTuple):
 
     kind: str  # `runtime and network`, or `network`: both in the same runtime
     ratio: Ratio
-    told_apart: bool  # the quartiles lie on one side of 1
+    chance: float  # of rounds as one-sided as these, if both were equally fast
+
+    @property
+    def is_told_apart(self) -> bool:
+        "Whether chance is an unlikely explanation, below 5 %"
+        return self.chance < 0.05
 
 
 def best_row(
@@ -228,10 +233,10 @@ def compare_rows(
             continue
         if row.runtime == 'folded':
             ratio = speed_ratio(best, row)
-            found.append(Comparison('runtime and network', ratio, is_told_apart(ratio)))
+            found.append(Comparison('runtime and network', ratio, sign_test(best, row)))
         if same := labels.get(f'ours, {row.runtime}'):
             ratio = speed_ratio(same, row)
-            found.append(Comparison('network', ratio, is_told_apart(ratio)))
+            found.append(Comparison('network', ratio, sign_test(same, row)))
     return found
 
 
@@ -242,7 +247,7 @@ def format_comparisons(
     rows = []
     for c in compare_rows(group):
         r = c.ratio
-        reading = 'told apart' if c.told_apart else 'not told apart from 1'
+        reading = 'told apart' if c.is_told_apart else 'not told apart from 1'
         cells = [r.name, r.base, c.kind, f'{r.ratio:.2f} [{r.p25:.2f}–{r.p75:.2f}]', reading]
         rows.append(cells)
     return markdown_table(['variant', 'against', 'of', 'times faster [quartiles]', ''], rows)
