@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_peers', 'list_variants', 'serve_roofline', 'pinned_roofline', 'variant_macs', 'count_rows', 'measure_models',
-           'row_share', 'measure_sides', 'Comparison', 'best_row', 'compare_rows', 'format_comparisons', 'group_title',
-           'format_record', 'draw_record']
+           'row_share', 'stage_specs', 'measure_sides', 'Comparison', 'best_row', 'compare_rows', 'format_comparisons',
+           'group_title', 'format_record', 'draw_record']
 
 # %% ../../nbs/bench/06_measured.ipynb #d1e206e1
 import functools
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .cost import count_cost, meta_input, meta_tower
+from .cost import count_cost, meta_input, meta_tower, widen
 from .latency import time_encoders
 from mobileclip_nb.bench.protocol import (
     Ratio,
@@ -28,8 +28,8 @@ from mobileclip_nb.bench.protocol import (
     Worker,
     find_row,
     format_group,
-    is_told_apart,
     pin_process,
+    sign_test,
     speed_ratio,
     start_record,
     time_variants,
@@ -41,7 +41,7 @@ from ..core.errors import suggest
 from ..core.ledger import markdown_table
 from ..core.plots import GRAY, figure, role_color, style
 from ..export.contract import ExportSpec, make_encoder
-from ..models.mci import MCi, MCiSpec
+from ..models.mci import MCI, MCi, MCiSpec
 from ..models.zoo import build, find_record
 from ..blocks.reparam import fold
 from ..core.processes import end_with_parent
@@ -176,6 +176,13 @@ def row_share(
     return compute_share(row.macs, row.ms_min, machines[row.threads])
 
 # %% ../../nbs/bench/06_measured.ipynb #a0866da4
+def stage_specs() -> dict[str, str | MCiSpec]:  # two encoders by name
+    "MCi2 with wider maps and MCi3, of about equal parameters (MobileCLIP2 Figure 3)"
+    with torch.device('meta'):
+        target = sum(p.numel() for p in MCi('mci3', 512).parameters())
+    return {'MCi2, wider': widen(MCI['mci2'], target), 'MCi3': 'mci3'}
+
+
 def measure_sides(
     specs: dict[str, str | MCiSpec],  # two encoders by name: names of `MCI`, or specs
     sides: Sequence[int],  # pixels
@@ -202,7 +209,12 @@ class Comparison(NamedTuple):
 
     kind: str  # `runtime and network`, or `network`: both in the same runtime
     ratio: Ratio
-    told_apart: bool  # the quartiles lie on one side of 1
+    chance: float  # of rounds as one-sided as these, if both were equally fast
+
+    @property
+    def is_told_apart(self) -> bool:
+        "Whether chance is an unlikely explanation, below 5 %"
+        return self.chance < 0.05
 
 
 def best_row(
@@ -228,10 +240,10 @@ def compare_rows(
             continue
         if row.runtime == 'folded':
             ratio = speed_ratio(best, row)
-            found.append(Comparison('runtime and network', ratio, is_told_apart(ratio)))
+            found.append(Comparison('runtime and network', ratio, sign_test(best, row)))
         if same := labels.get(f'ours, {row.runtime}'):
             ratio = speed_ratio(same, row)
-            found.append(Comparison('network', ratio, is_told_apart(ratio)))
+            found.append(Comparison('network', ratio, sign_test(same, row)))
     return found
 
 
@@ -242,7 +254,7 @@ def format_comparisons(
     rows = []
     for c in compare_rows(group):
         r = c.ratio
-        reading = 'told apart' if c.told_apart else 'not told apart from 1'
+        reading = 'told apart' if c.is_told_apart else 'not told apart from 1'
         cells = [r.name, r.base, c.kind, f'{r.ratio:.2f} [{r.p25:.2f}–{r.p75:.2f}]', reading]
         rows.append(cells)
     return markdown_table(['variant', 'against', 'of', 'times faster [quartiles]', ''], rows)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'TimingSpec', 'pin_process', 'memory_mb', 'serve_variant', 'save_file', 'Worker', 'watch_load',
-           'run_rounds', 'Timed', 'TimedGroup', 'time_variants', 'Ratio', 'speed_ratio', 'is_told_apart',
-           'TimingRecord', 'start_record', 'write_record', 'read_record', 'find_row', 'format_group']
+           'run_rounds', 'Timed', 'TimedGroup', 'time_variants', 'Ratio', 'speed_ratio', 'sign_test', 'TimingRecord',
+           'start_record', 'write_record', 'read_record', 'find_row', 'format_group']
 
 # %% ../../nbs/bench/05_protocol.ipynb #354be779
-import json, os, statistics, time
+import json, math, os, statistics, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -382,11 +382,16 @@ def speed_ratio(
     return Ratio(row.label, base.label, middle, low, high)
 
 
-def is_told_apart(
-    ratio: Ratio,
-) -> bool:
-    "Whether the quartiles of a ratio lie on one side of 1"
-    return ratio.p25 > 1 or ratio.p75 < 1
+def sign_test(
+    row: Timed,
+    base: Timed,  # of the same group
+) -> float:  # 0–1; small: the two are told apart
+    "How likely rounds as one-sided as these are, if both variants were equally fast (sign test)"
+    wins = sum(a < b for a, b in zip(row.samples, base.samples))
+    losses = sum(a > b for a, b in zip(row.samples, base.samples))
+    n = wins + losses
+    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 # %% ../../nbs/bench/05_protocol.ipynb #f99db765
 LIBRARIES = (

@@ -56,6 +56,8 @@ _LATENCY: Options = (
     ('--rounds', flag('rounds that count (12; 20 without a model)', type=positive)),
     ('--out', flag('a .json file for the record, written after each group', type=str)),
     _PNG,
+    ('--stages', flag('sides in pixels, multiples of 64: also time MCi2, widened, against MCi3 (MobileCLIP2 Figure 3)',
+                      type=positive, nargs='+')),
     ('--models', dict(dest='rows', nargs='+', default=['mci0', 'mci2'], help='without a model: rows of MCI (mci0 mci2)')),
 )
 _FRONTIER: Options = (
@@ -114,7 +116,7 @@ def bench_latency(
         return _quick_latency(args)
     from dataclasses import asdict
     from mobileclip_nb.bench.measured import check_peers, draw_record, format_record
-    from mobileclip_nb.bench.measured import measure_models
+    from mobileclip_nb.bench.measured import measure_models, measure_sides, stage_specs
     from mobileclip_nb.bench.protocol import TimingSpec, write_record
     from mobileclip_nb.bench.runtimes import check_runtimes
     from mobileclip_nb.core.errors import import_optional
@@ -132,6 +134,10 @@ def bench_latency(
 
     threads = args.threads or [1]
     record = measure_models(groups, args.runtime, args.against, threads, timing, say, keep)
+    if args.stages:
+        say('four stages against five')
+        record.sides = measure_sides(stage_specs(), args.stages, threads[0])
+        keep(record)
     if args.png:
         _write_png(draw_record(record), args.png)
     answer(asdict(record) if args.json else {}, format_record(record), args.json)
