@@ -9,7 +9,7 @@ __all__ = ['SUFFIXES', 'WRAPPERS', 'ABOUT', 'CODE_IN_PICKLE', 'WEIGHTS_FILE', 'R
            'write_tensors', 'save_weights']
 
 # %% ../../nbs/models/07_weights.ipynb #c328afe8
-import json, os, re
+import json, logging, os, re
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +102,7 @@ def read_state(
         raise FileNotFoundError(
             f"No weight file {str(path)!r}; pass a path to one, a tag, or 'hf-hub:ORG/REPO'"
         )
+    logging.getLogger(__name__).debug('Reading %s', path)
     try:
         content, metadata = _open(path)
     except Exception as e:  # each library has its own exceptions for damaged bytes
@@ -149,6 +150,7 @@ def _download(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for name in names:
+        logging.getLogger(__name__).info('Looking for %s in %s', name, repo)
         try:
             return Path(huggingface_hub.hf_hub_download(repo, name))
         except LocalEntryNotFoundError:
