@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_asset', 'open_asset', 'write_coreai']
 
-# %% ../../nbs/export/16_coreai.ipynb #2058675b
+# %% ../../nbs/export/16_coreai.ipynb #5d1909d0
 import asyncio, io
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ from mobileclip_nb.export.contract import (
 from .torch_export import open_dimensions
 from ..models.zoo import Record
 
-# %% ../../nbs/export/16_coreai.ipynb #3e6a3f57
+# %% ../../nbs/export/16_coreai.ipynb #b8683fd6
 def _describe(record: Record, name: str) -> Any:
     "The metadata of an asset"
     runtime = import_optional('coreai.runtime', 'coreai')
@@ -66,7 +66,7 @@ def save_asset(
         asset = made.to_coreai()
     asset.save_asset(path, _describe(record, graph.name))
 
-# %% ../../nbs/export/16_coreai.ipynb #d07af6ad
+# %% ../../nbs/export/16_coreai.ipynb #c09f42ba
 @contextmanager
 def open_asset(
     path: Path,  # a folder `.aimodel`
@@ -94,7 +94,7 @@ def open_asset(
             wait(context.__aexit__(None, None, None))
             loop.close()
 
-# %% ../../nbs/export/16_coreai.ipynb #1fdd58ed
+# %% ../../nbs/export/16_coreai.ipynb #aab6825c
 @register_home(
     'coreai',
     files=('image.aimodel', 'text.aimodel', 'joint.aimodel'),
