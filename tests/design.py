@@ -36,7 +36,7 @@ FORBIDDEN = {  # although they stand lower
 }
 GUIDES = ['index', 'demo', 'tutorials/', 'ablations/', 'apps/', 'design']  # they export nothing
 GUIDES += ['export/09_homes']
-GUIDES += ['inference/06_approximate_index', 'inference/07_search_tried']  # they measure
+GUIDES += ['inference/08_approximate_index', 'inference/07_search_tried']  # they measure
 LIMIT = dict(
     width=100,
     data_width=140,
