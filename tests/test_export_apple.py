@@ -3,14 +3,16 @@
 The trained nano model and S0's image tower; `tests/export/test_apple.py` has the other models of both papers.
 """
 
-import os, platform, runpy, subprocess, sys, types
-from pathlib import Path
+import io, platform, runpy, subprocess, sys, types
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest, torch
 
 pytest.importorskip('coremltools')
 from mobileclip_nb.blocks.reparam import randomize_
+from mobileclip_nb.cli.main import main
+from mobileclip_nb.export import coreml_interpreter as interpreter
 from mobileclip_nb.export.contract import ExportSpec
 from mobileclip_nb.export.coreml_interpreter import describe_package, load_program, run_program
 from mobileclip_nb.export.write import check_export, export_model, read_export
@@ -24,13 +26,11 @@ APP = ('export', 'mobileclip_nano', '--to', 'ios-app', '--precision', 'fp16')
 
 @pytest.fixture(scope='module')
 def app(tmp_path_factory):
-    "The nano model in the camera app's form, written from a shell"
-    out = tmp_path_factory.mktemp('app') / 'out'
-    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'mobileclip_nb', *APP, str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert 'mobileclip_nano_image.mlpackage' in done.stdout
+    "The nano model in the camera app's form, written by the command line"
+    out, said = tmp_path_factory.mktemp('app') / 'out', io.StringIO()
+    with redirect_stdout(said):
+        assert main([*APP, str(out)]) == 0
+    assert 'mobileclip_nano_image.mlpackage' in said.getvalue()
     return out
 
 
@@ -70,19 +70,13 @@ def call_script(folder, monkeypatch, *options):
     stand_in.ComputeUnit = types.SimpleNamespace(CPU_ONLY=0, ALL=1)
     monkeypatch.setattr(platform, 'system', lambda: 'Darwin')
     monkeypatch.setattr(sys, 'argv', ['check_on_mac.py', *options])
-    main = runpy.run_path(str(folder / 'check_on_mac.py'))['main']
-    load_program(folder / 'mobileclip_nano_text.mlpackage')  # before coremltools is replaced
+    script = runpy.run_path(str(folder / 'check_on_mac.py'))
+    import coremltools
+
     with monkeypatch.context() as patch:
-        real = {k: m for k, m in sys.modules.items() if k.startswith('coremltools.')}
-        for k, m in real.items():
-            patch.setitem(sys.modules, k, m)
-        import mobileclip_nb.export.coreml_interpreter as interpreter
-
-        import coremltools as true
-
-        patch.setattr(interpreter, 'import_coremltools', lambda: true)
+        patch.setattr(interpreter, 'import_coremltools', lambda: coremltools)
         patch.setitem(sys.modules, 'coremltools', stand_in)
-        main()
+        script['main']()
 
 
 def test_script_for_a_mac(app, monkeypatch, capsys):

@@ -199,7 +199,7 @@ def _(a: Arguments) -> Tensor:
 def _(a: Arguments) -> Tensor:
     return (a.tensor('x') + a.plain('epsilon', 1e-12)).rsqrt()
 
-
+# %% ../../nbs/export/03_coreml_interpreter.ipynb #ac1f81c8
 @_implement('batch_norm')
 def _(a: Arguments) -> Tensor:
     parts = [a.tensor(k) for k in ('mean', 'variance', 'gamma', 'beta')]
