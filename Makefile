@@ -4,7 +4,7 @@
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
 # make notebooks  run every notebook at nano scale and store its outputs
-# make prepare    after editing notebooks: format, export, clean, README
+# make prepare    after editing notebooks: format, export, clean, links, README
 PYTHON ?= python3
 PIP_ARGS ?=
 ## ALL: for notebooks and tests; RUNTIMES: besides, for the runtimes and homes of exports
@@ -51,6 +51,7 @@ prepare: .venv/with-$(ALL)
 	$(BIN)/ruff format --quiet nbs tests setup.py mobileclip_nb/__init__.py
 	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
+	$(BIN)/python tests/links.py
 	$(BIN)/python tests/readme.py
 
 bench: .venv/with-$(ALL)
