@@ -279,7 +279,7 @@ def _is_folder(
 ) -> bool:
     "Whether a text is a folder on this machine; the name of a model is one with `./` before it"
     is_path = isinstance(name, Path) or str(name).startswith(('.', '~', os.sep))
-    return (is_path or not is_model(str(name))) and Path(name).is_dir()
+    return (is_path or not is_model(str(name))) and bool(str(name)) and Path(name).is_dir()
 
 
 def is_place(
