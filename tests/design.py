@@ -35,6 +35,8 @@ FORBIDDEN = {  # although they stand lower
     'losses': ['core', 'blocks'],
 }
 GUIDES = ['index', 'demo', 'tutorials/', 'ablations/', 'apps/', 'design']  # they export nothing
+GUIDES += ['export/09_homes']
+GUIDES += ['inference/06_approximate_index', 'inference/07_search_tried']  # they measure
 LIMIT = dict(
     width=100,
     data_width=140,

@@ -21,6 +21,7 @@ from ..core.errors import import_optional
 from ..core.files import atomic_folder, sha256
 from ..core.ledger import code_version, markdown_table, packages
 from mobileclip_nb.export.contract import (
+    Evaluate,
     ExportJob,
     ExportSpec,
     Gap,
@@ -217,13 +218,14 @@ def export_model(
     out: str | Path,  # folder to write; must not hold anything else
     spec: ExportSpec = ExportSpec(),
     weights: str = '',  # where the weights came from, for the manifest
+    evaluate: Evaluate | None = None,  # measures the accuracy of files of 8 bits
 ) -> ExportManifest:  # also written, as `manifest.json`
     "Write a model for a format or destination, with its measured gap, whole or not at all"
     chosen = find_home(home)
     check_request(model, chosen, spec)
     check_output(out)
     with torch.no_grad(), atomic_folder(out) as folder:
-        job = ExportJob(_plain_model(model, spec), folder, spec)
+        job = ExportJob(_plain_model(model, spec), folder, spec, evaluate)
         parts = tuple(chosen.write(job))
         manifest = ExportManifest(
             home=home,
