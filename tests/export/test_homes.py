@@ -128,7 +128,7 @@ def test_transformers_js(name, tower, tmp_path):
 
 
 @needs_library
-@pytest.mark.parametrize('dtype', ['fp32', 'fp16'])
+@pytest.mark.parametrize('dtype', ['fp32', 'fp16', 'q8', 'q4'])
 def test_zero_shot_pipeline(nano, dtype, tmp_path):
     "The pipeline names the drawings; texts are padded to the longest, cut texts lose their end token"
     export_model(nano, 'transformers.js', tmp_path / 'x', ExportSpec(precision=dtype))
@@ -137,7 +137,7 @@ def test_zero_shot_pipeline(nano, dtype, tmp_path):
     short = ['a dog', 'a red apple']
     answer = ask_transformers_js(tmp_path / 'x', request | dict(texts=short))
     right = nano.encode_text(nano.tokenizer(short), normalize=True)
-    limit = 1e-5 if dtype == 'fp32' else 5e-3
+    limit = dict(fp32=1e-5, fp16=5e-3, q8=0.05, q4=0.3)[dtype]
     assert answer['lengths']['longest'] < answer['lengths']['context'] == 20
     for rows in answer['text'].values():
         assert measure_gap([rows], [right]).max_abs <= limit
