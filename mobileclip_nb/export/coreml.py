@@ -118,7 +118,7 @@ SAFE_TO_SQUARE = 255.0  # its square is below the largest float16
 def largest_deviation(
     graph: Graph,
 ) -> float:
-    "The largest distance from the mean that a layer normalization squares, on the examples"
+    "The largest distance from the mean that a layer normalization squares; checks half precision"
     found, hooks = [0.0], []
 
     def watch(norm: nn.LayerNorm, given: tuple[Tensor, ...]) -> None:
@@ -128,10 +128,11 @@ def largest_deviation(
     for m in graph.module.modules():
         if isinstance(m, nn.LayerNorm):
             hooks.append(m.register_forward_pre_hook(watch))
-    with torch.inference_mode():
-        graph.module(*graph.examples.values())
-    for hook in hooks:
-        hook.remove()
+    try:
+        check_half(graph.module, list(graph.examples.values()), graph.name)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return max(found)
 
 # %% ../../nbs/export/04_coreml.ipynb #1bd8c297
@@ -236,7 +237,6 @@ def _label(model: Any, graph: Graph, record: Record, precision: str) -> None:
 
 def _kept_operations(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     "Operations that stay in float32, and a note; ArithmeticError if half precision does not fit"
-    check_half(graph.module, list(graph.examples.values()), graph.name)
     largest = largest_deviation(graph)
     if largest <= SAFE_TO_SQUARE:
         return UNIT_VECTOR, ()
