@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +20,16 @@ from ..blocks.reparam import fold, randomize_
 from ..core.config import Spec
 from ..core.errors import import_optional, suggest
 from ..core.papers import RELEASES
-from ..export.contract import EXAMPLE_TEXTS, ExportSpec, Graph, Port, make_encoder
+from ..export.contract import EXAMPLE_TEXTS, ExportSpec, Graph, Port, Run, make_encoder
+from ..export.executorch import run_executorch, save_executorch
+from ..export.litert import run_litert, save_litert
 from ..export.onnx import run_onnx, save_onnx
+from mobileclip_nb.export.openvino import (
+    quantize_openvino,
+    read_graph,
+    run_openvino,
+    save_openvino,
+)
 
 from ..models.zoo import Record, build, find_record
 from ..preprocessing.tokenizer import tokenize
@@ -216,40 +223,46 @@ def _load_aoti(path: Path, threads: int, v: BenchVariant) -> Call:
     inductor = importlib.import_module('torch._inductor')
     return _call_module(inductor.aoti_load_package(str(path)), v)
 
-
-def _load_onnx(path: Path, threads: int, v: BenchVariant) -> Call:
-    "Open a file in ONNX Runtime"
-    run, given = run_onnx(path, threads), {v.tower: make_input(v).numpy()}
-    return lambda: run(given)[0]
-
 # %% ../../nbs/bench/04_runtimes.ipynb #79ec0aa0
 def _load_openvino(precision: str) -> Callable[[Path, int, BenchVariant], Call]:
-    "Open an ONNX file in OpenVINO at a precision"
+    "Open a file in OpenVINO at a precision"
 
     def load(path: Path, threads: int, v: BenchVariant) -> Call:
-        ov = import_optional('openvino', 'export')
-        config = {'INFERENCE_PRECISION_HINT': precision, 'INFERENCE_NUM_THREADS': threads}
-        config |= {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1}
-        compiled = ov.Core().compile_model(str(path), 'CPU', config)
-        request = compiled.create_infer_request()
-        request.set_input_tensor(ov.Tensor(make_input(v).numpy()))
-
-        def run() -> np.ndarray:
-            request.infer()
-            return request.get_output_tensor().data
-
-        return run
+        run, given = run_openvino(path, threads, precision), {v.tower: make_input(v).numpy()}
+        return lambda: run(given)[0]
 
     return load
 
 
+def _save_int8(graph: Graph, path: Path) -> None:
+    "Weights and activations of 8 bits, calibrated on the input that is timed"
+    batches = [{k: t.numpy() for k, t in graph.examples.items()}]
+    model = quantize_openvino(read_graph(graph), 'int8-static', batches, graph.name == 'text')
+    save_openvino(model, path, graph, {})
+
+
+def _loader(
+    run_file: Callable[[Path, int], Run],  # of `export`
+    ids: torch.dtype = torch.int64,  # type of token ids in the file
+) -> Callable[[Path, int, BenchVariant], Call]:
+    "Open a file with a function of `export`"
+
+    def load(path: Path, threads: int, v: BenchVariant) -> Call:
+        x = make_input(v)
+        given = {v.tower: (x.to(ids) if v.tower == 'text' else x).numpy()}
+        run = run_file(path, threads)
+        return lambda: run(given)[0]
+
+    return load
+
+# %% ../../nbs/bench/04_runtimes.ipynb #1a78b92c
 _ONNX = (('onnx', 'export'), ('onnxscript', 'export'))
-_OPENVINO = (*_ONNX, ('openvino', 'export'))
+_OPENVINO = (*_ONNX, ('openvino', 'openvino'))
 RUNTIMES['aotinductor'] = Runtime(
     'AOTInductor, frozen', save=_save_aoti, load=_load_aoti, explicit=False, suffix='.pt2'
 )
 RUNTIMES['onnx'] = Runtime(
-    'ONNX Runtime', (*_ONNX, ('onnxruntime', 'export')), save=save_onnx, load=_load_onnx
+    'ONNX Runtime', (*_ONNX, ('onnxruntime', 'export')), save=save_onnx, load=_loader(run_onnx)
 )
 RUNTIMES['openvino'] = Runtime(
     'OpenVINO, float32', _OPENVINO, save=save_onnx, load=_load_openvino('f32')
@@ -257,8 +270,29 @@ RUNTIMES['openvino'] = Runtime(
 RUNTIMES['openvino-bf16'] = Runtime(
     'OpenVINO, bfloat16', _OPENVINO, save=save_onnx, load=_load_openvino('bf16')
 )
+RUNTIMES['openvino-int8'] = Runtime(
+    'OpenVINO, 8 bits',
+    (*_OPENVINO, ('nncf', 'openvino')),
+    save=_save_int8,
+    load=_load_openvino('f32'),
+    suffix='.xml',
+)
+RUNTIMES['executorch'] = Runtime(
+    'ExecuTorch, XNNPACK',
+    (('executorch', 'executorch'),),
+    save=save_executorch,
+    load=_loader(run_executorch),
+    suffix='.pte',
+)
+RUNTIMES['litert'] = Runtime(
+    'LiteRT, XNNPACK',
+    (('litert_torch', 'litert'), ('ai_edge_litert', 'litert')),
+    save=save_litert,
+    load=_loader(run_litert, torch.int32),
+    suffix='.tflite',
+)
 
-# %% ../../nbs/bench/04_runtimes.ipynb #1a78b92c
+# %% ../../nbs/bench/04_runtimes.ipynb #6fe09a97
 def check_runtimes(
     names: Sequence[str],  # as typed
 ) -> list[str]:  # the same
@@ -272,7 +306,7 @@ def check_runtimes(
             import_optional(package, extra)
     return list(names)
 
-# %% ../../nbs/bench/04_runtimes.ipynb #b83335cb
+# %% ../../nbs/bench/04_runtimes.ipynb #103da61b
 def variant_path(
     v: BenchVariant,
     folder: Path,  # for files

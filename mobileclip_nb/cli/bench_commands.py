@@ -46,7 +46,7 @@ _PNG = ('--png', flag('a file for the plot', type=str))
 _LATENCY: Options = (
     ('models', dict(nargs='*', help='of `mobileclip models`, with random weights; without one, image encoders beside timm in one process')),
     ('--runtime', dict(type=split_names, default=['folded'], metavar='R,R',
-                       help='with commas: eager, folded, compile, aotinductor, onnx, openvino, openvino-bf16, ... (folded)')),
+                       help='with commas: eager, folded, compile, aotinductor, onnx, openvino, executorch, litert, ... (folded)')),
     ('--against', dict(type=split_names, default=[], metavar='P,P', help='open_clip, timm: the same architecture, reparameterized, in '
                                                                          'eager PyTorch and in each runtime of the list with a file')),
     ('--tower', dict(type=split_names, default=['image', 'text'], metavar='T,T', help='image, text (both)')),
