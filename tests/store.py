@@ -12,6 +12,11 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def is_bar(output):
+    "A progress bar of the package `rich`"
+    return output.get('data', {}).get('text/plain') == 'Output()'
+
+
 def tidy(nb):
     "Drop what changes without meaning: counts, progress bars, kernel metadata"
     for c in nb.cells:
@@ -19,7 +24,7 @@ def tidy(nb):
         if c.cell_type != 'code':
             continue
         c.execution_count = None
-        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr' and not is_bar(o)]
         for o in c.outputs:
             if 'metadata' in o:
                 o['metadata'] = {}
