@@ -35,7 +35,7 @@ FORBIDDEN = {  # although they stand lower
     'losses': ['core', 'blocks'],
 }
 GUIDES = ['index', 'demo', 'tutorials/', 'ablations/', 'apps/', 'design']  # they export nothing
-GUIDES += ['export/09_homes']
+GUIDES += ['export/09_homes', 'export/14_eight_bits']
 GUIDES += ['inference/08_approximate_index', 'inference/07_search_tried']  # they measure
 LIMIT = dict(
     width=100,
