@@ -34,7 +34,15 @@ FORBIDDEN = {  # although they stand lower
     'loaders': ['models'],
     'losses': ['core', 'blocks'],
 }
-GUIDES = ['index', 'demo', 'tutorials/', 'ablations/', 'apps/', 'design']  # they export nothing
+GUIDES = [
+    'index',
+    'demo',
+    'tutorials/',
+    'ablations/',
+    'apps/',
+    'design',
+    'export/14_',
+]  # they export nothing
 LIMIT = dict(
     width=100,
     data_width=140,
