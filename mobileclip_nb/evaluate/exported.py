@@ -145,7 +145,7 @@ def class_weights(
         means.append(embed_with(run, port.name, ids, port.shape[0]))
     return F.normalize(torch.stack(means).mean(0), dim=-1).T
 
-# %% ../../nbs/evaluate/13_exported.ipynb #0e2f2301
+# %% ../../nbs/evaluate/13_exported.ipynb #3c2e7dc6
 def exported_accuracy(
     benchmark: Benchmark,
     pixels: str = 'unit',  # what the image graph takes, as in `ExportSpec`

@@ -147,7 +147,7 @@ def name_layers(
             kinds[name] = kind_of_convolution(tuple(shape), groups)
     return kinds
 
-# %% ../../nbs/export/07_openvino.ipynb #29c54520
+# %% ../../nbs/export/07_openvino.ipynb #6eac9f11
 def quantize_openvino(
     model: Any,  # an `openvino.Model`
     scheme: str,  # one of `OPENVINO_BITS`

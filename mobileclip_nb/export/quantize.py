@@ -194,7 +194,7 @@ def _write_static(path: str, out: str, scheme: str, calibration: Sequence[dict])
         nodes_to_exclude=fragile_nodes(path) if scheme == 'int8-static-mixed' else [],
     )
 
-
+# %% ../../nbs/export/13_quantize.ipynb #205d3061
 def _write_four_bits(path: str, out: str) -> None:
     "Matrices in 4 bits, with a scale for each block of 32 weights"
     onnx = import_optional('onnx', 'export')
