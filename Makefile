@@ -36,7 +36,8 @@ test: .venv/with-$(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/export tests
 
 test-export: .venv/with-$(ALL),$(RUNTIMES)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/export
+	if command -v npm > /dev/null; then cd tests/export/js && npm install --ignore-scripts --no-audit --no-fund --silent; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/export
 
 lab: .venv/with-$(ALL)
 	$(BIN)/jupyter lab --notebook-dir nbs
