@@ -255,7 +255,7 @@ def _loader(
 
     return load
 
-# %% ../../nbs/bench/04_runtimes.ipynb #1a78b92c
+# %% ../../nbs/bench/04_runtimes.ipynb #c964f1b6
 _ONNX = (('onnx', 'export'), ('onnxscript', 'export'))
 _OPENVINO = (*_ONNX, ('openvino', 'openvino'))
 RUNTIMES['aotinductor'] = Runtime(
@@ -292,7 +292,7 @@ RUNTIMES['litert'] = Runtime(
     suffix='.tflite',
 )
 
-# %% ../../nbs/bench/04_runtimes.ipynb #6fe09a97
+# %% ../../nbs/bench/04_runtimes.ipynb #87e27441
 def check_runtimes(
     names: Sequence[str],  # as typed
 ) -> list[str]:  # the same
@@ -306,7 +306,7 @@ def check_runtimes(
             import_optional(package, extra)
     return list(names)
 
-# %% ../../nbs/bench/04_runtimes.ipynb #103da61b
+# %% ../../nbs/bench/04_runtimes.ipynb #d2e8be63
 def variant_path(
     v: BenchVariant,
     folder: Path,  # for files
