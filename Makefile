@@ -1,12 +1,15 @@
 # make demo       train, judge and use a small MobileCLIP on this machine, in minutes      -> runs/demo.html
 # make test       everything that must be true, tested (what CI runs)
-# make test-export  conversions of all models of the zoo, at their own width
+# make test-export  conversions of all models of the zoo at their own width, and the homes of exports
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
 # make notebooks  run every notebook at nano scale and store its outputs
-# make prepare    after editing notebooks: format, export, clean, README
+# make prepare    after editing notebooks: format, export, clean, links, README
 PYTHON ?= python3
 PIP_ARGS ?=
+## ALL: for notebooks and tests; RUNTIMES: besides, for the runtimes and homes of exports
+ALL := emoji,train,finetune,eval,search,reinforce,export,coreml,openvino,lab,dev
+RUNTIMES := coreai,executorch,litert,homes
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -29,28 +32,29 @@ help:
 demo: .venv/with-emoji,lab
 	$(BIN)/mobileclip demo
 
-test: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+test: .venv/with-$(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/export tests
 
-test-export: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+test-export: .venv/with-$(ALL),$(RUNTIMES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/export
 
-lab: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+lab: .venv/with-$(ALL)
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 weights: .venv/with-emoji,train,lab
 	OMP_NUM_THREADS=1 $(BIN)/python -c 'from mobileclip_nb.experiments.shipped_weights import make_all; make_all()'
 
-notebooks: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+notebooks: .venv/with-$(ALL)
 	SCALE=nano MOBILECLIP_RUNS='$(CURDIR)/results' $(BIN)/python tests/store.py
 
-prepare: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+prepare: .venv/with-$(ALL)
 	$(BIN)/ruff format --quiet nbs tests setup.py mobileclip_nb/__init__.py
 	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
+	$(BIN)/python tests/links.py
 	$(BIN)/python tests/readme.py
 
-bench: .venv/with-emoji,train,finetune,eval,search,reinforce,export,lab,dev
+bench: .venv/with-$(ALL)
 	$(BIN)/mobileclip bench latency
 
 clean:

@@ -7,16 +7,30 @@ Importing this package loads nothing heavy: a name is fetched from its module th
 `list_models()` names every model, `create_model(name, weights)` makes one, and `nbs/` tells how each part works.
 """
 
+from mobileclip_nb.core.docstrings import complete_on_import
+
+complete_on_import(__name__)
+
 _HOME = dict(
     create_model='models.factory',
+    create_model_and_transforms='models.familiar_calls',
+    create_model_from_pretrained='models.familiar_calls',
+    get_tokenizer='models.familiar_calls',
+    from_pretrained='models.hub',
+    push_to_hub='models.hub',
+    save_pretrained='models.hub',
     load_weights='models.weights',
     save_weights='models.weights',
     preprocess='models.factory',
     list_models='models.zoo',
+    list_pretrained='models.zoo',
+    is_model='models.zoo',
     tokenize='preprocessing.tokenizer',
     fold='blocks.reparam',
     predict='inference.predict',
     Prediction='inference.predict',
+    ZeroShotClassifier='inference.predict',
+    pipeline='inference.pipeline',
     embed='inference.embed',
     build_index='inference.index',
     open_index='inference.search',
@@ -24,6 +38,21 @@ _HOME = dict(
     register_open_clip='models.open_clip_adapter',
 )
 __all__ = sorted(_HOME)
+
+# names of other libraries, whose use raises an error that says what to call here
+_ELSEWHERE = (
+    'AutoImageProcessor',
+    'AutoModel',
+    'AutoProcessor',
+    'AutoTokenizer',
+    'CLIPModel',
+    'CLIPProcessor',
+    'CLIPTokenizer',
+    'Trainer',
+    'TrainingArguments',
+    'build_zero_shot_classifier',
+    'reparameterize_model',
+)
 
 
 def _version():
@@ -53,6 +82,8 @@ def __getattr__(name):
         value = _version()
     elif name in _HOME:
         value = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
+    elif name in _ELSEWHERE:
+        return import_module(f'{__name__}.models.familiar_calls').Elsewhere(name)
     else:
         from mobileclip_nb.core.errors import suggest
 

@@ -34,15 +34,9 @@ FORBIDDEN = {  # although they stand lower
     'loaders': ['models'],
     'losses': ['core', 'blocks'],
 }
-GUIDES = [
-    'index',
-    'demo',
-    'tutorials/',
-    'ablations/',
-    'apps/',
-    'design',
-    'export/14_',
-]  # they export nothing
+GUIDES = ['index', 'demo', 'tutorials/', 'ablations/', 'apps/', 'design']  # they export nothing
+GUIDES += ['export/09_homes', 'export/14_eight_bits']
+GUIDES += ['inference/08_approximate_index', 'inference/07_search_tried']  # they measure
 LIMIT = dict(
     width=100,
     data_width=140,

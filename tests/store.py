@@ -10,11 +10,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def is_bar(output):
-    "A progress bar of the package `rich`"
-    return output.get('data', {}).get('text/plain') == 'Output()'
+WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 
 def tidy(nb):
@@ -24,7 +20,11 @@ def tidy(nb):
         if c.cell_type != 'code':
             continue
         c.execution_count = None
-        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr' and not is_bar(o)]
+        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+        for o in c.outputs:  # the state of a widget is not stored, so it would not be found
+            if WIDGET in o.get('data', {}):
+                o['data'] = {k: v for k, v in o['data'].items() if k == 'image/png'}
+        c.outputs = [o for o in c.outputs if o.get('data', True)]
         for o in c.outputs:
             if 'metadata' in o:
                 o['metadata'] = {}
@@ -68,6 +68,7 @@ def main(paths):
 
 if __name__ == '__main__':
     os.environ.setdefault('SCALE', 'nano')
+    os.environ.setdefault('NODE_PATH', str(ROOT / 'tests' / 'export' / 'js' / 'node_modules'))
     named = [Path(a).resolve() for a in sys.argv[1:]]
     sys.exit(
         main(

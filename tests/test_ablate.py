@@ -125,7 +125,7 @@ def test_command(tmp_path):
     how = dict(cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     made = subprocess.run([*RUN, *words], **how)
     assert made.returncode == 0, made.stderr
-    assert made.stderr.index('missing runs') < made.stderr.index('seed 0')
+    assert made.stderr.index('ms a step') < made.stderr.index('seed 0')
     assert '4 runs made, 0 failed, 0 left' in made.stderr
     rows = json.loads(made.stdout)['metrics']['heldout_i2t_r1']
     assert [len(r['values']) for r in rows] == [2, 2]

@@ -1,7 +1,6 @@
 """Calls as people coming from open_clip, timm and transformers write them: each works, or the error names the remedy.
 
-The list was written down before the code. A call marked `pending` does not do so yet: its test is expected to fail, and one
-that passes fails the run, so that the mark is taken away.
+The list was written down before the code.
 """
 
 import contextlib, io, tomllib
@@ -45,11 +44,7 @@ def at_hand(tmp_path, monkeypatch):
     return dict(ours=mobileclip_nb, torch=torch, Image=Image, Path=Path, image=image, model=model)
 
 
-PENDING = pytest.mark.xfail(reason='not built yet', strict=True)
-MARKED = [pytest.param(c, id=title(c), marks=[PENDING] if c.get('pending') else []) for c in CALLS]
-
-
-@pytest.mark.parametrize('call', MARKED)
+@pytest.mark.parametrize('call', CALLS, ids=title)
 def test_call(call, at_hand):
     "The call works, or its error, of any kind, holds the remedy"
     exec(call.get('before', ''), at_hand)

@@ -184,7 +184,7 @@ def test_errors_of_search(tmp_path, here):
         ('search', 'idx', 'x', '--device', 'cuda:7'): "'cuda:7' is not available here",
         ('index', '--out', 'idx'): 'give a folder or shards',
         ('index', 'pics', '--out', 'pics'): 'which is not of an index',
-        ('index', 'gone', '--out', 'i'): "No shards at 'gone'",
+        ('index', 'gone', '--out', 'i'): "No folder or file 'gone'",
         ('index', 'pics', '--out', 'idx', '--model', 'teacher_nano_a'): 'was built with',
         ('index', 'pics', '--out', 'i', '--device', 'cuda:7'): "'cuda:7' is not available here",
     }

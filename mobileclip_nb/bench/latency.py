@@ -81,7 +81,8 @@ def time_encoders(
     x: Any,  # a batch, a tensor
     threads: int = 1,  # of torch's pool
     n: int = 20,  # rounds that count
-) -> list[Latency]:  # ratios against the first model
+    base: str | None = None,  # the model that others are compared with; by default the first
+) -> list[Latency]:  # in the order of `models`
     "Time modules on one batch, side by side, at a given number of threads"
     import torch
 
@@ -92,7 +93,8 @@ def time_encoders(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            return compare_times(time_rounds({k: (lambda m=m: m(x)) for k, m in models.items()}, n))
+            ms = time_rounds({k: (lambda m=m: m(x)) for k, m in models.items()}, n, min(n, 3))
+            return compare_times(ms, base)
     finally:
         torch.set_num_threads(before)
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAMED_SETS', 'CHOICE_SETS', 'SINGLE_SETS', 'is_data_set', 'open_sets', 'split_members', 'make_eval_model',
-           'choose_kinds', 'list_parts', 'evaluate_choices', 'summarize', 'add_winogavil', 'keep_lines', 'run_choices',
-           'run_sets', 'evaluate_sets']
+           'choose_kinds', 'list_parts', 'evaluate_choices', 'summarize', 'identify_files', 'add_winogavil',
+           'keep_lines', 'run_choices', 'run_sets', 'evaluate_sets']
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #e72051fa
-import argparse, re
+import argparse, hashlib, json, re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,24 +210,40 @@ def summarize(
     return found, '\n'.join(text)
 
 # %% ../../nbs/cli/03_eval_sets.ipynb #e37e91b3
+def identify_files(
+    place: str,  # a folder
+    model: Any,  # an `EvalModel`
+) -> str:  # 12 hexadecimal digits
+    "Identify an evaluation by its model and by name, time and size of the files of a folder"
+    files = sorted(path for path in Path(place).rglob('*') if path.is_file())
+    states = [(str(p.relative_to(place)), p.stat().st_mtime_ns, p.stat().st_size) for p in files]
+    about = json.dumps([model.image_id, model.text_id, states])
+    return hashlib.sha256(about.encode()).hexdigest()[:12]
+
+
 def add_winogavil(
     result: Any,  # a `SuiteResult`
     model: Any,  # an `EvalModel`
     place: str | None,  # the folder with data sets
     missing: dict[str, str],  # key to reason
     own: str | None = None,  # the folder with WinoGAViL's files; None: `winogavil` in `place`
+    out: str | None = None,  # a file of results; a line of the same files in it is not made again
 ) -> None:
     "Add the line of WinoGAViL to those of the suite, if its folder is given or there"
-    from mobileclip_nb.evaluate.suite import format_line
+    from mobileclip_nb.evaluate.suite import format_line, read_own_results
 
     own = own or (f'{place}/winogavil' if place and Path(place, 'winogavil').is_dir() else None)
     if own is None:
         return
-    for key, found in evaluate_choices('winogavil', model, own, {}):
+    run = identify_files(own, model)
+    earlier = read_own_results(out, model).get('misc/winogavil', {})
+    known = [('misc/winogavil', [earlier])] if earlier.get('run') == run else None
+    for key, found in known or evaluate_choices('winogavil', model, own, {}):
         if isinstance(found, str):
             result.failed[key] = found
             say(f'{key}: not evaluated. {found}')
         else:
+            found = [line | dict(run=run) for line in found]
             result.lines.extend(found)
             say('\n'.join(map(format_line, found)))
     missing.pop('misc/winogavil', None)
@@ -280,12 +296,14 @@ def run_sets(
     missing: dict[str, str],  # receives keys and reasons
 ) -> Any:  # a `SuiteResult`
     "Run a model over the data sets that were asked for"
-    from mobileclip_nb.core.files import cache_dir
+    from mobileclip_nb.core.files import cache_dir, check_writable
     from mobileclip_nb.evaluate.suite import SuiteResult, run_suite
 
     own = getattr(args, 'winogavil', None)
     if own and args.on != 'suite38':
         raise ValueError('--winogavil belongs to --on suite38; alone: --on winogavil --data FOLDER')
+    if args.out:
+        check_writable(args.out)
     model = make_eval_model(args)
     if args.on in CHOICE_SETS:
         return SuiteResult([], {}) if rank else run_choices(args, model, missing)
@@ -293,7 +311,7 @@ def run_sets(
     how |= dict(batch=args.batch or 64, progress=True, say=(lambda text: None) if rank else say)
     result = run_suite(model, open_sets(args.on, args.data, missing), args.out, **how)
     if args.on == 'suite38' and not rank:
-        add_winogavil(result, model, args.data, missing, own)
+        add_winogavil(result, model, args.data, missing, own, args.out)
         keep_lines(args.out, model, result.lines, result.failed)
     return result
 

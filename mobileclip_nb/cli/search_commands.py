@@ -23,6 +23,8 @@ def format_report(
     "Say what a run did"
     done = dict(embedded=report.embedded, moved=report.moved, removed=report.removed)
     parts = [f'{n:,} {what}' for what, n in done.items() if n]
+    if report.changed:
+        parts[0] += f', {report.changed:,} of them changed'
     parts += [f'{report.skipped:,} left out'] if report.skipped else []
     return f"{report.images:,} pictures ({', '.join(parts) or 'nothing to do'})"
 
@@ -49,6 +51,7 @@ def index_pictures(
         index = index_table(args.table, args.out, args.model or DEFAULT_MODEL, **how)
     else:
         how |= dict(batch=args.batch, progress=True, approximate=args.approximate)
+        how |= dict(runtime=args.runtime)
         index = build_index(args.source, args.out, args.model, **how)
     skipped, report = index.contents.skipped, index.report
     speeds = {part: round(rate, 1) for part, rate in report.speeds().items()}
@@ -116,6 +119,7 @@ COMMANDS = (
                         dest='table', metavar='TABLE')),
         ('--out', dict(required=True, help='folder of the index, new or of the same pictures')),
         _MODEL, WEIGHTS, DEVICE, THREADS, BATCH,
+        ('--runtime', dict(default='torch', help='that embeds pictures: torch, or onnx on a CPU (extra `export`)')),
         ('--approximate', flag('build an approximate index as well, for more than five million pictures (extra `search`)')))),
     Command('search', search_pictures, (
         ('index', dict(help='folder of an index')),

@@ -21,6 +21,7 @@ from mobileclip_nb.cli.console import (
     positive,
     ready_to_compute,
     say,
+    status_of,
 )
 from ..core.runtime import pick_device
 from ..train.options import Options, option_names
@@ -126,7 +127,7 @@ def caption_command(
         say('diversity: ' + ', '.join(f'{k} {v:.2f}' for k, v in measures.items()))
     for name, why in skipped:
         say(f'{name}: {why}')
-    return 1 if skipped else 0
+    return status_of(len(all_texts), len(skipped))
 
 # %% ../../nbs/cli/01_shard_commands.ipynb #b76451bd
 def _read_reinforcement(

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MOST_NAMES', 'atomic_write', 'atomic_folder', 'sha256', 'cache_dir', 'is_local', 'without_secrets', 'last_part',
            'join_url', 'exists', 'open_for_reading', 'read_bytes', 'open_for_writing', 'write_bytes', 'remove',
-           'list_folder', 'remove_partial', 'make_writable', 'lock_folder', 'expand_braces', 'list_shards']
+           'list_folder', 'remove_partial', 'make_writable', 'check_writable', 'lock_folder', 'expand_braces',
+           'list_shards']
 
 # %% ../../nbs/core/02_files.ipynb #3b74c1cf
-import errno, hashlib, os, posixpath, re, secrets, shutil, tempfile, time
+import errno, glob, hashlib, os, posixpath, re, secrets, shutil, tempfile, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,39 @@ def atomic_write(
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except Exception as e:
+        if _is_full(e, path.parent):
+            raise _no_room(path) from e
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../../nbs/core/02_files.ipynb #5b117a04
+_NO_ROOM = re.compile(r'(?i)no space left|disk quota|file too large|fail\w* writing|write fail')
+_TORCH_WRITE = re.compile(r'unexpected pos|PytorchStreamWriter')  # what torch makes of a full disk
+
+
+def _is_full(
+    error: BaseException,  # that ended a write
+    folder: Path,  # it wrote to
+) -> bool:
+    "Whether a write ended because there was no room"
+    if getattr(error, 'errno', None):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not isinstance(error, Exception):
+        return False
+    if _NO_ROOM.search(str(error)) or _TORCH_WRITE.search(str(error)):
+        return True
+    unclear = isinstance(error, (OSError, RuntimeError))
+    return unclear and shutil.disk_usage(folder).free < 1 << 16
+
+
+def _no_room(path: Path) -> OSError:  # to be raised
+    "Name what could not be written for want of room"
+    return OSError(
+        errno.ENOSPC,
+        f"no room to write {str(path)!r} (disk full, or a limit of file size); nothing was written",
+    )
 
 
 def _umask() -> int:  # permission bits that new files lack
@@ -50,39 +82,49 @@ def _umask() -> int:  # permission bits that new files lack
     return mask
 
 # %% ../../nbs/core/02_files.ipynb #b6ffbcd2
-_NO_ROOM = re.compile(r'(?i)no space left|disk quota|file too large|fail\w* writing|write fail')
+def _sweep_folders(
+    path: Path,  # the final name of a folder
+) -> None:
+    "Remove temporary folders of processes that were killed: those whose lock is free"
+    for left in path.parent.glob(f'.{glob.escape(path.name)}.????????.*'):
+        if left.suffix not in ('.part', '.old'):
+            continue
+        lock = FileLock(left.with_suffix('.lock'), blocking=False, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue  # its process is at work
+        if left.suffix == '.old' and not path.exists():
+            left.rename(path)  # killed between two renames
+        shutil.rmtree(left, ignore_errors=True)
+        _drop_lock(lock)
 
 
-def _is_full(
-    error: BaseException,  # that ended a write
-    folder: Path,  # it wrote to
-) -> bool:
-    "Whether a write ended because there was no room"
-    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    if not isinstance(error, (OSError, RuntimeError)):
-        return False
-    return bool(_NO_ROOM.search(str(error))) or shutil.disk_usage(folder).free < 1 << 20
+def _drop_lock(lock: FileLock) -> None:
+    "Release a lock and remove its file"
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
-
+# %% ../../nbs/core/02_files.ipynb #5b117a05
 def _hidden_folder(
     path: Path,  # the final name of a folder
-) -> Path:  # beside it, new and empty
+) -> tuple[Path, FileLock]:  # beside it, new and empty; held while the process lives
     "Make a temporary folder, and remove those of earlier processes that were killed"
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
+    lock = FileLock(temporary.with_suffix('.lock'), blocking=False, thread_local=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f'.{path.name}.????????.part'):
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
+        _sweep_folders(path)
+        lock.acquire()
         temporary.mkdir()
     except OSError as e:
+        lock.release()
         raise type(e)(
             e.errno,
             f"cannot write to the folder {str(path.parent)!r} ({e.strerror}); "
             "choose another folder or change its permissions",
         ) from e
-    return temporary
+    return temporary, lock
 
 # %% ../../nbs/core/02_files.ipynb #6158a446
 @contextmanager
@@ -91,7 +133,7 @@ def atomic_folder(
 ) -> Iterator[Path]:  # an empty folder beside it, to write to
     "Write a folder whole or not at all: it gets its name only if the block ends without an error"
     path = Path(os.path.abspath(path))
-    temporary = _hidden_folder(path)
+    temporary, lock = _hidden_folder(path)
     old = temporary.with_suffix('.old')
     try:
         yield temporary
@@ -104,13 +146,11 @@ def atomic_folder(
             old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full:
-            raise OSError(
-                errno.ENOSPC,
-                f"no room to write {str(path)!r} (disk full, or a limit of file size); "
-                "nothing was written",
-            ) from e
+            raise _no_room(path) from e
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+        _drop_lock(lock)
 
 # %% ../../nbs/core/02_files.ipynb #1a1ea413
 def sha256(
@@ -337,6 +377,25 @@ def make_writable(folder: str) -> None:
             f"cannot write to {without_secrets(folder)!r} ({e.strerror}); choose another folder or "
             f"change its permissions",
         ) from None
+
+
+def check_writable(
+    path: str | Path,  # a file or folder that is to be written, which need not exist
+) -> None:
+    "Raise `OSError` if a local path cannot be written; nothing is created"
+    if not is_local(path):
+        return
+    there = Path(os.path.abspath(_path(path)))
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    is_way = there.is_dir() or there == Path(os.path.abspath(_path(path)))
+    if is_way and os.access(there, os.W_OK):
+        return
+    why = 'no permission, or a read-only disk' if is_way else f'{str(there)!r} is a file'
+    number = errno.EACCES if is_way else errno.ENOTDIR
+    raise OSError(
+        number, f"cannot write to {without_secrets(path)!r} ({why}); choose another place"
+    )
 
 # %% ../../nbs/core/02_files.ipynb #dc6421a2
 @contextmanager

@@ -7,7 +7,7 @@ __all__ = ['REASONS', 'SUFFIXES', 'SHARE', 'LEAST', 'MOST', 'PairsReport', 'Pair
            'default_share', 'hash_position', 'hold_out']
 
 # %% ../../nbs/datasets/00_pairs.ipynb #f593d9ea
-import csv, hashlib, json, os
+import csv, glob, hashlib, json, os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +158,19 @@ def _jsonl_rows(path: Path, image: str, caption: str) -> Iterator[PairRow]:  # n
         yield from _object_rows(where, content.get(image), content.get(caption))
 
 # %% ../../nbs/datasets/00_pairs.ipynb #036fdae5
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+SUFFIXES = (
+    '.png',
+    '.jpg',
+    '.jpeg',
+    '.webp',
+    '.gif',
+    '.bmp',
+    '.tif',
+    '.tiff',
+    '.heic',
+    '.heif',
+    '.avif',
+)
 _READERS = {'.csv': _csv_rows, '.tsv': _csv_rows, '.jsonl': _jsonl_rows}
 
 
@@ -247,6 +259,29 @@ def _usable_pairs(
     return pairs
 
 # %% ../../nbs/datasets/00_pairs.ipynb #2a5fe39c
+_UNREAD = (
+    '.heic',
+    '.heif',
+    '.avif',
+    '.jxl',
+    '.jp2',
+    '.svg',
+    '.psd',
+    '.dng',
+    '.cr2',
+    '.nef',
+    '.arw',
+)
+
+
+def _other_image(
+    sidecar: Path,  # a .txt without an image that is read
+) -> Path | None:
+    "Find the image of a caption in a format that is not read"
+    beside = (p for p in sidecar.parent.glob(f'{glob.escape(sidecar.stem)}.*') if p.is_file())
+    return next((p for p in sorted(beside) if p.suffix.lower() in _UNREAD), None)
+
+# %% ../../nbs/datasets/00_pairs.ipynb #5b117a06
 def _report_unused(
     report: PairsReport,  # is filled
     rows: list[PairRow],  # as read
@@ -267,8 +302,12 @@ def _report_unused(
     report.left_out['uncaptioned'] += [os.path.relpath(image, folder) for image in unnamed]
     if not has_list:
         sidecars = {image.with_suffix('.txt') for image in images}
-        orphans = [path for path in folder.rglob('*.txt') if path not in sidecars]
-        report.left_out['orphan'] += sorted(str(path.relative_to(folder)) for path in orphans)
+        orphans = sorted(path for path in folder.rglob('*.txt') if path not in sidecars)
+        others = {path: _other_image(path) for path in orphans}
+        unread = [image for image in others.values() if image]
+        report.left_out['unreadable'] += [str(image.relative_to(folder)) for image in unread]
+        alone = [path for path in orphans if not others[path]]
+        report.left_out['orphan'] += [str(path.relative_to(folder)) for path in alone]
 
 # %% ../../nbs/datasets/00_pairs.ipynb #dce06db2
 def read_pairs(

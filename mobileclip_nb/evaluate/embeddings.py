@@ -57,6 +57,7 @@ class EvalModel(NamedTuple):
     tokens: Callable[[list[str]], Tensor]  # texts to ids `(B, T)`
     image_id: str  # identity of the image encoder and its preprocessing
     text_id: str  # identity of the text encoder
+    parts: tuple['EvalModel', ...] = ()  # of an ensemble; its module joins their embeddings
 
 # %% ../../nbs/evaluate/06_embeddings.ipynb #49edd26b
 def _prepare_square(
@@ -278,6 +279,21 @@ def load_embedded(
         return None
 
 # %% ../../nbs/evaluate/06_embeddings.ipynb #ad9b5c47
+def _join_cached(
+    model: EvalModel,
+    data: EvalData,
+    cache: str | Path,  # a folder
+    **how: Any,  # further arguments of `embed_dataset`
+) -> Embedded | None:  # None: no ensemble, or its members could not use the same images
+    "Embeddings of an ensemble from those of its members, each from the cache if it has them"
+    each = [cached_dataset(part, data, cache, **how) for part in model.parts]
+    if not each or any(e.skipped != each[0].skipped for e in each):
+        return None
+    rows = model.module.join_parts([torch.from_numpy(e.rows) for e in each]).cpu().numpy()
+    rate = 1 / sum(1 / e.images_per_s for e in each)
+    return each[0]._replace(rows=rows, images_per_s=rate)
+
+
 def cached_dataset(
     model: EvalModel,
     data: EvalData,
@@ -292,7 +308,7 @@ def cached_dataset(
     stored = gather_parts(own)[0]  # rank 0 reads for all
     if stored is not None:
         return stored
-    found = embed_dataset(model, data, **how)
+    found = _join_cached(model, data, cache, **how) or embed_dataset(model, data, **how)
     if find_ranks()[0] == 0:
         save_embedded(found, path)
     return found

@@ -89,8 +89,7 @@ class JoinedModel(nn.Module):
         normalize: bool = True,  # embeddings of an ensemble have length 1 in any case
     ) -> Tensor:  # `(B, D)` unit vectors
         "Embed images"
-        parts = self._embed('encode_image', x)
-        return torch.cat([r * part for r, part in zip(self.roots, parts)], 1)
+        return self.join_parts(self._embed('encode_image', x))
 
     def encode_text(
         self,
@@ -98,8 +97,14 @@ class JoinedModel(nn.Module):
         normalize: bool = True,  # embeddings of an ensemble have length 1 in any case
     ) -> Tensor:  # `(B, D)` unit vectors
         "Embed texts"
-        parts = self._embed('encode_text', tokens)
-        return torch.cat([r * part for r, part in zip(self.roots, parts)], 1)
+        return self.join_parts(self._embed('encode_text', tokens))
+
+    def join_parts(
+        self,
+        parts: Sequence[Tensor],  # K times `(B, D_k)` unit vectors
+    ) -> Tensor:  # `(B, D)` unit vectors
+        "Put the embeddings of the members side by side, each with its share"
+        return torch.cat([r * part for r, part in zip(self.roots.to(parts[0]), parts)], 1)
 
     def normalize_parts(
         self,
@@ -162,4 +167,5 @@ def join_models(
         tokens=model.tokenize_texts,
         image_id=identify([m.image_id for m in members]),
         text_id=identify([m.text_id for m in members]),
+        parts=tuple(members),
     )

@@ -204,7 +204,7 @@ def price_table(
     processes: int = 1,  # that share the runs
 ) -> str:  # Markdown
     "The price of an ablation, a line a variant"
-    columns = 'variant', 'missing runs', 'steps', 'ms a step', 'measured', 'minutes of a core'
+    columns = 'variant', 'runs', 'steps', 'ms a step', 'measured', 'minutes of a core'
     rows = [
         [p.variant, p.runs, p.steps, round(1000 * p.seconds), p.measured, round(p.minutes, 1)]
         for p in prices

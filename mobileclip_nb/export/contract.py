@@ -244,6 +244,8 @@ def example_inputs(
     pictures, about = example_pictures(n, r.pixels.side)
     x = scale_pictures(pictures, r.pixels, spec.pixels)
     ids = tokenize(EXAMPLE_TEXTS[:n], r.context_length).to(getattr(torch, spec.ids))
+    if spec.length:
+        ids = nn.functional.pad(ids, (0, spec.length - r.context_length), value=PAD)
     inputs = dict(image=x, text=ids)
     for name, t in inputs.items():
         times = math.ceil(max(spec.batch, 1) / len(t))

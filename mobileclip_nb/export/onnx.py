@@ -33,6 +33,7 @@ def save_onnx(
     graph: Graph,
     path: Path,
     metadata: dict[str, str] | None = None,  # further texts to store in the file
+    opset: int = OPSET,  # of ONNX; an older one where a program asks for it
 ) -> None:
     "Write an encoder as an ONNX file with the names and open dimensions of its ports"
     import_optional('onnxscript', 'export')
@@ -42,7 +43,7 @@ def save_onnx(
             graph.sample(),
             dynamo=True,
             verbose=False,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=[p.name for p in graph.inputs],
             output_names=[p.name for p in graph.outputs],
             dynamic_shapes=open_dimensions(graph),

@@ -175,7 +175,7 @@ def _quiet() -> Iterator[None]:
     finally:
         logging.disable(before)
 
-
+# %% ../../nbs/export/13_quantize.ipynb #5b5ab481
 def _write_static(path: str, out: str, scheme: str, calibration: Sequence[dict]) -> None:
     "Weights and activations in 8 bits, with ranges from the calibration inputs"
     tools = import_optional('onnxruntime.quantization', 'export')

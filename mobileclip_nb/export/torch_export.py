@@ -8,7 +8,8 @@ __all__ = ['run_on_arrays', 'write_archive', 'trace_graph', 'write_torchscript',
 
 # %% ../../nbs/export/01_torch_export.ipynb #79a81d44
 import importlib, io, os, shutil, warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,12 +50,19 @@ def write_archive(
     path.write_bytes(buffer.getbuffer())
 
 # %% ../../nbs/export/01_torch_export.ipynb #9befa12f
+@contextmanager
+def _quiet() -> Iterator[None]:
+    "Ignore warnings of `torch.jit`: it is deprecated, and checks become constants"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+
 def trace_graph(
     graph: Graph,
 ) -> torch.jit.ScriptModule:
     "Trace an encoder on its examples"
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # deprecation, and checks that become constants
+    with _quiet(), torch.no_grad():
         return torch.jit.trace(graph.module, graph.sample(), check_trace=False)
 
 
@@ -70,10 +78,12 @@ def write_torchscript(
     "TorchScript, for `torch.jit.load` and LibTorch; any batch and length"
 
     def save(graph: Graph, path: Path) -> None:
-        write_archive(path, lambda f: torch.jit.save(trace_graph(graph), f))
+        with _quiet():
+            write_archive(path, lambda f: torch.jit.save(trace_graph(graph), f))
 
     def load(path: Path) -> Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]:
-        return run_on_arrays(torch.jit.load(str(path)))
+        with _quiet():
+            return run_on_arrays(torch.jit.load(str(path)))
 
     software = f'torch.jit.load of torch {torch.__version__}'
     return write_graphs(job, GraphFormat('.ts', save, load, software, explicit=False))

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.errors import import_optional
 from ..core.runtime import pick_device
-from ..core.files import atomic_write, lock_folder, make_writable
+from ..core.files import atomic_write, check_writable, lock_folder, make_writable
 from mobileclip_nb.inference.embed import (
     Table,
     check_same_folder,
@@ -36,6 +36,7 @@ from .search import CONTENTS, ImageIndex, IndexContents, RowLine, RowPart
 from .search import check_same_model, identify_model, load_folded
 from .search import map_vectors, open_index, read_contents, read_lines
 from .search import write_contents, write_lines, write_part
+from ..export.runtime import RuntimeEncoder, check_runtime
 from ..models.clip import CLIP
 
 # %% ../../nbs/inference/04_index.ipynb #a2c2a332
@@ -143,8 +144,9 @@ class IndexReport(NamedTuple):
 
     images: int = 0  # in the index
     embedded: int = 0  # new and changed images, by the model
+    changed: int = 0  # those among them whose old rows were replaced
     moved: int = 0  # under another name, recognized by their bytes
-    removed: int = 0  # rows of images that changed or are gone
+    removed: int = 0  # rows of images that are gone
     unchanged: int = 0  # rows that stayed
     skipped: int = 0  # images that could not be read, in all
     decode_s: float = 0.0  # processor seconds of reading and decoding, in one thread
@@ -191,11 +193,14 @@ class _Waiting:
 
     def __init__(self, writer: IndexWriter):
         self.writer, self.vectors, self.lines, self.skipped = writer, [], [], {}
+        self.names, self.digests = set(), set()  # of all rows that were added
 
     def add(self, line: RowLine, vector: np.ndarray) -> None:
         "Add a row, unless its numbers are not finite"
         if np.isfinite(vector).all():
             self.lines.append(line)
+            self.names.add(line.name)
+            self.digests.add(line.digest)
             self.vectors.append(vector)
         else:
             self.skipped[line.name] = 'its embedding holds numbers that are not finite'
@@ -244,17 +249,17 @@ def _embed_units(
 def _drop_outdated(
     writer: IndexWriter,
     source: IndexSource,
-) -> tuple[set[str], dict[str, np.ndarray], int]:  # names kept, moved images, rows dropped
+) -> tuple[set[str], dict[str, np.ndarray], list[RowLine]]:  # names kept, moved, rows dropped
     "Drop the rows of images that are gone or have changed, and bring states up to date"
     contents = writer.contents
     stored = [read_lines(writer.folder, part) for part in contents.parts]
     digests = hash_changed(source, (line for lines in stored for line in lines))
-    parts, present, moved, dropped = [], set(), {}, 0
+    parts, present, moved, dropped = [], set(), {}, []
     for part, lines in zip(contents.parts, stored):
         kept = [refresh_line(line, source.states, digests) for line in lines]
         present |= {line.name for line in kept if line}
         for row, line in enumerate(lines):
-            dropped += kept[row] is None
+            dropped += [line] if kept[row] is None else []
             if kept[row] is None and line.digest and (line.shard or line.name) not in source.states:
                 moved[line.digest] = np.array(writer.map(part)[row])
         parts.append(writer.keep(part, lines, kept))
@@ -301,9 +306,10 @@ def _update(
         writer.merge()
         writer.commit(complete=True)
     embedded, rows = int(spent[0]), writer.rows
-    added = rows - len(present) - embedded
-    skipped = len(writer.contents.skipped)
-    return IndexReport(rows, embedded, added, dropped, len(present), skipped, *spent[1:], total_s)
+    replaced = {line.name for line in dropped} & waiting.names
+    gone = [x for x in dropped if x.name not in waiting.names and x.digest not in waiting.digests]
+    rest = (len(gone), len(present), len(writer.contents.skipped), *spent[1:], total_s)
+    return IndexReport(rows, embedded, len(replaced), rows - len(present) - embedded, *rest)
 
 # %% ../../nbs/inference/04_index.ipynb #b5d47a60
 def _find_earlier(
@@ -360,19 +366,23 @@ def build_index(
     source: str | Path,  # a folder of images; or shards, as `list_shards` takes them
     out: str | Path,  # folder of the index, new or of the same source
     model: str | Path | CLIP | None = None,  # None: that of the index, or `DEFAULT_MODEL`
+    *,
     weights: str | None = None,  # a tag or place, for a model requested by name
     batch: int | None = None,  # images at a time; None takes `default_batch`
     device: str | None = None,  # for a model requested by name, as `pick_device` takes it
     progress: bool = False,  # draw a progress bar on a terminal
     approximate: bool = False,  # build an approximate index as well
+    runtime: str = 'torch',  # that embeds images; or `onnx`, on the CPU (extra `export`)
 ) -> ImageIndex:  # opened; `report` says what was done
     "Build an index, or bring it up to date; an interrupted or killed run resumes"
     out = Path(out)
     check_positive(batch=batch)
     if device is not None:
         pick_device(device)
+    check_runtime(runtime)
     if approximate:
         import_optional(GRAPH_PACKAGE, extra='search')
+    check_writable(out)
     found = find_source(source)
     net, identity = _load_for(_find_earlier(out, found), out, model, weights, device)
     make_writable(str(out))
@@ -382,7 +392,8 @@ def build_index(
         writer = IndexWriter(out, contents or fresh)
         if contents is None:
             writer.commit()  # first of all, so that what follows is known to be of an index
-        report = _update(writer, found, net, batch, progress)
+        encoder = RuntimeEncoder(net) if runtime == 'onnx' else net
+        report = _update(writer, found, encoder, batch, progress)
         if approximate:
             add_graph(writer)
         writer.clean()

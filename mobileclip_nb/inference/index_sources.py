@@ -91,6 +91,12 @@ def find_source(
     "Recognize a folder of images or shards; a `ValueError` if it is neither"
     if is_local(place) and Path(place).is_file() and Path(place).suffix.lower() in IMAGES:
         raise ValueError(f"{str(place)!r} is one image; give the folder it is in")
+    named = is_local(place) and not any(c in str(place) for c in '*?[{')
+    if named and not Path(str(place).removeprefix('file://')).exists():
+        raise FileNotFoundError(
+            f"No folder or file {str(place)!r}; give a folder of images, or shards: a folder of "
+            ".tar files, one of them, a glob, braces, a URL"
+        )
     if is_local(place) and Path(place).is_dir() and find_images(place):
         return FolderSource(place)
     try:

@@ -252,9 +252,10 @@ def load_folded(
 
 def _full_path(
     place: str | Path,  # of a model or weights
-) -> str:  # absolute if it is a file
+) -> str:  # absolute if it is a file or a folder
     "Spell a place so that it is found from another folder"
-    return str(Path(place).resolve()) if Path(place).is_file() else str(place)
+    is_here = Path(place).is_file() or is_place(place) and Path(place).is_dir()
+    return str(Path(place).resolve()) if is_here else str(place)
 
 
 def identify_model(

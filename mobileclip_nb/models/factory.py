@@ -14,20 +14,51 @@ import torch
 from ..blocks.reparam import fold
 from ..core.runtime import pick_device
 from .clip import CLIP
-from .weights import fill, resolve
-from .zoo import build
+from .weights import fill, is_place, resolve
+from .zoo import build, find_record
 from ..preprocessing.transform import Pixels
 
 # %% ../../nbs/models/08_factory.ipynb #2265e65e
+def _choose_weights(
+    name: str | Path,  # of a model, or a location of weights
+    weights: str | Path | bool | None,  # as `create_model` takes it
+    pretrained: str | Path | bool | None,  # likewise
+) -> str | Path | None:  # a tag or a location; None is random, or those of the location
+    "Read the two names of one argument; ValueError if both are given"
+    if weights is not None and pretrained is not None:
+        raise ValueError(
+            f"weights={str(weights)!r} and pretrained={str(pretrained)!r} name one thing; give one"
+        )
+    chosen = pretrained if weights is None else weights
+    if chosen is True:
+        return None if is_place(name) else next(iter(find_record(str(name)).weights), None)
+    return chosen or None
+
+
+def _check_classes(
+    num_classes: int | None,  # of a classifier
+) -> None:
+    "ValueError if a classifier is asked for"
+    if num_classes:
+        raise ValueError(
+            f"A CLIP model has no classifier of {num_classes} classes: ZeroShotClassifier(LABELS) "
+            "needs no training, and mobileclip_nb.downstream.classification trains one"
+        )
+
+# %% ../../nbs/models/08_factory.ipynb #bac37cc8
 def create_model(
     name: str | Path,  # of a model in any spelling, or a location of weights that tells its model
-    weights: str | Path | None = None,  # a tag, a path, `hf-hub:ORG/REPO[/FILE]`; None is random
+    weights: str | Path | bool | None = None,  # a tag, a path, a folder, `hf-hub:ORG/REPO[/FILE]`
     folded: bool = False,  # without branches and batch normalization: faster, for inference only
     device: str | None = None,  # `cpu`, `cuda`, `mps`; None is the CPU
     dtype: torch.dtype | None = None,  # None is float32
+    *,
+    pretrained: str | Path | bool | None = None,  # `weights`, as others call it; True: first tag
+    num_classes: int | None = None,  # there is no classifier: None or 0
 ) -> CLIP:  # in eval mode, with its record
-    "Make a model by name, with weights if asked (MobileCLIP; MobileCLIP2)"
-    found = resolve(name, weights)
+    "Make a model by name, with weights if asked, else random (MobileCLIP; MobileCLIP2)"
+    _check_classes(num_classes)
+    found = resolve(name, _choose_weights(name, weights, pretrained))
     model = build(found.record, empty=found.path is not None)
     if found.path is None:
         r = found.record

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['MOBILECLIP', 'MOBILECLIP2', 'BASE', 'CAUSAL', 'WIDE', 'MCT', 'PLAIN', 'PLAIN224', 'CLIP256', 'CLIP224', 'NANO_TEXT',
-           'TWEMOJI', 'NANO', 'ZOO', 'SIBLINGS', 'Record', 'kept_ids', 'list_models', 'find_record', 'Undrawn',
-           'image_spec', 'build']
+           'TWEMOJI', 'NANO', 'ZOO', 'SIBLINGS', 'TIMM', 'Record', 'kept_ids', 'list_models', 'list_pretrained',
+           'is_model', 'find_maker', 'find_record', 'Undrawn', 'image_spec', 'build']
 
 # %% ../../nbs/models/05_zoo.ipynb #c35c25ce
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.resources import files
 from typing import Any, Self
 
@@ -190,9 +192,19 @@ _RECORDS = [
 ZOO = {r.name: r for r in _RECORDS}
 
 
-def list_models() -> list[str]:
-    "Names of all models"
-    return list(ZOO)
+def list_models(
+    filter: str | Sequence[str] = '',  # with `*` and `?`, such as `*s0*`; several: any of them
+    pretrained: bool = False,  # only models with weights
+) -> list[str]:  # names, in the order of the zoo
+    "Names of all models, or of those that a filter fits"
+    filters = [filter] if isinstance(filter, str) else list(filter)
+    fits = [n for n in ZOO if not any(filters) or any(fnmatch(n, f.lower()) for f in filters)]
+    return [n for n in fits if ZOO[n].weights or not pretrained]
+
+
+def list_pretrained() -> list[tuple[str, str]]:  # name and tag
+    "Models and the tags of their weights, as open_clip lists them"
+    return [(name, tag) for name, r in ZOO.items() for tag in r.weights]
 
 # %% ../../nbs/models/05_zoo.ipynb #1dbd3df1
 # open_clip's name and a tag that is a model of its own here
@@ -207,15 +219,63 @@ def _bare(
     return re.sub(r'[^a-z0-9]', '', re.sub(r'-openclip$', '', name.lower()))
 
 
+# timm's names of the image encoders; of those with several tags the first is timm's default
+TIMM = {
+    'fastvit_mci0.apple_mclip': 'mobileclip_s0',
+    'fastvit_mci1.apple_mclip': 'mobileclip_s1',
+    'fastvit_mci2.apple_mclip': 'mobileclip_s2',
+    'vit_base_mci_224.apple_mclip_lt': 'mobileclip_b_lt',
+    'vit_base_mci_224.apple_mclip': 'mobileclip_b',
+    'fastvit_mci0.apple_mclip2_dfndr2b': 'mobileclip2_s0',
+    'fastvit_mci2.apple_mclip2_dfndr2b': 'mobileclip2_s2',
+    'fastvit_mci3.apple_mclip2_dfndr2b': 'mobileclip2_s3',
+    'fastvit_mci4.apple_mclip2_dfndr2b': 'mobileclip2_s4',
+    'vit_base_mci_224.apple_mclip2_dfndr2b': 'mobileclip2_b',
+}
+
+
+def _spellings() -> dict[str, str]:  # bare name to name
+    "Every name that is recognized"
+    encoders = {}
+    for name, ours in TIMM.items():
+        encoders.setdefault(_bare(name.split('.')[0]), ours)
+    tagged = {_bare(name): ours for name, ours in TIMM.items()}
+    return encoders | tagged | {_bare(name): name for name in ZOO}
+
+
+def is_model(
+    name: str,  # in any spelling
+) -> bool:
+    "Whether a name is one of a model here"
+    return _bare(name) in _spellings()
+
+# %% ../../nbs/models/05_zoo.ipynb #4129802a
+def find_maker(
+    name: str,  # not of a model here
+) -> str:  # empty if neither open_clip nor timm has such a model
+    "Name the call of another library that makes a model"
+    import open_clip
+    import timm
+
+    if name in open_clip.list_models():
+        return f'open_clip.create_model({name!r})'
+    return f'timm.create_model({name!r})' if timm.is_model(name) else ''
+
+
 def find_record(
     name: str,  # in any spelling: `mobileclip_s0`, `MobileCLIP-B`, `apple/MobileCLIP2-S0`, ...
     tag: str | None = None,  # of weights; distinguishes models with one name in open_clip
 ) -> Record:  # from the zoo
     "Look up a model; KeyError with the nearest known name if there is none"
-    known = {_bare(n): n for n in ZOO}.get(_bare(name))
-    if known is None:
-        raise KeyError(f"No model {name!r}.{suggest(name, ZOO)} `list_models()` has all of them.")
-    return ZOO[SIBLINGS.get((known, tag), known)]
+    known = _spellings().get(_bare(name))
+    if known is not None:
+        return ZOO[SIBLINGS.get((known, tag), known)]
+    is_like_ours = re.search(r'mobil.*clip|nano', _bare(name))
+    if maker := '' if is_like_ours else find_maker(str(name)):
+        raise KeyError(
+            f"{name!r} is not a MobileCLIP; {maker} makes it. `list_models()` has the models here"
+        )
+    raise KeyError(f"No model {name!r}.{suggest(name, ZOO)} `list_models()` has all of them.")
 
 # %% ../../nbs/models/05_zoo.ipynb #95b492ba
 class Undrawn(TorchFunctionMode):

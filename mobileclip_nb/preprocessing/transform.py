@@ -99,6 +99,10 @@ class Pixels(Spec, id_name='Pixels'):
         if min(self.std) <= 0:
             raise ValueError(f"std={self.std!r} must be above 0 in each channel")
 
+    def __repr__(self) -> str:
+        "All fields: mean and standard deviation matter even where they are 0 and 1"
+        return f'Pixels({", ".join(f"{k}={getattr(self, k)!r}" for k in self.to_dict())})'
+
     def square(
         self,
         image: Image.Image | np.ndarray,  # any PIL image, or `(H, W, 3)` uint8

@@ -95,11 +95,12 @@ class BuildSpec(Spec, id_name='BuildSpec'):
     limit: int | None = None  # maximum number; emoji are spread evenly, else the first are taken
     image_column: str = 'image'  # of a list or table
     caption_column: str = 'caption'  # of a list or table
-    split: str = 'train'  # of emoji, as the next four
+    split: str = 'train'  # of emoji, as the next five
     hand: str = 'twemoji'  # art style
     side: int = 64  # pixels
     skin_tones: bool = False  # whether skin tones are concepts of their own
-    noise: float = 0.0  # of emoji: share of captions replaced by another emoji's, 0–1
+    noise: float = 0.0  # of emoji: share of captions that are replaced, 0–1
+    noise_kinds: tuple[str, ...] = ('wrong',)  # by what: `KINDS` of `datasets/01_caption_noise`
 
     def __post_init__(self):
         for k in ('per_shard', 'side') + ('limit',) * (self.limit is not None):
@@ -128,7 +129,8 @@ class ImageSource(NamedTuple):
 # %% ../../nbs/shards/09_build.ipynb #2f0b3175
 def _from_emoji(spec: BuildSpec) -> ImageSource:
     "Draw emoji"
-    p = load_emoji(spec.split, spec.hand, spec.side, spec.skin_tones, NoiseSpec(spec.noise))
+    noise = NoiseSpec(spec.noise, tuple(spec.noise_kinds))
+    p = load_emoji(spec.split, spec.hand, spec.side, spec.skin_tones, noise)
     n = min(spec.limit or len(p), len(p))
 
     def item(i: int) -> BuildItem:

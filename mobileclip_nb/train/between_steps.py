@@ -130,6 +130,8 @@ def mark_best(
     if out is None or current_ranks().rank:
         return
     link_file(out / 'state.pt', out / BEST)
+    if (weights := out / 'state.safetensors').exists():
+        link_file(weights, (out / BEST).with_suffix('.safetensors'))
     say(f'best so far: {metric} {row[metric]:.4g} after step {row["step"]}, kept as {BEST}')
 
 # %% ../../nbs/train/23_between_steps.ipynb #7edf794a

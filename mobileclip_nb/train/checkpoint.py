@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BEST', 'EMA', 'State', 'find_nonfinite', 'link_file', 'checkpoints', 'check_vacant', 'remove_old_checkpoints',
-           'save_state', 'read_checkpoint', 'load_run', 'find_best', 'step_of', 'restore_best', 'restore', 'find_run',
-           'start_run', 'trained_model']
+           'write_run_weights', 'save_state', 'read_checkpoint', 'load_run', 'find_best', 'step_of', 'restore_best',
+           'OtherBatches', 'restore', 'find_run', 'start_run', 'trained_model']
 
 # %% ../../nbs/train/21_checkpoint.ipynb #84289ab4
-import copy, io, json, math, os, shutil, warnings
+import copy, errno, io, json, math, os, shutil, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from ..core.files import atomic_write
+from ..models.weights import write_tensors
+from ..models.zoo import Record
 from .config import TrainSpec
 from .distributed import broadcast_bytes, current_ranks, sync_norms
 from .optim import freeze, make_optimizer
@@ -172,6 +174,20 @@ def _write_synced(held: dict[str, Any], tmp: Path) -> None:
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/train/21_checkpoint.ipynb #f1e00002
+def write_run_weights(
+    record: Record | None,  # of the model that learns; None: nothing is written
+    held: dict[str, Any],  # contents of the checkpoint
+    path: Path,  # of the checkpoint; the weights are `STEM.safetensors` beside it
+) -> None:
+    "Write the weights of a checkpoint with the model's record"
+    state = {k: t for k, t in (held['ema'] or held['model']).items() if k != 'logit_bias'}
+    if not isinstance(record, Record) or any('lora_' in k for k in state):
+        return
+    state = {k: t.detach().cpu().contiguous() for k, t in state.items()}
+    run = dict(step=held['step'], weights='ema' if held['ema'] else 'raw')
+    write_tensors(state, path.with_suffix('.safetensors'), record, run)
+
 # %% ../../nbs/train/21_checkpoint.ipynb #55e10008
 def save_state(
     state: State,
@@ -199,13 +215,16 @@ def save_state(
     try:
         with atomic_write(path) as tmp:
             _write_synced(held, tmp)
+            if not whatever:
+                write_run_weights(getattr(state.model, 'record', None), held, path)
             if (keep > 1 or milestones) and state.saved not in (None, state.step) and path.exists():
                 link_file(path, path.with_stem(f'{path.stem}-{state.saved:08d}'))
     except (OSError, RuntimeError) as e:
+        why = getattr(e, 'strerror', None) or e
         raise OSError(
-            getattr(e, 'errno', None),
+            getattr(e, 'errno', None) or errno.EIO,
             f"The checkpoint of step {state.step} could not be written to {path.parent.name!r} "
-            f"({e}). {before}. Make room or mend the folder, then go on with resume=True",
+            f"({why}). {before}. Make room or mend the folder, then go on with resume=True",
         ) from e
     state.saved = state.step
     remove_old_checkpoints(path, keep, milestones)
@@ -295,16 +314,21 @@ def restore_best(
     for path in checkpoints(out):
         if step_of(path) == row['step']:
             link_file(path, out / BEST)
+            (out / BEST).with_suffix('.safetensors').unlink(missing_ok=True)  # of another step
             return f'{where}, kept as {BEST}'
     return f'{where}, whose checkpoint is gone; the next higher one is kept as {BEST}'
 
 # %% ../../nbs/train/21_checkpoint.ipynb #fdbacf8e
+class OtherBatches(ValueError):
+    "A run is to go on with batches of other data than it began with"
+
+
 def _check_same_run(
     held: dict[str, Any],  # of `load_run`
     spec: TrainSpec,  # what is asked for now
     data: str,  # the batches' id now
 ) -> None:
-    "Raise `ValueError` if a checkpoint belongs to another run"
+    "Raise `ValueError` if a checkpoint belongs to another run, `OtherBatches` for other data"
     was = held['spec'].diff(spec)
     if was:
         both = ', '.join(f"{k}={getattr(spec, k)!r} (was {v!r})" for k, v in was.items())
@@ -313,7 +337,7 @@ def _check_same_run(
             "Use the old values, or another folder"
         )
     if held['data'] != data:
-        raise ValueError(
+        raise OtherBatches(
             f"The run in this folder was trained on other batches ({held['data']}, now {data}). "
             "Use those, or another folder"
         )
@@ -324,7 +348,7 @@ def _check_same_run(
             f"{current_ranks().world}. Use as many, or another folder"
         )
 
-
+# %% ../../nbs/train/21_checkpoint.ipynb #5b117a07
 def restore(
     state: State,  # newly made; changed in place
     held: dict[str, Any],  # of `load_run`

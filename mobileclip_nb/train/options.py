@@ -292,11 +292,13 @@ def check_folder(
     start: str = '',  # the weights the run begins with; empty for random ones
 ) -> None:
     "Raise an error before data are read where a folder holds another run, or other files"
+    from mobileclip_nb.core.files import check_writable
     from mobileclip_nb.train.recipe import NOTE
     from mobileclip_nb.train.checkpoint import checkpoints, check_vacant
 
     if not out:
         return
+    check_writable(out)
     out, was, saved = Path(out), _note_in(Path(out)), checkpoints(out)
     there = [n for n in (NOTE, 'log.jsonl', WEIGHTS) if (out / n).exists()]
     if was is None and not saved and there:

@@ -7,7 +7,7 @@ __all__ = ['CaptionCosines', 'similarities', 'View', 'replay', 'draw_sample', 'r
            'render_sample_at', 'browse', 'save_sample_figure']
 
 # %% ../../nbs/widgets/00_sample_inspector.ipynb #a8f05677
-import io, json, textwrap
+import base64, io, json, textwrap
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -238,6 +238,23 @@ def render_sample(
     return png(draw_sample(sample, spec, widths, names, first, count), dpi=dpi)
 
 # %% ../../nbs/widgets/00_sample_inspector.ipynb #242a7054
+def _make_box(
+    widgets: Any,  # the package
+    children: list[Any],
+    image: Any,  # of the figure
+) -> Any:  # an ipywidgets box
+    "A box that comes with a picture, for notebooks that are read without its kernel"
+
+    class PicturedBox(widgets.VBox):
+        "A box with its figure as PNG beside the widget"
+
+        def _repr_mimebundle_(self, **how: Any) -> dict[str, Any]:
+            bundle = super()._repr_mimebundle_(**how)
+            return bundle | {'image/png': base64.b64encode(image.value).decode()}
+
+    return PicturedBox(children)
+
+# %% ../../nbs/widgets/00_sample_inspector.ipynb #5b117a01
 def make_inspector(
     samples: Sequence[Sample],  # to choose from, keys all different
     spec: AugmentSpec,  # the pipeline
@@ -277,7 +294,7 @@ def make_inspector(
     which.observe(update, 'value')
     first.observe(update, 'value')
     update()
-    return widgets.VBox([widgets.HBox([which, first]), image, reason])
+    return _make_box(widgets, [widgets.HBox([which, first]), image, reason], image)
 
 # %% ../../nbs/widgets/00_sample_inspector.ipynb #457d2e06
 def _manifest_config(

@@ -1,0 +1,233 @@
+"The first hour of a new user: errors at once, help with comments, a run as a model, shells and the log."
+
+import contextlib, inspect, io, json, os, pydoc, shutil, subprocess, sys, time, warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mobileclip_nb
+from mobileclip_nb.cli.main import main
+
+URL = 'https://huggingface.co/apple/MobileCLIP-S1-OpenCLIP/resolve/main/open_clip_model.safetensors'
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    "A folder of twelve pictures with captions, which is the working directory"
+    monkeypatch.chdir(tmp_path)
+    colors = dict(red=(220, 30, 30), green=(20, 180, 40), blue=(30, 60, 220))
+    (tmp_path / 'pictures').mkdir()
+    for name, rgb in colors.items():
+        for i in range(4):
+            Image.new('RGB', (48 + i, 48), rgb).save(tmp_path / 'pictures' / f'{name}{i}.png')
+    rows = [f'{name}{i}.png,a {name} square' for name in colors for i in range(4)]
+    (tmp_path / 'pictures' / 'captions.csv').write_text('\n'.join(['image,caption', *rows]))
+    return tmp_path / 'pictures'
+
+
+def run_command(*words):
+    "Exit status, standard output and standard error of a command in this process"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as e:
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize('offline', [True, False])
+def test_offline_error_names_file_and_url(tmp_path, monkeypatch, offline):
+    "No retries: what was looked for, where to fetch it, and how to pass it"
+    import huggingface_hub.constants as hub
+    import huggingface_hub.utils
+
+    class NoNetwork:
+        asked = 0
+
+        def head(self, url, timeout):
+            self.asked += 1
+            raise OSError('Name or service not known')
+
+    session = NoNetwork()
+    monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', offline)
+    monkeypatch.setattr(hub, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.utils, 'get_session', lambda: session)
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda *a, **k: pytest.fail('asked'))
+    with pytest.raises(OSError) as error:
+        mobileclip_nb.create_model('mobileclip_s1', 'datacompdr')
+    for part in ('Looked for open_clip_model.safetensors', f'Fetch {URL}', 'pass its path'):
+        assert part in str(error.value)
+    assert session.asked == (0 if offline else 1)
+    status, out, err = run_command('predict', 'a.png', '--labels', 'a', '--model', 'mobileclip_s1')
+    assert (status, out) == (2, '')
+    assert URL in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_apple_file_that_is_not_there():
+    "The error of a missing file of Apple's says where it is published"
+    with pytest.raises(FileNotFoundError, match='MobileCLIP-S0/resolve/main/mobileclip_s0.pt'):
+        mobileclip_nb.create_model('checkpoints/mobileclip_s0.pt')
+
+
+def test_a_run_is_a_model(pictures):
+    "A checkpoint alone is enough: everything that takes a model takes the run's folder"
+    words = ('train', str(pictures), '--out', 'run', '--steps', '2', '--scale', 'smoke')
+    status, _, err = run_command(*words)
+    assert status == 0, err
+    run = Path('run')
+    assert (run / 'state.safetensors').is_file()
+    (run / 'model.safetensors').unlink(missing_ok=True)  # as if the run had been stopped
+    model = mobileclip_nb.create_model('run')
+    assert model.record.name == mobileclip_nb.from_pretrained(run).record.name
+    rows = mobileclip_nb.embed(pictures, model='run')
+    assert np.abs(rows - mobileclip_nb.embed(pictures, model=model)).max() < 1e-5
+    assert mobileclip_nb.preprocess('run') == model.preprocess
+    assert len(mobileclip_nb.predict(pictures, ['red', 'blue'], run)) == 12
+    red = str(pictures / 'red0.png')
+    status, out, err = run_command('predict', red, '--labels', 'red,blue', '--model', 'run')
+    assert (status, red in out) == (0, True), err
+    status, _, err = run_command('index', str(pictures), '--out', 'index', '--model', 'run')
+    assert status == 0, err
+    os.chdir(pictures)  # the index names its model by the whole path
+    assert len(mobileclip_nb.open_index('../index').search(image=red)) == 12
+
+
+def test_heic_without_and_with_the_package(pictures, monkeypatch):
+    "Left out and counted without `pillow-heif`, read with it"
+    pillow_heif = pytest.importorskip('pillow_heif')
+    pillow_heif.from_pillow(Image.new('RGB', (48, 48), 'red')).save(pictures / 'phone.heic')
+    monkeypatch.setitem(Image.registered_extensions(), '.heic', 'HEIF')
+    openers = {k: v for k, v in Image.OPEN.items() if k != 'HEIF'}
+    monkeypatch.setattr(Image, 'OPEN', openers)
+    monkeypatch.setattr(Image, 'ID', [name for name in Image.ID if name != 'HEIF'])
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, 'pillow_heif', None)
+        table = mobileclip_nb.embed(pictures, 'without.npz')
+        assert len(table.paths) == 12
+        assert "pip install 'mobileclip_nb[heic]'" in table.skipped['phone.heic']
+        found = mobileclip_nb.predict(pictures, ['a', 'b'], on_error='skip')
+        assert [Path(name).name for name, _ in found.skipped] == ['phone.heic']
+    table = mobileclip_nb.embed(pictures, 'with.npz')
+    assert len(table.paths) == 13
+    assert table.skipped == {}
+
+
+def test_labels_keep_their_texts_and_warn_once(pictures):
+    "A dictionary is labels and what they are embedded as; many unknown labels give one short line"
+    red = pictures / 'red0.png'
+    described = mobileclip_nb.predict(red, {'A': 'red heart', 'B': ['train', 'blue train']})
+    assert sorted(described[0].labels) == ['A', 'B']
+    bare = mobileclip_nb.predict(red, ['A', 'B'])
+    assert described[0].probs != bare[0].probs
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        mobileclip_nb.predict(red, [f'quux{i}' for i in range(900)])
+    (message,) = [str(w.message) for w in caught if 'token embeddings' in str(w.message)]
+    assert len(message.split()) < 30
+
+
+def test_help_shows_the_comments_of_parameters():
+    "By inspect, pydoc and IPython, for functions, methods, classes and what a decorator wraps"
+    from mobileclip_nb.inference.predict import embed_labels
+    from mobileclip_nb.models.clip import CLIP
+
+    assert '    top: labels kept an image; None keeps all' in inspect.getdoc(mobileclip_nb.predict)
+    assert '    normalize: scale embeddings to length 1' in inspect.getdoc(CLIP.encode_image)
+    assert '    texts: sentences of each label' in inspect.getdoc(embed_labels)
+    assert '    probs: in that order, 0–1' in inspect.getdoc(mobileclip_nb.Prediction)
+    assert 'Returns: `(B, D)`' in pydoc.render_doc(CLIP, renderer=pydoc.plaintext)
+    shell = pytest.importorskip('IPython.core.interactiveshell').InteractiveShell.instance()
+    shown = shell.inspector.info(mobileclip_nb.create_model)['docstring']
+    assert '    folded: without branches and batch normalization' in shown
+    assert '\n' not in mobileclip_nb.core.errors.Faulty.__doc__  # nothing to add
+
+
+def test_every_public_name_shows_its_parameters():
+    "What a user can reach by `mobileclip_nb.` has a comment for each parameter, but `self`"
+    for name in mobileclip_nb.__all__:
+        thing = getattr(mobileclip_nb, name)
+        if not inspect.isfunction(inspect.unwrap(thing)):
+            continue
+        doc = inspect.getdoc(thing)
+        silent = [p for p in inspect.signature(thing).parameters if f'\n    {p}: ' not in doc]
+        assert silent in ([], ['private']), name
+
+
+def test_version():
+    "The version of settings.ini, without loading torch"
+    code = (
+        'import sys; from mobileclip_nb.cli.main import main\n'
+        'try: main(["--version"])\n'
+        'except SystemExit as e: print(e.code, "torch" in sys.modules)'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.split() == ['mobileclip', mobileclip_nb.__version__, '0', 'False']
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'fish'])
+def test_completion_script(tmp_path, shell):
+    "The script of each shell names verbs and options; where the shell is there, it reads it"
+    status, script, _ = run_command('completion', shell)
+    assert status == 0
+    for word in ('predict', 'shards', 'labels'):
+        assert word in script
+    if shutil.which(shell):
+        (tmp_path / 'script').write_text(script)
+        subprocess.run([shell, '-n', str(tmp_path / 'script')], check=True)
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='no bash here')
+def test_tab_in_bash(tmp_path):
+    "What Tab offers after a beginning"
+    script = tmp_path / 'mobileclip.sh'
+    script.write_text(run_command('completion', 'bash')[1])
+    asked = f"""source {script}
+complete_with=$(complete -p mobileclip | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+COMP_WORDS=(mobileclip pre); COMP_CWORD=1; $complete_with mobileclip pre mobileclip
+echo "${{COMPREPLY[@]}}"
+COMP_WORDS=(mobileclip predict --la); COMP_CWORD=2; $complete_with mobileclip --la predict
+echo "${{COMPREPLY[@]}}" """
+    done = subprocess.run(['bash', '-c', asked], capture_output=True, text=True)
+    assert done.stdout.split() == ['predict', '--labels']
+
+
+def test_log_of_the_command(pictures):
+    "Messages are records of `logging`; --quiet leaves errors and warnings, --verbose names loggers"
+    import logging
+
+    (pictures / 'cut.png').write_bytes(b'cut')
+    words = ('predict', str(pictures), '--labels', 'heart,xyzzy')
+    status, _, plain = run_command(*words)
+    assert status == 1
+    assert 'cut.png' in plain
+    (warned,) = [line for line in plain.splitlines() if line.startswith('warning: ')]
+    assert 'xyzzy' in warned
+    assert '.py' not in warned
+    status, _, quiet = run_command('--quiet', *words)
+    assert (status, 'cut.png' in quiet, 'xyzzy' in quiet) == (1, False, True)
+    _, _, verbose = run_command('--verbose', *words)
+    assert 'mobileclip_nb.cli: ' in verbose
+    assert 'mobileclip_nb.models.weights: ' in verbose
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger('mobileclip_nb').addHandler(handler)
+    try:
+        run_command(*words)
+    finally:
+        logging.getLogger('mobileclip_nb').removeHandler(handler)
+    assert any(r.name == 'mobileclip_nb.cli' and 'cut.png' in r.getMessage() for r in records)
+
+
+def test_labels_from_a_file_in_the_shell(pictures):
+    "One label a line, and a template"
+    Path('labels.txt').write_text('heart\nred circle\n')
+    red = str(pictures / 'red0.png')
+    words = ('predict', red, '--labels', 'labels.txt', '--template', 'a {}', '--json')
+    status, out, err = run_command(*words)
+    assert status == 0, err
+    assert sorted(p['label'] for p in json.loads(out)['labels']) == ['heart', 'red circle']
