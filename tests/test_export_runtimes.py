@@ -96,6 +96,18 @@ def test_openvino_types_of_ids(causal, ids, tmp_path):
     assert np.abs(found - expected.numpy()).max() <= 1e-5
 
 
+@pytest.mark.parametrize('precision', ['fp16', 'bf16'])
+def test_openvino_half_precision(causal, precision, tmp_path):
+    "Weights of two bytes; the file says what to compute in"
+    openvino = pytest.importorskip('openvino')
+    spec = ExportSpec(tower='text', precision=precision)
+    (part,) = export_model(causal, 'openvino', tmp_path / 'x', spec).parts
+    assert part.gap.cosine >= 0.999
+    model = openvino.Core().read_model(tmp_path / 'x' / 'text.xml')
+    said = model.get_rt_info(['mobileclip_nb', 'inference_precision']).astype(str)
+    assert said == ('bf16' if precision == 'bf16' else 'f32')
+
+
 @pytest.mark.parametrize('scheme', ['int8-weights', 'int8-static', 'int8-dynamic'])
 def test_eight_bits_are_the_same_elsewhere(causal, causal_text, scheme, tmp_path):
     "An 8-bit file has the numbers of its scheme in ONNX Runtime, unfused and in OpenVINO"
