@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'TimingSpec', 'pin_process', 'memory_mb', 'serve_variant', 'save_file', 'Worker', 'watch_load',
            'run_rounds', 'Timed', 'TimedGroup', 'time_variants', 'Ratio', 'speed_ratio', 'sign_test', 'TimingRecord',
-           'start_record', 'write_record', 'read_record', 'find_row', 'format_group']
+           'start_record', 'describe_record', 'write_record', 'read_record', 'find_row', 'format_group']
 
 # %% ../../nbs/bench/05_protocol.ipynb #354be779
 import json, math, os, statistics, time
@@ -438,16 +438,24 @@ def start_record(
     )
 
 # %% ../../nbs/bench/05_protocol.ipynb #71f0eb44
-def write_record(
+def describe_record(
     record: TimingRecord,
-    path: str | Path,  # a .json file
-) -> Path:
-    "Write a record as JSON, whole or not at all"
+) -> dict[str, Any]:  # in JSON's own types
+    "A record as it is written to a file"
     content = asdict(record)
     content['groups'] = [
         group._asdict() | dict(rows=[row._asdict() for row in group.rows])
         for group in record.groups
     ]
+    return content
+
+
+def write_record(
+    record: TimingRecord,
+    path: str | Path,  # a .json file
+) -> Path:
+    "Write a record as JSON, whole or not at all"
+    content = describe_record(record)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
         part.write_text(json.dumps(content, ensure_ascii=False) + '\n', encoding='utf-8')

@@ -114,10 +114,9 @@ def bench_latency(
     "Time models in runtimes beside open_clip and timm, side by side in one run"
     if not args.models:
         return _quick_latency(args)
-    from dataclasses import asdict
     from mobileclip_nb.bench.measured import check_peers, draw_record, format_record
     from mobileclip_nb.bench.measured import measure_models, measure_sides, stage_specs
-    from mobileclip_nb.bench.protocol import TimingSpec, write_record
+    from mobileclip_nb.bench.protocol import TimingSpec, describe_record, write_record
     from mobileclip_nb.bench.runtimes import check_runtimes
     from mobileclip_nb.core.errors import import_optional
 
@@ -140,7 +139,7 @@ def bench_latency(
         keep(record)
     if args.png:
         _write_png(draw_record(record), args.png)
-    answer(asdict(record) if args.json else {}, format_record(record), args.json)
+    answer(describe_record(record), format_record(record), args.json)
     return 0
 
 # %% ../../nbs/cli/07_bench_commands.ipynb #d2527894
