@@ -10,6 +10,7 @@ PIP_ARGS ?=
 ## ALL: for notebooks and tests; RUNTIMES: besides, for the runtimes and homes of exports
 ALL := emoji,train,finetune,eval,search,reinforce,export,coreml,openvino,lab,dev
 RUNTIMES := coreai,executorch,litert,homes
+RUNTIME_PAGES := $(patsubst %,'tests/test_notebooks.py::test_runs[export/%]',11_litert 12_executorch 16_coreai)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -37,7 +38,7 @@ test: .venv/with-$(ALL)
 
 test-export: .venv/with-$(ALL),$(RUNTIMES)
 	if command -v npm > /dev/null; then cd tests/export/js && npm install --ignore-scripts --no-audit --no-fund --silent; fi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/export
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/export $(RUNTIME_PAGES)
 
 lab: .venv/with-$(ALL)
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -1,12 +1,21 @@
 "Every notebook runs: each one pytest item, in a process of its own (tests/notebook_server.py)."
 
-import json, os, select, signal, subprocess, sys
+import importlib.util, json, os, select, signal, subprocess, sys
 from pathlib import Path
 
 import design, pytest
 
 LIMIT = 240  # seconds a notebook (60 is the aim)
 EVERY = design.notebooks()
+RUNTIMES = {  # the package a notebook needs beyond those of `make test`; `make test-export` has it
+    'export/11_litert': 'litert_torch',
+    'export/12_executorch': 'executorch',
+    'export/16_coreai': 'coreai_torch',
+}
+
+
+def name_of(nb):
+    return str(nb.path.relative_to(design.NBS).with_suffix(''))
 
 
 class Server:
@@ -40,10 +49,11 @@ def server():
 
 
 @pytest.mark.timeout(LIMIT + 60)
-@pytest.mark.parametrize(
-    'nb', EVERY, ids=[str(n.path.relative_to(design.NBS).with_suffix('')) for n in EVERY]
-)
+@pytest.mark.parametrize('nb', EVERY, ids=name_of)
 def test_runs(nb, server, tmp_path):
+    package = RUNTIMES.get(name_of(nb))
+    if package and not importlib.util.find_spec(package):
+        pytest.skip(f'needs {package}; `make test-export` runs it')
     log = tmp_path / 'log.txt'
     env = dict(IN_TEST='1', SCALE='smoke', MOBILECLIP_RUNS=str(tmp_path))
     status = server.run(nb.path, env, log, LIMIT)

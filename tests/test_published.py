@@ -403,6 +403,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', missing)
     monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda repo, file: None)
+    monkeypatch.setattr('mobileclip_nb.models.weights.reach_hub', lambda: None)
     return names
 
 
