@@ -7,9 +7,9 @@ __all__ = ['PRECISIONS', 'OPENVINO_BITS', 'compile_openvino', 'read_precision', 
            'name_layers', 'quantize_openvino', 'openvino_layers', 'write_openvino']
 
 # %% ../../nbs/export/07_openvino.ipynb #fac48d15
-import os, tempfile
+import io, os, tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def compile_openvino(
         'INFERENCE_NUM_THREADS': threads,
         'NUM_STREAMS': 1,
         'PERFORMANCE_HINT': 'LATENCY',
+        'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0,  # weights of bytes: keep activations as they are
     }
     return core.compile_model(core.read_model(str(path)), 'CPU', options)
 
@@ -118,13 +119,14 @@ OPENVINO_BITS = ('int8-weights', 'int8-static', 'int8-static-mixed')
 
 @contextmanager
 def _quiet_nncf() -> Iterator[Any]:  # the module
-    "Import NNCF without its reports of use and its log"
+    "Import NNCF without its reports of use, its log and its progress on standard output"
     before = os.environ.get('NNCF_CI')
     os.environ['NNCF_CI'] = '1'
     try:
         nncf = import_optional('nncf', 'openvino')
         nncf.set_log_level(40)  # errors only
-        yield nncf
+        with redirect_stdout(io.StringIO()):
+            yield nncf
     finally:
         os.environ.pop('NNCF_CI')
         if before is not None:

@@ -126,7 +126,8 @@ class ReadBlock(nn.Module):
         k, v = self.key_value(y).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.transpose(2, 3)  # (B, heads, 1, T)
         if self.mask is not None:
-            scores = scores + (self.mask[:1] if at is None else at @ self.mask)[:, None]
+            # (B, 1, 1, T) before the product: OpenVINO 2026.4 moves an axis that is added after it
+            scores = scores + (self.mask[:1] if at is None else at[:, None] @ self.mask)
         x = x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
