@@ -88,6 +88,9 @@ def test_blocks_run_in_order(tmp_path, shell_env):
         'runs/mine/model.safetensors',
         'runs/reinforced/state.pt',
         'runs/both/state.pt',
+        'exported/onnx/image.onnx',
+        'exported/coreml/text.mlpackage',
+        'exported/js/config.json',
     }
     assert wanted <= made
     about = json.loads(
