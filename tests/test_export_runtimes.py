@@ -129,7 +129,6 @@ def test_eight_bits_are_the_same_elsewhere(causal, causal_text, scheme, tmp_path
         assert np.abs(run_openvino(out)(given)[0] - exact).max() < 1e-6
 
 
-@pytest.mark.xfail(reason='ExecuTorch rejects the inputs; not understood yet')
 def test_executorch_causal_text(causal, tmp_path):
     "int64 ids, mask, open batch and length"
     pytest.importorskip('executorch')

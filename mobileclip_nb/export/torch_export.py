@@ -8,7 +8,7 @@ __all__ = ['run_on_arrays', 'write_archive', 'trace_graph', 'write_torchscript',
 
 # %% ../../nbs/export/01_torch_export.ipynb #79a81d44
 import importlib, io, os, shutil, warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,13 +91,14 @@ def write_torchscript(
 # %% ../../nbs/export/01_torch_export.ipynb #65fdde41
 def open_dimensions(
     graph: Graph,
+    largest: Mapping[str, int] = {},  # name of an open dimension to its bound, where one is needed
 ) -> tuple[dict[int, Dim], ...]:  # one an input: axis to dimension
     "The dimensions that an exported program leaves open"
     dims: dict[str, Dim] = {}
     for port in graph.inputs:
         for name in port.shape:
             if isinstance(name, str) and name not in dims:
-                dims[name] = Dim(name, min=2 if name == 'length' else 1)
+                dims[name] = Dim(name, min=2 if name == 'length' else 1, max=largest.get(name))
     return tuple(
         {i: dims[name] for i, name in enumerate(port.shape) if isinstance(name, str)}
         for port in graph.inputs
@@ -106,11 +107,12 @@ def open_dimensions(
 
 def export_program(
     graph: Graph,
+    largest: Mapping[str, int] = {},  # name of an open dimension to its bound
 ) -> ExportedProgram:
     "Export an encoder as a graph of ATen operations, with the open dimensions of its ports"
     with torch.no_grad():
         return torch.export.export(
-            graph.module, graph.sample(), dynamic_shapes=open_dimensions(graph)
+            graph.module, graph.sample(), dynamic_shapes=open_dimensions(graph, largest)
         )
 
 # %% ../../nbs/export/01_torch_export.ipynb #285272a5
