@@ -195,6 +195,15 @@ echo "${{COMPREPLY[@]}}" """
     assert done.stdout.split() == ['predict', '--labels']
 
 
+@pytest.mark.skipif(not shutil.which('fish'), reason='no fish here')
+def test_tab_in_fish(tmp_path):
+    script = tmp_path / 'mobileclip.fish'
+    script.write_text(run_command('completion', 'fish')[1])
+    asked = f'source {script}; complete -C "mobileclip pre"; complete -C "mobileclip predict --la"'
+    done = subprocess.run(['fish', '-c', asked], capture_output=True, text=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ['predict', '--labels']
+
+
 def test_log_of_the_command(pictures):
     "Messages are records of `logging`; --quiet leaves errors and warnings, --verbose names loggers"
     import logging
