@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'OPENVINO_BITS', 'compile_openvino', 'read_precision', 'run_openvino', 'read_graph', 'save_openvino',
-           'name_layers', 'quantize_openvino', 'openvino_layers', 'write_openvino']
+           'name_layers', 'coarse_layers', 'quantize_openvino', 'openvino_layers', 'write_openvino']
 
 # %% ../../nbs/export/07_openvino.ipynb #fac48d15
 import io, os, tempfile
@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.errors import import_optional
 from mobileclip_nb.export.calibration import (
+    COARSE,
     FRAGILE,
     LayerCosine,
     calibration_inputs,
@@ -25,6 +26,7 @@ from mobileclip_nb.export.calibration import (
     kind_of_convolution,
     limit_of_bits,
     measure_bits,
+    rounding_loss,
 )
 from mobileclip_nb.export.contract import (
     GAP_LIMITS,
@@ -149,6 +151,23 @@ def name_layers(
             kinds[name] = kind_of_convolution(tuple(shape), groups)
     return kinds
 
+
+def coarse_layers(
+    model: Any,  # an `openvino.Model`
+) -> list[str]:  # names
+    "Layers whose weight would lose too much by rounding"
+    out = []
+    for op in model.get_ordered_ops():
+        kind = op.get_type_name()
+        if kind not in ('MatMul', 'Convolution'):
+            continue
+        weight = op.input_value(1).get_node()
+        is_turned = kind == 'MatMul' and not op.get_attributes()['transpose_b']
+        if weight.get_type_name() == 'Constant' and len(weight.data.shape) > 1:
+            if rounding_loss(weight.data, -1 if is_turned else 0) > COARSE:
+                out.append(op.get_friendly_name())
+    return out
+
 # %% ../../nbs/export/07_openvino.ipynb #6eac9f11
 def quantize_openvino(
     model: Any,  # an `openvino.Model`
@@ -160,6 +179,7 @@ def quantize_openvino(
     check_choice(scheme, OPENVINO_BITS, 'scheme of OpenVINO')
     fragile = [name for name, kind in name_layers(model).items() if kind in FRAGILE]
     fragile = [] if scheme == 'int8-static' else fragile
+    fragile += coarse_layers(model) if scheme == 'int8-weights' else []
     with _quiet_nncf() as nncf:
         scope = nncf.IgnoredScope(names=fragile) if fragile else None
         if scheme == 'int8-weights':
