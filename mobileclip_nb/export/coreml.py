@@ -22,12 +22,6 @@ from torch import nn, Tensor
 
 from ..blocks.attention import ChannelNorm
 from ..core.errors import suggest
-from mobileclip_nb.export.calibration import (
-    LayerCosine,
-    compare_layers,
-    kind_of_convolution,
-    measure_bits,
-)
 from mobileclip_nb.export.contract import (
     GAP_LIMITS,
     ExportJob,
@@ -35,12 +29,23 @@ from mobileclip_nb.export.contract import (
     Graph,
     Part,
     Port,
+    Run,
     check_gap,
     check_half,
     compare_graph,
     graph_part,
     make_graphs,
     register_home,
+)
+from .torch_export import open_dimensions
+from ..models.zoo import Record
+
+# %% ../../nbs/export/05_coreml.ipynb #e02c7456
+from mobileclip_nb.export.calibration import (
+    LayerCosine,
+    compare_layers,
+    kind_of_convolution,
+    measure_bits,
 )
 from mobileclip_nb.export.coreml_interpreter import (
     CoreMLProgram,
@@ -52,8 +57,6 @@ from mobileclip_nb.export.coreml_interpreter import (
     run_program,
     silence_coremltools,
 )
-from .torch_export import open_dimensions
-from ..models.zoo import Record
 
 # %% ../../nbs/export/05_coreml.ipynb #4cf4939a
 BATCHES = (1, 8, 32)  # rows of token ids, where their number is open
@@ -280,6 +283,18 @@ def _kept_operations(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     note = f'layer normalization in float32, because inputs deviate by up to {largest:.3g}'
     return (*UNIT_VECTOR, 'layer_norm'), (note,)
 
+# %% ../../nbs/export/05_coreml.ipynb #825154ba
+def _measure_package(
+    job: ExportJob, graph: Graph, program: CoreMLProgram, base: CoreMLProgram, run: Run
+) -> dict[str, Any]:
+    "What a manifest says about a package of compressed weights"
+    sizes = [p.shape[0] if isinstance(p.shape[0], int) else 1 for p in graph.inputs]
+    given = {p.name: graph.examples[p.name][:n].numpy() for p, n in zip(graph.inputs, sizes)}
+    scheme = dict(name=job.spec.precision, tool='coremltools')
+    scheme |= dict(in_float32=(), calibrated_on='nothing')
+    layers = coreml_layers(program, base, given)
+    return measure_bits(graph, run, layers, job.model, job.evaluate, scheme)
+
 # %% ../../nbs/export/05_coreml.ipynb #7e8b0872
 def write_package(
     job: ExportJob,
@@ -310,13 +325,9 @@ def write_package(
     by = f'our interpreter of coremltools {version("coremltools")} programs; not run on a Mac'
     notes = ('specification 7: iOS 16, macOS 13', *notes)
     part = graph_part(graph, (path.name,), precision, gap, by, notes)
-    if base is None:
-        return part
-    sizes = [p.shape[0] if isinstance(p.shape[0], int) else 1 for p in graph.inputs]
-    given = {p.name: graph.examples[p.name][:n].numpy() for p, n in zip(graph.inputs, sizes)}
-    scheme = dict(name=precision, tool='coremltools', in_float32=(), calibrated_on='nothing')
-    layers = coreml_layers(program, base, given)
-    return part._replace(measured=measure_bits(graph, run, layers, job.model, job.evaluate, scheme))
+    if base is not None:
+        part = part._replace(measured=_measure_package(job, graph, program, base, run))
+    return part
 
 # %% ../../nbs/export/05_coreml.ipynb #b9ea5b1a
 CHECK_ON_MAC = 'check_on_mac.py'

@@ -70,7 +70,7 @@ def camera_graphs(
         graphs[name] = rename_ports(graph, {f'{tower}_embedding': FINAL_EMBEDDING})
     return graphs
 
-# %% ../../nbs/export/15_coreml_apps.ipynb #ed131af0
+# %% ../../nbs/export/15_coreml_apps.ipynb #b43d68b7
 def check_app_vocabulary(
     folder: Path,  # with `clip-vocab.json` and `clip-merges.txt`
     context: int,  # tokens of a row
@@ -82,7 +82,7 @@ def check_app_vocabulary(
         write_references(Path(scratch), context)
         return check_tokenizer(Path(scratch), context)
 
-
+# %% ../../nbs/export/15_coreml_apps.ipynb #ed131af0
 @register_home(
     'ios-app',
     files=(

@@ -230,7 +230,7 @@ def openvino_layers(
     found, expected = (_read_nodes(m, list(ends), given) for m in (model, base))
     return compare_layers(found, expected, ends)
 
-# %% ../../nbs/export/07_openvino.ipynb #b1f11596
+# %% ../../nbs/export/07_openvino.ipynb #a0c8b433
 _HINTS = {'bf16': 'bf16'}  # precision of an export to that of its computation; others `f32`
 
 
@@ -240,7 +240,7 @@ def _note_precision(part: Part, hint: str, chosen: str) -> Part:
         return part
     return part._replace(notes=(*part.notes, f'computed in {chosen} on this processor'))
 
-
+# %% ../../nbs/export/07_openvino.ipynb #b1f11596
 @register_home(
     'openvino',
     files=('image.xml', 'image.bin', 'text.xml', 'text.bin', 'joint.xml', 'joint.bin'),
