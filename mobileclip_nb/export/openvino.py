@@ -240,6 +240,13 @@ def _note_precision(part: Part, hint: str, chosen: str) -> Part:
         return part
     return part._replace(notes=(*part.notes, f'computed in {chosen} on this processor'))
 
+
+def _limit(precision: str) -> tuple[float, float]:
+    "Largest gap and least cosine of a precision"
+    if precision in OPENVINO_BITS:
+        return limit_of_bits(precision)
+    return GAP_LIMITS.get(precision, (np.inf, 0.999))
+
 # %% ../../nbs/export/07_openvino.ipynb #b1f11596
 @register_home(
     'openvino',
@@ -280,11 +287,8 @@ def write_openvino(
         chosen[path.stem] = read_precision(compiled)
         return _run_compiled(compiled)
 
-    limit = (
-        limit_of_bits(asked) if asked in OPENVINO_BITS else GAP_LIMITS.get(asked, (np.inf, 0.999))
-    )
     notes = (f'opset of ONNX in between; compile with {_KEY}={hint}',)
     software = f'OpenVINO {version("openvino")} on the CPU'
-    form = GraphFormat('.xml', save, load, software, limits={asked: limit}, notes=notes)
+    form = GraphFormat('.xml', save, load, software, limits={asked: _limit(asked)}, notes=notes)
     form = form._replace(measure=measure if asked in OPENVINO_BITS else None)
     return [_note_precision(p, hint, chosen[p.name]) for p in write_graphs(job, form)]
