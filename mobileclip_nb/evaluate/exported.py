@@ -19,7 +19,7 @@ from torch import Tensor
 from ..datasets.emoji import HANDS, draw_emoji, load_emoji
 from .metrics import is_among, rank_classes
 from .zeroshot import EMOJI_TEMPLATES, build_classifier, embed_images
-from ..export.contract import Evaluate, Graph, Run, scale_pictures
+from ..export.contract import Evaluate, Graph, Run, find_pixel_form, scale_pictures
 from ..models.clip import CLIP
 from ..preprocessing.tokenizer import tokenize
 from ..preprocessing.transform import Pixels
@@ -100,11 +100,13 @@ class Paired(NamedTuple):
     def verdict(
         self,
         tolerance: float = 0.005,  # half a point
-    ) -> str:  # `holds`, `does not hold` or `not decided`
+    ) -> str:  # `holds`, `does not hold`, `a loss, size not decided` or `not decided`
         "Whether the loss is within a tolerance, as far as these pictures tell"
         if self.low >= -tolerance:
             return 'holds'
-        return 'does not hold' if self.high < -tolerance else 'not decided'
+        if self.high < -tolerance:
+            return 'does not hold'
+        return 'a loss, size not decided' if self.high < 0 else 'not decided'
 
 
 def compare_paired(
@@ -148,7 +150,6 @@ def class_weights(
 # %% ../../nbs/evaluate/13_exported.ipynb #3c2e7dc6
 def exported_accuracy(
     benchmark: Benchmark,
-    pixels: str = 'unit',  # what the image graph takes, as in `ExportSpec`
 ) -> Evaluate:  # for `export_model`
     "Make the function that measures the accuracy of an exported file"
     known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -163,7 +164,8 @@ def exported_accuracy(
         right = is_among(rank_classes(images @ weights, 1), benchmark.targets)
         (port,) = graph.inputs
         if graph.name == 'image':
-            x = scale_pictures(benchmark.images, model.record.pixels, pixels)
+            form = find_pixel_form(port, model.record.pixels)
+            x = scale_pictures(benchmark.images, model.record.pixels, form)
             images = embed_with(run, port.name, x, port.shape[0])
         else:
             weights = class_weights(run, graph, model, benchmark.names)

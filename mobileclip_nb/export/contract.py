@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'ID_TYPES', 'EXAMPLE_EMOJI', 'EXAMPLE_TEXTS', 'GAP_LIMITS', 'Run', 'Evaluate', 'check_choice', 'ExportSpec',
-           'Port', 'image_port', 'text_port', 'draw_blocks', 'example_pictures', 'Graph', 'input_ports', 'output_ports',
-           'scale_pictures', 'example_inputs', 'make_encoder', 'check_half', 'make_graphs', 'rename_ports', 'Gap',
-           'measure_gap', 'check_gap', 'text_forms', 'merge_gaps', 'compare_graph', 'Part', 'graph_part', 'ExportJob',
-           'Home', 'register_home', 'add_precisions', 'list_homes', 'find_home', 'GraphFormat', 'write_graphs']
+           'Port', 'image_port', 'find_pixel_form', 'text_port', 'draw_blocks', 'example_pictures', 'Graph',
+           'input_ports', 'output_ports', 'scale_pictures', 'example_inputs', 'make_encoder', 'check_half',
+           'make_graphs', 'rename_ports', 'Gap', 'measure_gap', 'check_gap', 'text_forms', 'merge_gaps',
+           'compare_graph', 'Part', 'graph_part', 'ExportJob', 'Home', 'register_home', 'add_precisions', 'list_homes',
+           'find_home', 'GraphFormat', 'write_graphs']
 
 # %% ../../nbs/export/00_contract.ipynb #1a6ea505
 import math
@@ -91,19 +92,36 @@ class Port(NamedTuple):
     about: str  # what the numbers are
 
 
+def _describe_forms(pixels: Pixels) -> dict[str, str]:
+    "What an image port says, by the form of pixels that it takes"
+    return dict(
+        bytes='RGB, 0 to 255',
+        unit='RGB, 0 to 1',
+        normalized=f'RGB, 0 to 1, minus {pixels.mean}, over {pixels.std}',
+    )
+
+
 def image_port(
     pixels: Pixels,  # preprocessing of the model
     spec: ExportSpec,
     rows: str = 'batch',  # name of the first dimension, if it is open
 ) -> Port:
     "The input of an image encoder"
-    said = dict(
-        bytes='RGB, 0 to 255',
-        unit='RGB, 0 to 1',
-        normalized=f'RGB, 0 to 1, minus {pixels.mean}, over {pixels.std}',
-    )
+    said = _describe_forms(pixels)
     about = f'{said[spec.pixels]}; resized ({pixels.resize}) and cropped to the square'
     return Port('image', 'float32', (spec.batch or rows, 3, pixels.side, pixels.side), about)
+
+
+def find_pixel_form(
+    port: Port,  # made by `image_port`, renamed or not
+    pixels: Pixels,  # preprocessing of the model
+) -> str:  # of `PIXEL_FORMS`
+    "The form of pixels that a port takes, from what it says"
+    said = port.about.split(';')[0]
+    for form, words in _describe_forms(pixels).items():
+        if said == words:
+            return form
+    raise ValueError(f"No form of pixels is known that is {said!r}")
 
 
 def text_port(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FINAL_EMBEDDING', 'APP_CONTEXT', 'FASTVLM_SIDE', 'FASTVLM_STRIDE', 'FASTVLM_WIDTH', 'PREPROCESSOR', 'PROCESSOR',
-           'name_packages', 'camera_graphs', 'write_ios_app', 'FeatureEncoder', 'check_fastvlm', 'fastvlm_graph',
-           'write_fastvlm_app']
+           'name_packages', 'camera_graphs', 'check_app_vocabulary', 'write_ios_app', 'FeatureEncoder', 'check_fastvlm',
+           'fastvlm_graph', 'write_fastvlm_app']
 
 # %% ../../nbs/export/15_coreml_apps.ipynb #863014dd
-import json
+import json, shutil, tempfile
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from mobileclip_nb.export.coreml import (
     write_mac_check,
     write_package,
 )
-from .tokenizer import write_vocabulary
+from .tokenizer import check_tokenizer, write_references, write_vocabulary
 from ..models.clip import CLIP
 from ..models.encoders import explicit_attention, pixel_factors
 from ..models.mci import MCi
@@ -70,10 +70,29 @@ def camera_graphs(
         graphs[name] = rename_ports(graph, {f'{tower}_embedding': FINAL_EMBEDDING})
     return graphs
 
+# %% ../../nbs/export/15_coreml_apps.ipynb #b43d68b7
+def check_app_vocabulary(
+    folder: Path,  # with `clip-vocab.json` and `clip-merges.txt`
+    context: int,  # tokens of a row
+) -> int:  # texts compared
+    "Tokenize with the app's two files in plain Python; ValueError if training differs"
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ('vocab.json', 'merges.txt'):
+            shutil.copyfile(folder / f'clip-{name}', Path(scratch) / name)
+        write_references(Path(scratch), context)
+        return check_tokenizer(Path(scratch), context)
+
 # %% ../../nbs/export/15_coreml_apps.ipynb #ed131af0
 @register_home(
     'ios-app',
-    files=('*_image.mlpackage', '*_text.mlpackage', 'clip-vocab.json', 'clip-merges.txt'),
+    files=(
+        '*_image.mlpackage',
+        '*_text.mlpackage',
+        'clip-vocab.json',
+        'clip-merges.txt',
+        CHECK_ON_MAC,
+        EXAMPLES,
+    ),
     verified='our interpreter of the saved package; a script finishes the check on a Mac',
     needs=(('coremltools', 'coreml'),),
     towers=('both', 'image', 'text'),
@@ -91,8 +110,10 @@ def write_ios_app(
         parts.append(part._replace(notes=(*part.notes, note)))
     if names['text'] in graphs:
         vocabulary = write_vocabulary(job.folder, prefix='clip-')
+        n = check_app_vocabulary(job.folder, job.model.record.context_length)
+        by = f'plain Python, equal on {n} texts; not by the app'
         notes = ('replaces the published clip-merges.txt, which has too many pairs',)
-        parts.append(Part('tokenizer', vocabulary, notes=notes))
+        parts.append(Part('tokenizer', vocabulary, checked_by=by, notes=notes))
     return [*parts, write_mac_check(job.folder, graphs)]
 
 # %% ../../nbs/export/15_coreml_apps.ipynb #eb514d7a
@@ -195,7 +216,13 @@ PROCESSOR = dict(
 # %% ../../nbs/export/15_coreml_apps.ipynb #f2cf0ee7
 @register_home(
     'fastvlm-app',
-    files=('fastvithd.mlpackage', 'preprocessor_config.json', 'processor_config.json'),
+    files=(
+        'fastvithd.mlpackage',
+        'preprocessor_config.json',
+        'processor_config.json',
+        CHECK_ON_MAC,
+        EXAMPLES,
+    ),
     verified='our interpreter of the saved package; a script finishes the check on a Mac',
     needs=(('coremltools', 'coreml'),),
     towers=('both', 'image'),

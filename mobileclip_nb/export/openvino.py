@@ -46,6 +46,17 @@ PRECISIONS = ('f32', 'bf16', 'f16')  # of a computation, in OpenVINO's words
 _KEY = 'INFERENCE_PRECISION_HINT'
 
 
+def _compile_options(threads: int, precision: str) -> dict[str, Any]:
+    "The options that every model here is compiled with"
+    return {
+        _KEY: precision,
+        'INFERENCE_NUM_THREADS': threads,
+        'NUM_STREAMS': 1,
+        'PERFORMANCE_HINT': 'LATENCY',
+        'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0,  # weights of bytes: keep activations as they are
+    }
+
+
 def compile_openvino(
     path: str | Path,  # an `.xml` file of OpenVINO, or an ONNX file
     threads: int = 1,
@@ -54,14 +65,8 @@ def compile_openvino(
     "Compile a file for the CPU in a stated precision"
     check_choice(precision, PRECISIONS, 'precision of OpenVINO')
     core = import_optional('openvino', 'openvino').Core()
-    options = {
-        _KEY: precision,
-        'INFERENCE_NUM_THREADS': threads,
-        'NUM_STREAMS': 1,
-        'PERFORMANCE_HINT': 'LATENCY',
-        'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0,  # weights of bytes: keep activations as they are
-    }
-    return core.compile_model(core.read_model(str(path)), 'CPU', options)
+    model = core.read_model(str(path))
+    return core.compile_model(model, 'CPU', _compile_options(threads, precision))
 
 
 def read_precision(
@@ -71,13 +76,8 @@ def read_precision(
     return compiled.get_property(_KEY).to_string()
 
 
-def run_openvino(
-    path: str | Path,  # an `.xml` file of OpenVINO, or an ONNX file
-    threads: int = 1,
-    precision: str = 'f32',  # of the computation: `f32`, `bf16` or `f16`
-) -> Run:  # arrays by name to outputs
-    "Open a file in OpenVINO on the CPU"
-    compiled = compile_openvino(path, threads, precision)
+def _run_compiled(compiled: Any) -> Run:
+    "A compiled model as a function of arrays by name"
     request = compiled.create_infer_request()
 
     def run(given: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -85,6 +85,15 @@ def run_openvino(
         return [request.get_output_tensor(i).data.copy() for i in range(len(compiled.outputs))]
 
     return run
+
+
+def run_openvino(
+    path: str | Path,  # an `.xml` file of OpenVINO, or an ONNX file
+    threads: int = 1,
+    precision: str = 'f32',  # of the computation: `f32`, `bf16` or `f16`
+) -> Run:  # arrays by name to outputs
+    "Open a file in OpenVINO on the CPU"
+    return _run_compiled(compile_openvino(path, threads, precision))
 
 # %% ../../nbs/export/07_openvino.ipynb #820b6f02
 def read_graph(
@@ -224,7 +233,7 @@ def _read_nodes(
     ops = {op.get_friendly_name(): op for op in model.get_ops()}
     there = [name for name in names if name in ops]
     model.add_outputs([ops[name].output(0) for name in there])
-    compiled = core.compile_model(model, 'CPU', {_KEY: 'f32', 'INFERENCE_NUM_THREADS': 1})
+    compiled = core.compile_model(model, 'CPU', _compile_options(1, 'f32'))
     found = list(compiled(given).values())[-len(there) :]  # added outputs are the last
     return dict(zip(there, found, strict=True))
 
@@ -241,10 +250,24 @@ def openvino_layers(
     found, expected = (_read_nodes(m, list(ends), given) for m in (model, base))
     return compare_layers(found, expected, ends)
 
-# %% ../../nbs/export/07_openvino.ipynb #b1f11596
+# %% ../../nbs/export/07_openvino.ipynb #a0c8b433
 _HINTS = {'bf16': 'bf16'}  # precision of an export to that of its computation; others `f32`
 
 
+def _note_precision(part: Part, hint: str, chosen: str) -> Part:
+    "Say in what a processor computed, where that is not what the file asks for"
+    if chosen == hint:
+        return part
+    return part._replace(notes=(*part.notes, f'computed in {chosen} on this processor'))
+
+
+def _limit(precision: str) -> tuple[float, float]:
+    "Largest gap and least cosine of a precision"
+    if precision in OPENVINO_BITS:
+        return limit_of_bits(precision)
+    return GAP_LIMITS.get(precision, (np.inf, 0.999))
+
+# %% ../../nbs/export/07_openvino.ipynb #b1f11596
 @register_home(
     'openvino',
     files=('image.xml', 'image.bin', 'text.xml', 'text.bin', 'joint.xml', 'joint.bin'),
@@ -257,7 +280,7 @@ def write_openvino(
 ) -> list[Part]:
     "OpenVINO, for processors of x86 and ARM and Intel's graphics; batch and length open"
     r, asked = job.model.record, job.spec.precision
-    hint, base, scheme = _HINTS.get(asked, 'f32'), {}, {}
+    hint, base, scheme, chosen = _HINTS.get(asked, 'f32'), {}, {}, {}
     said = dict(model=r.name, weights_license=r.weights_license, attribution=r.attribution)
     if asked in OPENVINO_BITS:
         import_optional('nncf', 'openvino')
@@ -265,7 +288,9 @@ def write_openvino(
     def save(graph: Graph, path: Path) -> None:
         model = base[graph.name] = read_graph(graph)
         if asked in OPENVINO_BITS:
-            batches, about = calibration_inputs(graph, job.model, job.spec, 128)
+            batches, about = (), 'nothing'
+            if asked != 'int8-weights':
+                batches, about = calibration_inputs(graph, job.model, job.spec, 128)
             model = quantize_openvino(model, asked, batches, graph.name == 'text')
             scheme[graph.name] = dict(name=asked, tool='nncf', calibrated_on=about)
             scheme[graph.name]['in_float32'] = FRAGILE if asked != 'int8-static' else ()
@@ -278,12 +303,12 @@ def write_openvino(
         return measure_bits(graph, run, layers, job.model, job.evaluate, scheme[graph.name])
 
     def load(path: Path) -> Run:
-        return run_openvino(path, 1, hint)
+        compiled = compile_openvino(path, 1, hint)
+        chosen[path.stem] = read_precision(compiled)
+        return _run_compiled(compiled)
 
-    limit = (
-        limit_of_bits(asked) if asked in OPENVINO_BITS else GAP_LIMITS.get(asked, (np.inf, 0.999))
-    )
     notes = (f'opset of ONNX in between; compile with {_KEY}={hint}',)
     software = f'OpenVINO {version("openvino")} on the CPU'
-    form = GraphFormat('.xml', save, load, software, limits={asked: limit}, notes=notes)
-    return write_graphs(job, form._replace(measure=measure if asked in OPENVINO_BITS else None))
+    form = GraphFormat('.xml', save, load, software, limits={asked: _limit(asked)}, notes=notes)
+    form = form._replace(measure=measure if asked in OPENVINO_BITS else None)
+    return [_note_precision(p, hint, chosen[p.name]) for p in write_graphs(job, form)]

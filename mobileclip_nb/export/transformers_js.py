@@ -91,8 +91,6 @@ def write_bits(
 ) -> Part:  # with what was measured: scheme, accuracy, layers
     "Write a graph in 8 or 4 bits, run the file, and compare; ArithmeticError beyond the limits"
     scheme, path = SCHEMES[precision], job.folder / name
-    if describe_pixels(job.model.record.pixels)['do_normalize']:
-        job = job._replace(evaluate=None)  # it gives pixels from 0 to 1, this graph takes others
     form = bits_format(job._replace(spec=job.spec.but(precision=scheme)), license_texts(job.model))
     path.parent.mkdir(parents=True, exist_ok=True)
     form.save(graph, path)
