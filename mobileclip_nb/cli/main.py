@@ -64,10 +64,18 @@ def split_labels(
     text: str,  # labels with commas between, or a file of labels
 ) -> Any:  # as `label_prompts` takes them
     "Split a list of labels, or read a file with one a line or in JSON"
-    from mobileclip_nb.inference.predict import read_texts
+    from mobileclip_nb.inference.predict import TEXT_FILES, read_texts
 
-    if Path(text).is_file():
-        return read_texts(Path(text))
+    path = Path(text)
+    if path.is_file():
+        return read_texts(path)
+    is_path = path.suffix.lower() in TEXT_FILES or {'/', os.sep} & set(text)
+    if ',' not in text and (is_path or path.is_dir()):
+        what = 'is a folder' if path.is_dir() else 'is no file'
+        raise ValueError(
+            f'--labels {text!r} {what}; give a file with one label a line, or, if it is a label, '
+            f"write a comma after it: --labels '{text},'"
+        )
     labels = [l.strip() for l in text.split(',') if l.strip()]
     if not labels:
         raise ValueError('no label given; write --labels "cat,dog"')
