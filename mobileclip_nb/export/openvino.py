@@ -37,7 +37,7 @@ from mobileclip_nb.export.contract import (
     register_home,
     write_graphs,
 )
-from .onnx import save_onnx
+from .onnx import OPSET, save_onnx
 
 # %% ../../nbs/export/07_openvino.ipynb #e9b9d31c
 PRECISIONS = ('f32', 'bf16', 'f16')  # of a computation, in OpenVINO's words
@@ -263,7 +263,7 @@ def write_openvino(
     limit = (
         limit_of_bits(asked) if asked in OPENVINO_BITS else GAP_LIMITS.get(asked, (np.inf, 0.999))
     )
-    notes = (f'opset of ONNX in between; compile with {_KEY}={hint}',)
+    notes = (f'opset {OPSET} of ONNX in between; compile with {_KEY}={hint}',)
     software = f'OpenVINO {version("openvino")} on the CPU'
     form = GraphFormat('.xml', save, load, software, limits={asked: limit}, notes=notes)
     return write_graphs(job, form._replace(measure=measure if asked in OPENVINO_BITS else None))

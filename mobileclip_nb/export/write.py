@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'ExportManifest', 'list_files', 'digest_weights', 'find_versions', 'read_export', 'check_export',
-           'describe_tokenizer_of', 'written_spec', 'format_manifest', 'check_output', 'check_words', 'check_sizes',
-           'check_request', 'export_model']
+           'describe_tokenizer_of', 'written_spec', 'format_manifest', 'check_output', 'quiet_import', 'check_words',
+           'check_sizes', 'check_request', 'export_model']
 
 # %% ../../nbs/export/10_write.ipynb #60040a62
-import copy, hashlib, json
-from collections.abc import Sequence
+import copy, hashlib, io, json, logging, warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -232,6 +233,19 @@ def check_output(
         )
 
 # %% ../../nbs/export/10_write.ipynb #abe80bbd
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    "No log lines and warnings of foreign packages inside the block; exceptions pass"
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(before)
+
+
 def check_words(
     home: Home,
     spec: ExportSpec,
@@ -276,8 +290,9 @@ def check_request(
     check_sizes(model, spec)
     if home.check:
         home.check(model, spec)
-    for package, extra in home.needs:
-        import_optional(package, extra)
+    with quiet_import():
+        for package, extra in home.needs:
+            import_optional(package, extra)
 
 # %% ../../nbs/export/10_write.ipynb #619461e8
 def _plain_model(
