@@ -195,6 +195,101 @@ echo "${{COMPREPLY[@]}}" """
     assert done.stdout.split() == ['predict', '--labels']
 
 
+TABS = [
+    ('predict pict', ['picture.png', 'pictures']),
+    ('predict picture.png --labels lab', ['labels.txt']),
+    ('predict picture.png --model mobileclip2_s3', ['mobileclip2_s3']),
+    ('predict picture.png --model pict', ['picture.png', 'pictures']),
+    ('embed pict', ['pictures']),
+    ('export mobileclip_nano --to executor', ['executorch']),
+    ('export mobileclip_nano --to onnx --precision q', ['q4', 'q8']),
+]
+
+
+@pytest.fixture
+def tabs(tmp_path, monkeypatch):
+    "A folder with a picture, a folder of pictures, a file of labels, and the script of each shell"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'pictures').mkdir()
+    for name in ('picture.png', 'labels.txt'):
+        (tmp_path / name).touch()
+    for shell in ('bash', 'zsh', 'fish'):
+        (tmp_path / f'_{shell}').write_text(run_command('completion', shell)[1])
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='no bash here')
+def test_paths_and_names_in_bash(tabs):
+    "Tab completes paths, and names of models, destinations and precisions"
+    for words, expected in TABS:
+        given = words.split()
+        asked = (
+            f'source _bash; COMP_WORDS=(mobileclip {words}); COMP_CWORD={len(given)}; '
+            f'_shtab_mobileclip mobileclip {given[-1]} x; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        )
+        done = subprocess.run(['bash', '-c', asked], capture_output=True, text=True)
+        assert sorted(set(done.stdout.split())) == expected, (words, done.stdout)
+
+
+@pytest.mark.skipif(not shutil.which('fish'), reason='no fish here')
+def test_paths_and_names_in_fish(tabs):
+    for words, expected in TABS:
+        asked = f'source _fish; complete -C "mobileclip {words}"'
+        done = subprocess.run(['fish', '-c', asked], capture_output=True, text=True)
+        offered = {line.split('\t')[0].rstrip('/') for line in done.stdout.splitlines()}
+        assert sorted(offered) == expected, (words, done.stdout)
+
+
+def test_completion_leaves_errors():
+    "Names are choices for Tab alone: a wrong one still has its suggestion"
+    status, out, err = run_command('export', 'mobileclip_nano', '--to', 'onxx', 'out')
+    assert (status, out) == (2, '')
+    assert "Did you mean 'onnx'?" in err
+
+
+@pytest.mark.parametrize('labels', ['lables.txt', '/nope/labels.txt', 'pictures', 'labels.png'])
+def test_labels_that_are_no_file(pictures, labels):
+    "A misspelled file, a folder and a picture are no labels; one line says how to give one"
+    Path('labels.png').write_bytes((pictures / 'red0.png').read_bytes())
+    status, out, err = run_command('predict', 'pictures/red0.png', '--labels', labels)
+    assert (status, out) == (2, '')
+    assert labels in err
+    assert 'label a line' in err or 'text a line' in err
+    assert len(err.strip().splitlines()) == 1
+    status, out, err = run_command('predict', 'pictures/red0.png', '--labels', 'lables.txt,')
+    assert (status, 'lables.txt 100.0%' in out) == (0, True)
+
+
+def test_repeated_labels(pictures):
+    "A label given twice counts once, with one warning"
+    words = ('predict', 'pictures/red0.png', '--labels', 'heart,train,heart', '--json')
+    status, out, err = run_command(*words)
+    assert status == 0
+    assert sorted(p['label'] for p in json.loads(out)['labels']) == ['heart', 'train']
+    assert err.splitlines() == ['warning: Given more than once, counted once: heart']
+
+
+def test_permission_denied(pictures, monkeypatch):
+    "Files and folders that may not be read are reported as such"
+    real, denied = os.scandir, str(pictures)
+
+    def scandir(path):
+        if str(path) == denied:
+            raise PermissionError(13, 'Permission denied', denied)
+        return real(path)
+
+    with monkeypatch.context() as closed:
+        closed.setattr(os, 'scandir', scandir)
+        for words in (('embed', denied, '--out', 'e.npz'), ('predict', denied, '--labels', 'a,b')):
+            status, _, err = run_command(*words)
+            assert (status, 'cannot be read: permission denied' in err) == (2, True), err
+            assert 'holds no images' not in err
+    monkeypatch.setattr(Image, 'open', lambda *a: (_ for _ in ()).throw(PermissionError(13, 'x')))
+    status, _, err = run_command('predict', 'pictures/red0.png', '--labels', 'a,b')
+    assert status == 2
+    assert 'permission denied' in err
+    assert 'damaged' not in err
+
+
 @pytest.mark.skipif(not shutil.which('fish'), reason='no fish here')
 def test_tab_in_fish(tmp_path):
     script = tmp_path / 'mobileclip.fish'

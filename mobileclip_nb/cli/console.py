@@ -139,7 +139,7 @@ def in_shell(
         'as model=': 'as --model',
     }.items():
         text = text.replace(python, shell)
-    return text
+    return re.sub(r'\b(batch|length|side|top)=(?=-?\d)', r'--\1 ', text)
 
 # %% ../../nbs/cli/00_console.ipynb #a0b1c2d1
 def error_text(

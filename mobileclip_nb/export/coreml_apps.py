@@ -226,6 +226,7 @@ PROCESSOR = dict(
     verified='our interpreter of the saved package; a script finishes the check on a Mac',
     needs=(('coremltools', 'coreml'),),
     towers=('both', 'image'),
+    check=check_fastvlm,
 )
 def write_fastvlm_app(
     job: ExportJob,

@@ -39,7 +39,7 @@ from mobileclip_nb.export.contract import (
     register_home,
     write_graphs,
 )
-from .onnx import save_onnx
+from .onnx import OPSET, save_onnx
 
 # %% ../../nbs/export/07_openvino.ipynb #e9b9d31c
 PRECISIONS = ('f32', 'bf16', 'f16')  # of a computation, in OpenVINO's words
@@ -307,7 +307,7 @@ def write_openvino(
         chosen[path.stem] = read_precision(compiled)
         return _run_compiled(compiled)
 
-    notes = (f'opset of ONNX in between; compile with {_KEY}={hint}',)
+    notes = (f'opset {OPSET} of ONNX in between; compile with {_KEY}={hint}',)
     software = f'OpenVINO {version("openvino")} on the CPU'
     form = GraphFormat('.xml', save, load, software, limits={asked: _limit(asked)}, notes=notes)
     form = form._replace(measure=measure if asked in OPENVINO_BITS else None)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'ExportManifest', 'list_files', 'digest_weights', 'find_versions', 'read_export', 'check_export',
-           'format_manifest', 'check_output', 'check_request', 'export_model']
+           'describe_tokenizer_of', 'written_spec', 'format_manifest', 'check_output', 'quiet_import', 'check_words',
+           'check_sizes', 'check_request', 'export_model']
 
 # %% ../../nbs/export/10_write.ipynb #60040a62
-import copy, hashlib, json
-from collections.abc import Sequence
+import copy, hashlib, io, json, logging, warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +28,7 @@ from mobileclip_nb.export.contract import (
     ExportSpec,
     Gap,
     Home,
+    ID_TYPES,
     Part,
     Port,
     check_choice,
@@ -33,6 +36,8 @@ from mobileclip_nb.export.contract import (
 )
 from ..models.clip import CLIP
 from ..models.mci import MCi
+from ..models.zoo import Record
+from ..preprocessing.tokenizer import EOT, SOT
 
 # %% ../../nbs/export/10_write.ipynb #e3d83b8b
 MANIFEST = 'manifest.json'
@@ -46,11 +51,13 @@ class ExportManifest:
     model: str  # name in the zoo
     record: dict[str, Any]  # preprocessing, licence, attribution and sizes
     weights: dict[str, str]  # `source` and `sha256` of the tensors
-    spec: dict[str, Any]  # what was asked for
+    spec: dict[str, Any]  # fields of `ExportSpec`, as the files have them
     parts: tuple[Part, ...]
     files: dict[str, dict[str, Any]]  # path to `bytes` and `sha256`
     versions: dict[str, str]  # of Python and packages
     code: str  # version of this library
+    logit_scale: float | None = None  # factor of cosines, before a softmax
+    tokenizer: str = ''  # that a text input needs
 
     def to_dict(self) -> dict[str, Any]:
         "All fields, in JSON's own types"
@@ -137,6 +144,57 @@ def check_export(
     changed = [n for n in listed if n in found and listed[n]['sha256'] != found[n]['sha256']]
     return out + [f'{name} was changed' for name in changed]
 
+# %% ../../nbs/export/10_write.ipynb #f1394e56
+def describe_tokenizer_of(
+    parts: Sequence[Part],
+    record: Record,
+) -> str:  # empty where no part takes token ids
+    "Say which tokenizer the text input of an export needs"
+    if not any(port.dtype in ID_TYPES for part in parts for port in part.inputs):
+        return ''
+    return (
+        f"CLIP's byte-pair encoding: start {SOT}, text, end {EOT}, context {record.context_length}; "
+        f'`mobileclip export {record.name} --to tokenizer OUT` writes it'
+    )
+
+# %% ../../nbs/export/10_write.ipynb #56e5e7d3
+def _form_of(port: Port) -> str:  # one of `PIXEL_FORMS`
+    "What an image input takes"
+    if '0 to 255' in port.about:
+        return 'bytes'
+    return 'normalized' if ', minus ' in port.about else 'unit'
+
+
+def written_spec(
+    spec: ExportSpec,  # as asked
+    parts: Sequence[Part],
+    side: int,  # of the model
+) -> dict[str, Any]:  # fields of `ExportSpec`; without those that differ between graphs
+    "The request as it was carried out, from the inputs and outputs of the graphs"
+    graphs = [part for part in parts if part.inputs]
+    if not graphs:
+        return {k: v for k, v in dict(precision=parts[0].precision).items() if v}
+    inputs = [port for part in graphs for port in part.inputs]
+    images = [port for port in inputs if len(port.shape) == 4]
+    texts = [port for port in inputs if port.dtype in ID_TYPES]
+    names, found = {part.name for part in graphs}, {}
+    found['tower'] = {'both' if names == {'image', 'text'} else min(names)}
+    found['precision'] = {part.precision for part in graphs}
+    found['pixels'] = {_form_of(port) for port in images}
+    found['batch'] = {n if isinstance(n := port.shape[0], int) else 0 for port in inputs}
+    lengths = [port.shape[1] for port in texts]
+    found['length'] = {n if isinstance(n, int) else 0 for n in lengths}
+    found['ids'] = {port.dtype for port in texts}
+    sides = [port.shape[-1] for port in images]
+    found['side'] = {n for n in sides if n not in (side, spec.side)}
+    fields = spec.to_dict()
+    for name, values in found.items():
+        if len(values) == 1:
+            fields[name] = min(values)
+        elif values:
+            del fields[name]
+    return fields
+
 # %% ../../nbs/export/10_write.ipynb #b40d27fc
 def format_manifest(
     manifest: ExportManifest,
@@ -175,6 +233,47 @@ def check_output(
         )
 
 # %% ../../nbs/export/10_write.ipynb #abe80bbd
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    "No log lines and warnings of foreign packages inside the block; exceptions pass"
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(before)
+
+
+def check_words(
+    home: Home,
+    spec: ExportSpec,
+) -> None:
+    "Raise ValueError for a tower or precision that a destination does not write"
+    check_choice(spec.tower, home.towers, f'tower for {home.name}')
+    check_choice(spec.precision, home.precisions, f'precision for {home.name}')
+
+
+def check_sizes(
+    model: CLIP,  # with a record
+    spec: ExportSpec,
+) -> None:
+    "Raise ValueError for a side or length that a model does not read"
+    side, context = model.record.pixels.side, model.record.context_length
+    if spec.side and not isinstance(model.image, MCi):
+        raise ValueError(f"side={spec.side}: this image tower reads {side} pixels only")
+    if spec.side and spec.side % (step := model.image.spec.stride):
+        below = spec.side - spec.side % step
+        near = ' or '.join(str(n) for n in (below, below + step) if n)
+        raise ValueError(f"side={spec.side} is not divisible by {step}; choose {near}")
+    if spec.length and not 2 <= spec.length <= context:
+        raise ValueError(
+            f"length={spec.length}: {model.record.name} reads 2 to {context} tokens, start and end "
+            f"included; choose one of these, or leave length out, and texts of any length are taken"
+        )
+
+
 def check_request(
     model: CLIP,
     home: Home,
@@ -187,13 +286,13 @@ def check_request(
         raise ValueError("The model is in train mode; export model.eval()")
     if model.record is None:
         raise ValueError("The model has no record, so its preprocessing is unknown; use build")
-    check_choice(spec.tower, home.towers, f'tower for {home.name}')
-    check_choice(spec.precision, home.precisions, f'precision for {home.name}')
-    if spec.side and not isinstance(model.image, MCi):
-        side = model.record.pixels.side
-        raise ValueError(f"side={spec.side}: this image tower reads {side} pixels only")
-    for package, extra in home.needs:
-        import_optional(package, extra)
+    check_words(home, spec)
+    check_sizes(model, spec)
+    if home.check:
+        home.check(model, spec)
+    with quiet_import():
+        for package, extra in home.needs:
+            import_optional(package, extra)
 
 # %% ../../nbs/export/10_write.ipynb #619461e8
 def _plain_model(
@@ -232,11 +331,13 @@ def export_model(
             model=model.record.name,
             record=job.model.record.to_dict(),
             weights=dict(source=weights, sha256=digest_weights(job.model)),
-            spec=spec.to_dict(),
+            spec=written_spec(spec, parts, model.record.pixels.side),
             parts=parts,
             files=list_files(folder),
             versions=find_versions([package for package, _ in chosen.needs]),
             code=code_version(),
+            logit_scale=round(model.logit_scale.exp().item(), 4),
+            tokenizer=describe_tokenizer_of(parts, job.model.record),
         )
         text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + '\n', encoding='utf-8')

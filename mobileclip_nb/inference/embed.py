@@ -101,6 +101,8 @@ def load_table(
         raise FileNotFoundError(
             f"No table {str(path)!r}; make one with embed(FOLDER, {str(path)!r})"
         ) from None
+    except PermissionError:
+        raise PermissionError(f"{str(path)!r} cannot be read: permission denied") from None
     except Exception as e:  # zipfile, numpy, pyarrow and json have their own errors
         raise ValueError(
             f"{str(path)!r} is no table of embeddings, or is damaged ({type(e).__name__}); "

@@ -6,7 +6,7 @@
 __all__ = ['IMAGES', 'LONGEST', 'find_images', 'list_images', 'open_images']
 
 # %% ../../nbs/preprocessing/05_image_sources.ipynb #d33adbb1
-import http.client, urllib.request
+import http.client, os, urllib.request, warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,15 +29,22 @@ IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.h
 def find_images(
     folder: str | Path,  # searched with all its subfolders
 ) -> list[Path]:  # sorted
-    "Find all files of a folder that have an image's extension; a `NotADirectoryError`"
+    "Find all files of a folder that have an image's extension; a `NotADirectoryError` or `PermissionError`"
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{str(folder)!r} is not a folder; give a folder of images")
-    return sorted(
-        path
-        for path in folder.rglob('*')
-        if path.suffix.lower() in IMAGES and not path.name.startswith('.')
-    )
+
+    def report(error: OSError) -> None:
+        why = 'permission denied' if isinstance(error, PermissionError) else error.strerror
+        text = f"The folder {error.filename!r} cannot be read: {why}"
+        if error.filename == str(folder):
+            raise type(error)(text) from None
+        warnings.warn(f"{text}; its images are left out", stacklevel=4)
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=report):
+        found += [Path(place, name) for name in (*folders, *names)]
+    return sorted(p for p in found if p.suffix.lower() in IMAGES and p.name[0] != '.')
 
 # %% ../../nbs/preprocessing/05_image_sources.ipynb #1c03fd7d
 def _to_array(

@@ -113,6 +113,8 @@ def open_image(
         raise ValueError(
             f"Image {name}: it claims more pixels than PIL opens; make a smaller copy of it"
         ) from e
+    except PermissionError as e:
+        raise ValueError(f"Image {name}: cannot be read: permission denied") from e
     except IsADirectoryError as e:
         raise ValueError(f"Image {name}: is a folder") from e
     except ValueError as e:
