@@ -64,6 +64,7 @@ def test_offline_error_names_file_and_url(tmp_path, monkeypatch, offline):
     status, out, err = run_command('predict', 'a.png', '--labels', 'a', '--model', 'mobileclip_s1')
     assert (status, out) == (2, '')
     assert URL in err
+    assert 'pass its path: --weights PATH' in err
     assert len(err.strip().splitlines()) == 1
 
 
@@ -335,3 +336,36 @@ def test_labels_from_a_file_in_the_shell(pictures):
     status, out, err = run_command(*words)
     assert status == 0, err
     assert sorted(p['label'] for p in json.loads(out)['labels']) == ['heart', 'red circle']
+
+
+def test_what_embed_reports(pictures):
+    "A second run has nothing to do; new, changed and removed pictures are counted"
+    words = ('embed', 'pictures', '--out', 'e.npz')
+    assert 'e.npz: 12 pictures (12 embedded)' in run_command(*words)[1]
+    assert 'e.npz: 12 pictures (nothing to do)' in run_command(*words)[1]
+    (pictures / 'red0.png').unlink()
+    Image.new('RGB', (70, 48), 'white').save(pictures / 'red1.png')
+    Image.new('RGB', (70, 48), 'black').save(pictures / 'new.png')
+    found = json.loads(run_command(*words, '--json')[1])
+    counts = {k: found[k] for k in ('images', 'embedded', 'changed', 'removed', 'unchanged')}
+    assert counts == dict(images=12, embedded=2, changed=1, removed=1, unchanged=10)
+    status, out, err = run_command('index', '--from', 'e.npz', '--out', 'index')
+    assert (status, out.strip()) == (0, 'index: 12 pictures (from e.npz)'), err
+
+
+def test_search_with_another_model(pictures, monkeypatch):
+    "The model of the index is named before weights of the other one are fetched"
+    from mobileclip_nb.inference import search
+
+    assert run_command('index', 'pictures', '--out', 'index')[0] == 0
+    monkeypatch.setattr(search, 'load_folded', lambda *a, **k: pytest.fail('loaded'))
+    status, out, err = run_command('search', 'index', 'heart', '--model', 'mobileclip_s1')
+    assert (status, out) == (2, '')
+    assert 'built with mobileclip_nano' in err
+    assert 'leave out --model' in err
+
+
+def test_misspelled_command():
+    "The nearest command is suggested, in a group as well"
+    assert "Did you mean 'predict'?" in run_command('predikt', 'a.png')[2]
+    assert "Did you mean 'build'?" in run_command('shards', 'biuld')[2]

@@ -19,6 +19,7 @@ from ..train.options import Options
 
 # %% ../../nbs/cli/00_console.ipynb #a0c0d1
 _RULE = re.compile(r'\|( ?:?-+:? ?\|)+')  # the second line of a Markdown table
+_BOLD = re.compile(r'^\*\*(.+)\*\*$')  # a line that is a heading of a table
 
 
 def _width(text: str) -> int:
@@ -47,12 +48,16 @@ def _align(
 def align_tables(
     text: str,  # for a notebook: tables are Markdown
 ) -> str:  # for a terminal or a file: tables are columns
-    "Replace the Markdown tables of a text by aligned columns"
+    "Replace the Markdown tables of a text by aligned columns, with their headings in plain letters"
     lines, out = text.split('\n'), []
     while lines:
         is_table = len(lines) > 1 and lines[0].startswith('|') and _RULE.fullmatch(lines[1])
-        n = next((i for i, line in enumerate(lines) if line[:1] != '|'), len(lines))
-        out += _align(lines[:n]) if is_table else lines[: (n := 1)]
+        if is_table:
+            n = next((i for i, line in enumerate(lines) if line[:1] != '|'), len(lines))
+            out += _align(lines[:n])
+        else:
+            n = 1
+            out.append(_BOLD.sub(r'\1', lines[0]))
         del lines[:n]
     return '\n'.join(out)
 
@@ -137,6 +142,7 @@ def in_shell(
         "device='cpu'": '--device cpu',
         '`build_index(FOLDER, INDEX)`': '`mobileclip index FOLDER --out INDEX`',
         'as model=': 'as --model',
+        'pass its path: create_model(NAME, PATH)': 'pass its path: --weights PATH',
     }.items():
         text = text.replace(python, shell)
     return re.sub(r'\b(batch|length|side|top)=(?=-?\d)', r'--\1 ', text)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FILES', 'DEMO_NEEDS', 'SHELLS', 'PATHS', 'FOLDERS', 'NAMES_OR_PATHS', 'OWN', 'DEMO_COMMAND',
-           'COMPLETION', 'COMMANDS', 'list_all', 'split_labels', 'label_pictures', 'embed_pictures', 'folder_splits',
-           'unknown_line', 'split_scores', 'shared_line', 'score_line', 'open_model', 'evaluate_model', 'demo_notebook',
-           'claim_for_demo', 'live', 'page_of', 'run_demo', 'candidate_names', 'names_or_path', 'add_candidates',
-           'write_completion', 'VersionAction', 'parser', 'main']
+           'COMPLETION', 'COMMANDS', 'list_all', 'split_labels', 'label_pictures', 'embed_report', 'embed_pictures',
+           'folder_splits', 'unknown_line', 'split_scores', 'shared_line', 'score_line', 'open_model', 'evaluate_model',
+           'demo_notebook', 'claim_for_demo', 'live', 'page_of', 'run_demo', 'candidate_names', 'names_or_path',
+           'add_candidates', 'write_completion', 'VersionAction', 'SuggestingParser', 'parser', 'main']
 
 # %% ../../nbs/cli/08_main.ipynb #70a823cd
 import argparse, json, logging, os, re, sys
@@ -37,10 +37,11 @@ from mobileclip_nb.cli.console import (
 from .ablate_command import ABLATE
 from .eval_sets import evaluate_sets, is_data_set, make_eval_model, split_members
 from .export_command import EXPORT, FORMATS
-from .search_commands import COMMANDS as SEARCH_COMMANDS
+from .search_commands import COMMANDS as SEARCH_COMMANDS, format_report
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
 from .bench_commands import COMMANDS as BENCH_COMMANDS
+from ..core.errors import suggest
 from ..train.options import OPTIONS, add_options
 
 # %% ../../nbs/cli/08_main.ipynb #81b72c9b
@@ -105,17 +106,36 @@ def label_pictures(
     return status_of(len(found), len(found.skipped))
 
 # %% ../../nbs/cli/08_main.ipynb #f9625b0d
+def embed_report(
+    before: Any,  # a `Table`, or None
+    done: Any,  # a `Table`
+) -> Any:  # an `IndexReport`
+    "What a run of `embed` changed in its table"
+    from mobileclip_nb.inference.index import IndexReport
+
+    seen = before.seen if before else {}
+    changed = sum(seen.get(p, done.seen[p]) != done.seen[p] for p in done.paths)
+    unchanged = sum(seen.get(p) == done.seen[p] for p in done.paths)
+    removed = len(set(before.paths if before else ()) - set(done.paths))
+    n = len(done.paths)
+    counts = dict(changed=changed, removed=removed, unchanged=unchanged)
+    return IndexReport(n, n - unchanged, **counts, skipped=len(done.skipped))
+
+
 def embed_pictures(
     args: argparse.Namespace,  # `folder`, `out`, `batch`, and those of `model_of`
 ) -> int:  # exit status
     "Embed a folder of pictures"
-    from mobileclip_nb.inference.embed import embed
+    from mobileclip_nb.inference.embed import embed, load_table
 
-    model = model_of(args)
+    model, out = model_of(args), Path(args.out)
+    before = load_table(out) if out.is_file() else None
     done = embed(args.folder, args.out, model=model, batch=args.batch, progress=True)
-    result = dict(out=str(args.out), embedded=len(done.paths), skipped=done.skipped)
-    text = f'{args.out}: {len(done.paths)} pictures embedded, {len(done.skipped)} left out'
-    answer(result, text, args.json)
+    report = embed_report(before, done)
+    fields = ('images', 'embedded', 'changed', 'removed', 'unchanged')
+    counts = {k: getattr(report, k) for k in fields}
+    result = dict(out=str(args.out)) | counts | dict(skipped=done.skipped)
+    answer(result, f'{args.out}: {format_report(report)}', args.json)
     for path, why in done.skipped.items():
         say(f'{path}: {why}')
     return status_of(len(done.paths), len(done.skipped))
@@ -520,9 +540,19 @@ class VersionAction(argparse.Action):
         parser.exit()
 
 
+class SuggestingParser(argparse.ArgumentParser):
+    "A parser whose errors suggest the nearest command"
+
+    def error(self, message: str) -> None:
+        found = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
+        if found:
+            message += '.' + suggest(found[1], re.findall(r'[\w.-]+', found[2]))
+        super().error(message)
+
+
 def parser() -> argparse.ArgumentParser:
     "Make the parser of all commands"
-    p = argparse.ArgumentParser(
+    p = SuggestingParser(
         'mobileclip',
         description='MobileCLIP and MobileCLIP2: label, embed, search, reinforce, train, export.',
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_NAMED', 'FEW_MILLION', 'COMMANDS', 'format_report', 'format_speeds', 'index_pictures', 'remarks',
-           'search_pictures']
+           'check_asked_model', 'search_pictures']
 
 # %% ../../nbs/cli/06_search_commands.ipynb #ac053417
 import argparse, time
@@ -57,7 +57,11 @@ def index_pictures(
     speeds = {part: round(rate, 1) for part, rate in report.speeds().items()}
     counts = {k: v for k, v in report._asdict().items() if not k.endswith('_s')}
     result = dict(out=str(args.out)) | counts | dict(skipped=skipped, images_per_s=speeds)
-    answer(result, f'{args.out}: {format_report(report)}', args.json)
+    text = format_report(report)
+    if args.table is not None:
+        result['moved'] = 0  # rows of a table are neither embedded nor moved
+        text = f'{report.images:,} pictures (from {args.table})'
+    answer(result, f'{args.out}: {text}', args.json)
     if speeds:
         say(format_speeds(speeds))
     for name, why in list(skipped.items())[:MOST_NAMED]:
@@ -83,6 +87,22 @@ def remarks(
     return lines
 
 
+def check_asked_model(
+    index: Any,  # an `ImageIndex`
+    name: str | None,  # of a model, as asked for
+) -> None:
+    "Raise ValueError for a model of the zoo that is not the index's, before weights are fetched"
+    from mobileclip_nb.inference.search import describe_model
+    from mobileclip_nb.models.zoo import ZOO
+
+    stored = index.contents.model
+    if name in ZOO and stored['image'].rpartition('-')[0] != name:
+        raise ValueError(
+            f'The index {str(index.path)!r} was built with {describe_model(stored)}, not with '
+            f'{name}; leave out --model, or build another index with {name}'
+        )
+
+
 def search_pictures(
     args: argparse.Namespace,  # `index`, `text`, `image`, `top`, `exact`, `sheet`, model and device
 ) -> int:  # exit status
@@ -95,6 +115,7 @@ def search_pictures(
     if args.sheet:
         check_sheet_path(args.sheet)
     index = open_index(args.index, args.model, args.weights, device)
+    check_asked_model(index, args.model)
     query = index.embed_query(args.text, args.image)
     started = time.perf_counter()
     (hits,) = index.nearest(query[None], args.top, args.exact)

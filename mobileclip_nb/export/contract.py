@@ -507,6 +507,7 @@ class ExportJob(NamedTuple):
     folder: Path  # empty; what is written there becomes the export
     spec: ExportSpec
     evaluate: Evaluate | None = None  # measures the accuracy of a file; None: not measured
+    weights: str = ''  # where the weights came from; `random` for none
 
 
 class Home(NamedTuple):

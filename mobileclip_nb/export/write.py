@@ -324,7 +324,7 @@ def export_model(
     check_request(model, chosen, spec)
     check_output(out)
     with torch.no_grad(), atomic_folder(out) as folder:
-        job = ExportJob(_plain_model(model, spec), folder, spec, evaluate)
+        job = ExportJob(_plain_model(model, spec), folder, spec, evaluate, weights)
         parts = tuple(chosen.write(job))
         manifest = ExportManifest(
             home=home,

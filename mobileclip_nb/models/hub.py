@@ -7,6 +7,7 @@ __all__ = ['HUB_LICENSES', 'CARD', 'write_card', 'save_pretrained', 'from_pretra
 
 # %% ../../nbs/models/12_hub.ipynb #976a03c6
 import json, tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def _card_head(
 def write_card(
     model: CLIP,  # with a record
     repo: str = '',  # `ORG/REPO`, for the lines of code; empty: the folder
+    code: Sequence[str] = (),  # lines that load the model; empty: those of this library
+    remark: str = '',  # a sentence at the beginning
 ) -> str:  # Markdown
     "Write the model card of a model"
     r, place = model.record, repo and f'hf-hub:{repo}' or 'FOLDER'
@@ -51,19 +54,23 @@ def write_card(
         'attribution': r.attribution or 'not stated',
         'described in': r.paper or 'not published',
     }
+    own = [
+        'from mobileclip_nb import from_pretrained, predict',
+        f'model = from_pretrained({place!r})',
+        "predict('picture.png', ['a dog', 'a cat'], model)",
+    ]
     return '\n'.join(
         [
             *_card_head(model),
             f'# {r.name}',
             '',
             'An image-text model of the MobileCLIP family, saved by mobileclip_nb.',
+            *(['', f'**{remark}**'] if remark else []),
             '',
             *(f'- {name}: {value}' for name, value in facts.items()),
             '',
             '```python',
-            'from mobileclip_nb import from_pretrained, predict',
-            f'model = from_pretrained({place!r})',
-            "predict('picture.png', ['a dog', 'a cat'], model)",
+            *(code or own),
             '```',
             '',
         ]
