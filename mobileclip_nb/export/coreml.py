@@ -42,10 +42,12 @@ from ..models.zoo import Record
 
 # %% ../../nbs/export/05_coreml.ipynb #e02c7456
 from mobileclip_nb.export.calibration import (
+    COARSE,
     LayerCosine,
     compare_layers,
     kind_of_convolution,
     measure_bits,
+    rounding_loss,
 )
 from mobileclip_nb.export.coreml_interpreter import (
     CoreMLProgram,
@@ -213,6 +215,22 @@ COREML_LIMITS = GAP_LIMITS | {
 }
 
 
+def _weights_to_keep(
+    model: Any,  # coremltools' model
+) -> list[str]:  # names
+    "Weights that 8 bits would spoil: of fragile convolutions, and coarse ones"
+    from coremltools.optimize.coreml import get_weights_metadata
+
+    names = []
+    for name, about in get_weights_metadata(model, weight_threshold=0).items():
+        kinds, w = {op.op_type for op in about.child_ops}, about.val
+        is_fragile = 'conv' in kinds and any(n > 1 for n in w.shape[2:])
+        axis = -1 if 'matmul' in kinds else 0
+        if is_fragile or (kinds & {'conv', 'linear', 'matmul'} and rounding_loss(w, axis) > COARSE):
+            names.append(name)
+    return names
+
+
 def compress_weights(
     model: Any,  # coremltools' model
     scheme: str,  # `int8`, `palettized8`, `palettized6` or `palettized4`
@@ -231,7 +249,8 @@ def compress_weights(
         hint = suggest(scheme, COREML_LIMITS)
         raise ValueError(f"No scheme {scheme!r} of compressed weights.{hint}")
     with silence_coremltools():
-        return call(model, opt.OptimizationConfig(global_config=config))
+        keep = dict.fromkeys(_weights_to_keep(model) if scheme == 'int8' else ())
+        return call(model, opt.OptimizationConfig(global_config=config, op_name_configs=keep))
 
 # %% ../../nbs/export/05_coreml.ipynb #60999f91
 def _kinds_of_layers(program: CoreMLProgram) -> dict[str, str]:

@@ -79,7 +79,7 @@ def largest_sizes(
     batches = dict.fromkeys(('batch', 'images', 'texts'), LARGEST_BATCH)
     return batches | {'length': 2 * n for n in texts}
 
-
+# %% ../../nbs/export/12_executorch.ipynb #7a42bc84
 def save_executorch(
     graph: Graph,
     path: Path,  # a `.pte` file
