@@ -69,7 +69,7 @@ def accuracy_line(
         f"({low:+.1f} to {high:+.1f}) on {accuracy['n']:,} pictures; {accuracy['benchmark']}"
     )
 
-
+# %% ../../nbs/cli/05_export_command.ipynb #1172e212
 def describe_parts(
     manifest: Any,  # an `ExportManifest`
 ) -> str:

@@ -403,7 +403,8 @@ def run_demo(
 # %% ../../nbs/cli/08_main.ipynb #f1d00002
 SHELLS = ('bash', 'zsh', 'fish')
 # fmt: off
-PATHS = ('images', 'source', 'out', 'place', 'metadata', 'image', 'sheet', 'table', 'labels', 'png', 'record', 'ledger', 'recipe', 'captioner')
+PATHS = ('images', 'source', 'out', 'place', 'metadata', 'image', 'sheet', 'table', 'labels')
+PATHS += ('png', 'record', 'ledger', 'recipe', 'captioner')
 FOLDERS = ('folder', 'index', 'cache', 'winogavil')
 NAMES_OR_PATHS = ('model', 'weights', 'data', 'on', 'teachers')
 # fmt: on
@@ -420,8 +421,7 @@ def candidate_names() -> dict[str, tuple[str, ...]]:  # by name of the argument
     names = dict(model=ZOO, models=ZOO, weights=tags, data=('emoji',), teachers=ZOO)
     names |= dict(on=('emoji', 'suite38', 'flickr30k', 'coco', 'aro', 'sugarcrepe', 'urban1k'))
     names |= dict(to=homes, name=homes, precision=precisions, tower=TOWERS, ids=ID_TYPES)
-    names |= dict(pixels=PIXEL_FORMS, runtime=('torch', 'onnx'))
-    names |= dict(device=('auto', 'cpu', 'cuda', 'mps'))
+    names |= dict(pixels=PIXEL_FORMS, runtime=('torch', 'onnx'), device=('auto', 'cpu', 'cuda'))
     return {k: tuple(dict.fromkeys(words)) for k, words in names.items()}
 
 
@@ -436,7 +436,7 @@ def names_or_path(
     fish = f'{listed} (__fish_complete_path (commandline -ct))'
     return dict(bash=name, zsh=name, fish=fish, preamble=dict(bash=bash, zsh=zsh))
 
-
+# %% ../../nbs/cli/08_main.ipynb #4e2f0f46
 def add_candidates(
     p: argparse.ArgumentParser,  # is changed; do not parse with it
     shtab: Any,  # the module
@@ -449,10 +449,8 @@ def add_candidates(
                 add_candidates(inner, shtab, names)
         elif action.nargs == 0:  # a switch
             continue
-        elif action.dest in FOLDERS:
-            action.complete = shtab.DIRECTORY
-        elif action.dest in PATHS:
-            action.complete = shtab.FILE
+        elif action.dest in (*FOLDERS, *PATHS):
+            action.complete = shtab.DIRECTORY if action.dest in FOLDERS else shtab.FILE
         elif action.dest in NAMES_OR_PATHS:
             action.complete = names_or_path(action.dest, names[action.dest])
         elif action.choices is None and action.dest in names:
@@ -544,12 +542,11 @@ class SuggestingParser(argparse.ArgumentParser):
     "A parser whose errors suggest the nearest command"
 
     def error(self, message: str) -> None:
-        found = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
-        if found:
+        if found := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):
             message += '.' + suggest(found[1], re.findall(r'[\w.-]+', found[2]))
         super().error(message)
 
-
+# %% ../../nbs/cli/08_main.ipynb #5dc932c1
 def parser() -> argparse.ArgumentParser:
     "Make the parser of all commands"
     p = SuggestingParser(

@@ -102,7 +102,7 @@ def check_asked_model(
             f'{name}; leave out --model, or build another index with {name}'
         )
 
-
+# %% ../../nbs/cli/06_search_commands.ipynb #17b8ae81
 def search_pictures(
     args: argparse.Namespace,  # `index`, `text`, `image`, `top`, `exact`, `sheet`, model and device
 ) -> int:  # exit status

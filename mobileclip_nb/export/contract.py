@@ -96,11 +96,8 @@ class Port(NamedTuple):
 
 def _describe_forms(pixels: Pixels) -> dict[str, str]:
     "What an image port says, by the form of pixels that it takes"
-    return dict(
-        bytes='RGB, 0 to 255',
-        unit='RGB, 0 to 1',
-        normalized=f'RGB, 0 to 1, minus {pixels.mean}, over {pixels.std}',
-    )
+    shifted = f'RGB, 0 to 1, minus {pixels.mean}, over {pixels.std}'
+    return dict(bytes='RGB, 0 to 255', unit='RGB, 0 to 1', normalized=shifted)
 
 
 def image_port(
@@ -113,17 +110,17 @@ def image_port(
     about = f'{said[spec.pixels]}; resized ({pixels.resize}) and cropped to the square'
     return Port('image', 'float32', (spec.batch or rows, 3, pixels.side, pixels.side), about)
 
-
+# %% ../../nbs/export/00_contract.ipynb #e789d749
 def find_pixel_form(
     port: Port,  # made by `image_port`, renamed or not
     pixels: Pixels,  # preprocessing of the model
 ) -> str:  # of `PIXEL_FORMS`
     "The form of pixels that a port takes, from what it says"
     said = port.about.split(';')[0]
-    for form, words in _describe_forms(pixels).items():
-        if said == words:
-            return form
-    raise ValueError(f"No form of pixels is known that is {said!r}")
+    forms = [form for form, words in _describe_forms(pixels).items() if words == said]
+    if not forms:
+        raise ValueError(f"No form of pixels is known that is {said!r}")
+    return forms[0]
 
 
 def text_port(
@@ -132,12 +129,9 @@ def text_port(
     rows: str = 'batch',  # name of the first dimension, if it is open
 ) -> Port:
     "The input of a text encoder"
-    about = f'token ids, start token first; padded with anything or cut, up to {context} are read'
-    if spec.length:
-        n = spec.length
-        about = (
-            f'token ids, start token first; padded with anything or cut to {n}, all {n} are read'
-        )
+    n = spec.length
+    cut = f'cut to {n}, all {n}' if n else f'cut, up to {context}'
+    about = f'token ids, start token first; padded with anything or {cut} are read'
     return Port('text', spec.ids, (spec.batch or rows, spec.length or 'length'), about)
 
 # %% ../../nbs/export/00_contract.ipynb #64c6e1d9
@@ -158,8 +152,7 @@ def draw_blocks(
 ) -> np.ndarray:  # uint8 `(side, side, 3)`
     "Draw blurred blocks of random colors"
     colors = np.random.default_rng(seed).integers(256, size=(4, 4, 3), dtype=np.uint8)
-    image = Image.fromarray(colors).resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(Image.fromarray(colors).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def example_pictures(

@@ -153,7 +153,8 @@ def describe_tokenizer_of(
     if not any(port.dtype in ID_TYPES for part in parts for port in part.inputs):
         return ''
     return (
-        f"CLIP's byte-pair encoding: start {SOT}, text, end {EOT}, context {record.context_length}; "
+        f"CLIP's byte-pair encoding: start {SOT}, text, end {EOT}, "
+        f"context {record.context_length}; "
         f'`mobileclip export {record.name} --to tokenizer OUT` writes it'
     )
 
@@ -254,7 +255,7 @@ def check_words(
     check_choice(spec.tower, home.towers, f'tower for {home.name}')
     check_choice(spec.precision, home.precisions, f'precision for {home.name}')
 
-
+# %% ../../nbs/export/10_write.ipynb #d8a90874
 def check_sizes(
     model: CLIP,  # with a record
     spec: ExportSpec,

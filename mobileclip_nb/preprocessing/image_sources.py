@@ -22,14 +22,15 @@ from .transform import rgb
 
 # %% ../../nbs/preprocessing/05_image_sources.ipynb #8e692c51
 # fmt: off
-IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.heic', '.heif', '.avif')  # extensions
+IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')  # extensions
+IMAGES += ('.heic', '.heif', '.avif')
 # fmt: on
 
 
 def find_images(
     folder: str | Path,  # searched with all its subfolders
 ) -> list[Path]:  # sorted
-    "Find all files of a folder that have an image's extension; a `NotADirectoryError` or `PermissionError`"
+    "Find all images of a folder by extension; a `NotADirectoryError` or `PermissionError`"
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{str(folder)!r} is not a folder; give a folder of images")
