@@ -180,10 +180,13 @@ def test_no_foreign_lines(tmp_path, home, package):
 def test_card_of_open_clip(tmp_path, capsys):
     "The card of a folder for open_clip loads it with open_clip, and says that weights are random"
     pytest.importorskip('open_clip')
-    for more, is_random in (((), False), (('--random',), True)):
-        out = tmp_path / f'out{is_random}'
-        assert main([*NANO_EXPORT, '--to', 'open_clip', str(out), *more]) == 0
-        card = (out / 'README.md').read_text()
+    first, second = tmp_path / 'random', tmp_path / 'given'
+    words = ('export', 'mobileclip2_s0', '--to', 'open_clip')
+    assert main([*words, str(first), '--random']) == 0
+    (weights,) = first.glob('*.safetensors')
+    assert main([*words, str(second), '--weights', str(weights)]) == 0
+    for folder in (first, second):
+        card = (folder / 'README.md').read_text()
         assert "open_clip.create_model_and_transforms('local-dir:FOLDER')" in card
         assert 'from_pretrained' not in card
-        assert ('The weights are random' in card) == is_random
+        assert ('The weights are random' in card) == (folder == first)
