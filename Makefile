@@ -10,7 +10,6 @@ PIP_ARGS ?=
 ## ALL: for notebooks and tests; RUNTIMES: besides, for the runtimes and homes of exports
 ALL := emoji,train,finetune,eval,search,reinforce,export,coreml,openvino,lab,dev
 RUNTIMES := coreai,executorch,litert,homes
-RUNTIME_PAGES := $(patsubst %,'tests/test_notebooks.py::test_runs[export/%]',11_litert 12_executorch 16_coreai)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -38,7 +37,7 @@ test: .venv/with-$(ALL)
 
 test-export: .venv/with-$(ALL),$(RUNTIMES)
 	if command -v npm > /dev/null; then cd tests/export/js && npm install --ignore-scripts --no-audit --no-fund --silent; fi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/export $(RUNTIME_PAGES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/export tests/test_notebooks.py::test_runtime_pages
 
 lab: .venv/with-$(ALL)
 	$(BIN)/jupyter lab --notebook-dir nbs

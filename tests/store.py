@@ -11,6 +11,14 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = 'application/vnd.jupyter.widget-view+json'
+PROGRESS = (
+    '<pre style="white-space:pre;overflow-x:auto;line-height:normal;font-family:Menlo'  # of rich
+)
+
+
+def is_progress(output):
+    "Whether a package drew it while it worked"
+    return output.get('data', {}).get('text/html', '').startswith(PROGRESS)
 
 
 def tidy(nb):
@@ -20,7 +28,7 @@ def tidy(nb):
         if c.cell_type != 'code':
             continue
         c.execution_count = None
-        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr' and not is_progress(o)]
         for o in c.outputs:  # the state of a widget is not stored, so it would not be found
             if WIDGET in o.get('data', {}):
                 o['data'] = {k: v for k, v in o['data'].items() if k == 'image/png'}

@@ -197,6 +197,8 @@ echo "${{COMPREPLY[@]}}" """
 
 
 TABS = [
+    ('pre', ['predict']),
+    ('predict --la', ['--labels']),
     ('predict pict', ['picture.png', 'pictures']),
     ('predict picture.png --labels lab', ['labels.txt']),
     ('predict picture.png --model mobileclip2_s3', ['mobileclip2_s3']),
@@ -289,15 +291,6 @@ def test_permission_denied(pictures, monkeypatch):
     assert status == 2
     assert 'permission denied' in err
     assert 'damaged' not in err
-
-
-@pytest.mark.skipif(not shutil.which('fish'), reason='no fish here')
-def test_tab_in_fish(tmp_path):
-    script = tmp_path / 'mobileclip.fish'
-    script.write_text(run_command('completion', 'fish')[1])
-    asked = f'source {script}; complete -C "mobileclip pre"; complete -C "mobileclip predict --la"'
-    done = subprocess.run(['fish', '-c', asked], capture_output=True, text=True)
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ['predict', '--labels']
 
 
 def test_log_of_the_command(pictures):

@@ -142,6 +142,7 @@ def in_shell(
         "device='cpu'": '--device cpu',
         '`build_index(FOLDER, INDEX)`': '`mobileclip index FOLDER --out INDEX`',
         'as model=': 'as --model',
+        'leave out model=': 'leave out --model',
         'pass its path: create_model(NAME, PATH)': 'pass its path: --weights PATH',
     }.items():
         text = text.replace(python, shell)

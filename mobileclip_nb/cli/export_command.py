@@ -58,9 +58,12 @@ def accuracy_line(
     accuracy: Any,  # in `measured` of a part: a dictionary, or a sentence
 ) -> str:
     "The accuracy of a file of 8 or 4 bits as a sentence"
+    from mobileclip_nb.export.calibration import NOT_MEASURED
+
+    if accuracy == NOT_MEASURED:
+        return 'not measured; --pictures N measures it on emoji'
     if isinstance(accuracy, str) or 'before' not in accuracy:
-        text = accuracy if isinstance(accuracy, str) else accuracy['benchmark']
-        return 'not measured; --pictures N measures it on emoji' if 'evaluate' in text else text
+        return accuracy if isinstance(accuracy, str) else accuracy['benchmark']
     before, after, difference, low, high = (
         100 * accuracy[k] for k in ('before', 'after', 'difference', 'low', 'high')
     )

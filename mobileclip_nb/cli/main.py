@@ -35,7 +35,8 @@ from mobileclip_nb.cli.console import (
     stop_on_sigterm,
 )
 from .ablate_command import ABLATE
-from .eval_sets import evaluate_sets, is_data_set, make_eval_model, split_members
+from .eval_sets import CHOICE_SETS, NAMED_SETS, evaluate_sets, is_data_set
+from .eval_sets import make_eval_model, split_members
 from .export_command import EXPORT, FORMATS
 from .search_commands import COMMANDS as SEARCH_COMMANDS, format_report
 from .shard_commands import COMMANDS as SHARD_COMMANDS
@@ -403,8 +404,7 @@ def run_demo(
 # %% ../../nbs/cli/08_main.ipynb #f1d00002
 SHELLS = ('bash', 'zsh', 'fish')
 # fmt: off
-PATHS = ('images', 'source', 'out', 'place', 'metadata', 'image', 'sheet', 'table', 'labels')
-PATHS += ('png', 'record', 'ledger', 'recipe', 'captioner')
+PATHS = (*'images source out place metadata image sheet table labels png record ledger recipe captioner'.split(),)
 FOLDERS = ('folder', 'index', 'cache', 'winogavil')
 NAMES_OR_PATHS = ('model', 'weights', 'data', 'on', 'teachers')
 # fmt: on
@@ -419,7 +419,7 @@ def candidate_names() -> dict[str, tuple[str, ...]]:  # by name of the argument
     homes, tags = list_homes(), [tag for r in ZOO.values() for tag in r.weights]
     precisions = [p for home in homes.values() for p in home.precisions]
     names = dict(model=ZOO, models=ZOO, weights=tags, data=('emoji',), teachers=ZOO)
-    names |= dict(on=('emoji', 'suite38', 'flickr30k', 'coco', 'aro', 'sugarcrepe', 'urban1k'))
+    names |= dict(on=('emoji', *NAMED_SETS, *CHOICE_SETS))
     names |= dict(to=homes, name=homes, precision=precisions, tower=TOWERS, ids=ID_TYPES)
     names |= dict(pixels=PIXEL_FORMS, runtime=('torch', 'onnx'), device=('auto', 'cpu', 'cuda'))
     return {k: tuple(dict.fromkeys(words)) for k, words in names.items()}

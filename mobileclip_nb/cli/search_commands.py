@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_NAMED', 'FEW_MILLION', 'COMMANDS', 'format_report', 'format_speeds', 'index_pictures', 'remarks',
-           'check_asked_model', 'search_pictures']
+           'search_pictures']
 
 # %% ../../nbs/cli/06_search_commands.ipynb #ac053417
 import argparse, time
@@ -59,7 +59,6 @@ def index_pictures(
     result = dict(out=str(args.out)) | counts | dict(skipped=skipped, images_per_s=speeds)
     text = format_report(report)
     if args.table is not None:
-        result['moved'] = 0  # rows of a table are neither embedded nor moved
         text = f'{report.images:,} pictures (from {args.table})'
     answer(result, f'{args.out}: {text}', args.json)
     if speeds:
@@ -86,22 +85,6 @@ def remarks(
         lines.append('`mobileclip index --approximate` makes searches of this size faster')
     return lines
 
-
-def check_asked_model(
-    index: Any,  # an `ImageIndex`
-    name: str | None,  # of a model, as asked for
-) -> None:
-    "Raise ValueError for a model of the zoo that is not the index's, before weights are fetched"
-    from mobileclip_nb.inference.search import describe_model
-    from mobileclip_nb.models.zoo import ZOO
-
-    stored = index.contents.model
-    if name in ZOO and stored['image'].rpartition('-')[0] != name:
-        raise ValueError(
-            f'The index {str(index.path)!r} was built with {describe_model(stored)}, not with '
-            f'{name}; leave out --model, or build another index with {name}'
-        )
-
 # %% ../../nbs/cli/06_search_commands.ipynb #17b8ae81
 def search_pictures(
     args: argparse.Namespace,  # `index`, `text`, `image`, `top`, `exact`, `sheet`, model and device
@@ -115,7 +98,6 @@ def search_pictures(
     if args.sheet:
         check_sheet_path(args.sheet)
     index = open_index(args.index, args.model, args.weights, device)
-    check_asked_model(index, args.model)
     query = index.embed_query(args.text, args.image)
     started = time.perf_counter()
     (hits,) = index.nearest(query[None], args.top, args.exact)

@@ -8,7 +8,7 @@ __all__ = ['UNARY', 'BINARY', 'REDUCTIONS', 'silence_coremltools', 'import_corem
            'describe_package', 'compute_values', 'run_program', 'find_overflows']
 
 # %% ../../nbs/export/03_coreml_interpreter.ipynb #78b43c34
-import io, logging, warnings
+import io, logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import import_optional
+from ..core.errors import import_optional, silence_packages
 
 # %% ../../nbs/export/03_coreml_interpreter.ipynb #aaac5619
 def _is_about_a_model(record: logging.LogRecord) -> bool:
@@ -36,14 +36,8 @@ for _name in ('coremltools.models.model', 'coremltools.models.compute_plan'):
 @contextmanager
 def silence_coremltools() -> Iterator[None]:
     "No log lines, progress bars and warnings inside the block; exceptions pass"
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(before)
+    with silence_packages(), redirect_stderr(io.StringIO()):
+        yield
 
 
 def import_coremltools() -> ModuleType:

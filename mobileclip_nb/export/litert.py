@@ -7,7 +7,7 @@ __all__ = ['copy_contiguous', 'FloatLookup', 'float_lookups', 'save_litert', 'ru
            'write_litert']
 
 # %% ../../nbs/export/11_litert.ipynb #8b07e7ca
-import contextlib, copy, io, logging, shutil, tempfile, warnings
+import contextlib, copy, io, logging, shutil, tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 
-from ..core.errors import import_optional
+from ..core.errors import import_optional, silence_packages
 from mobileclip_nb.export.contract import (
     GAP_LIMITS,
     ExportJob,
@@ -78,14 +78,8 @@ def float_lookups(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Without the log of the converter"
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(before)
+    with silence_packages(logging.WARNING), contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def save_litert(

@@ -149,9 +149,7 @@ def write_hub(
 ) -> list[Part]:
     "A folder for the Hugging Face hub: weights with their record, and a model card"
     fix_spec(job.spec, 'hub', pixels='unit', batch=0, length=0, normalize=True, side=0)
-    save_pretrained(job.model, job.folder)
-    card = write_card(job.model, remark=random_remark(job))
-    (job.folder / CARD).write_text(card, encoding='utf-8')
+    save_pretrained(job.model, job.folder, remark=random_remark(job))
     gap, _ = compare_models(job.model, from_pretrained(job.folder))
     check_gap(gap, GAP_LIMITS['fp32'], WEIGHTS_FILE)
     notes = ('share it with mobileclip_nb.models.hub.upload_folder',)

@@ -18,15 +18,15 @@ import numpy as np
 
 from ..core.errors import import_optional
 from mobileclip_nb.export.calibration import (
-    COARSE,
     FRAGILE,
+    FRAGILE_WEIGHTS,
     LayerCosine,
     calibration_inputs,
     compare_layers,
+    is_coarse,
     kind_of_convolution,
     limit_of_bits,
     measure_bits,
-    rounding_loss,
 )
 from mobileclip_nb.export.contract import (
     GAP_LIMITS,
@@ -126,6 +126,7 @@ def save_openvino(
 
 # %% ../../nbs/export/07_openvino.ipynb #20711396
 OPENVINO_BITS = ('int8-weights', 'int8-static', 'int8-static-mixed')
+_KEPT = dict(zip(OPENVINO_BITS, (FRAGILE_WEIGHTS, (), FRAGILE)))  # kinds left in float32
 
 
 @contextmanager
@@ -172,9 +173,9 @@ def coarse_layers(
             continue
         weight = op.input_value(1).get_node()
         is_turned = kind == 'MatMul' and not op.get_attributes()['transpose_b']
-        if weight.get_type_name() == 'Constant' and len(weight.data.shape) > 1:
-            if rounding_loss(weight.data, -1 if is_turned else 0) > COARSE:
-                out.append(op.get_friendly_name())
+        is_weight = weight.get_type_name() == 'Constant' and len(weight.data.shape) > 1
+        if is_weight and is_coarse(weight.data, -1 if is_turned else 0):
+            out.append(op.get_friendly_name())
     return out
 
 # %% ../../nbs/export/07_openvino.ipynb #6eac9f11
@@ -293,7 +294,7 @@ def write_openvino(
                 batches, about = calibration_inputs(graph, job.model, job.spec, 128)
             model = quantize_openvino(model, asked, batches, graph.name == 'text')
             scheme[graph.name] = dict(name=asked, tool='nncf', calibrated_on=about)
-            scheme[graph.name]['in_float32'] = FRAGILE if asked != 'int8-static' else ()
+            scheme[graph.name]['in_float32'] = _KEPT[asked]
         save_openvino(model, path, graph, said | dict(inference_precision=hint), asked == 'bf16')
 
     def measure(graph: Graph, path: Path, run: Run) -> dict[str, Any]:

@@ -7,25 +7,25 @@ __all__ = ['STATIC', 'ONNX_BITS', 'onnx_layers', 'fragile_nodes', 'coarse_nodes'
            'compare_onnx_layers', 'bits_format', 'write_onnx_bits']
 
 # %% ../../nbs/export/13_quantize.ipynb #ed304613
-import contextlib, logging, tempfile
-from collections.abc import Callable, Iterator, Sequence
+import logging, tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core.errors import import_optional
+from ..core.errors import import_optional, silence_packages
 from mobileclip_nb.export.calibration import (
-    COARSE,
     FRAGILE,
+    FRAGILE_WEIGHTS,
     LayerCosine,
     calibration_inputs,
     compare_layers,
+    is_coarse,
     kind_of_convolution,
     limit_of_bits,
     measure_bits,
     round_weight,
-    rounding_loss,
 )
 from mobileclip_nb.export.contract import (
     ExportJob,
@@ -122,8 +122,7 @@ def coarse_nodes(
     weights = {t.name: t for t in model.graph.initializer if t.data_type == 1 and len(t.dims) > 1}
     layers = [(n, _axis_of(n)) for n in model.graph.node if _axis_of(n) is not None]
     layers = [(n, axis) for n, axis in layers if n.input[1] in weights]
-    loss = {n.name: rounding_loss(read(weights[n.input[1]]), axis) for n, axis in layers}
-    return [name for name, share in loss.items() if share > COARSE]
+    return [n.name for n, axis in layers if is_coarse(read(weights[n.input[1]]), axis)]
 
 
 def round_weights(
@@ -169,17 +168,6 @@ class _Batches:
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.rest, None)
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    "Without ONNX Runtime's advice on how to prepare a file"
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
 # %% ../../nbs/export/13_quantize.ipynb #5b5ab481
 def _write_static(path: str, out: str, scheme: str, calibration: Sequence[dict]) -> None:
     "Weights and activations in 8 bits, with ranges from the calibration inputs"
@@ -219,7 +207,7 @@ def quantize_onnx(
     "Round an ONNX file to 8 or 4 bits (Jacob et al. 2018, §2)"
     check_choice(scheme, ONNX_BITS, 'scheme of 8 bits')
     source, target = str(path), str(out)
-    with _quiet():
+    with silence_packages(logging.WARNING):  # advice on how to prepare a file
         if scheme == 'int8-weights':
             round_weights(path, out, fragile_nodes(path) + coarse_nodes(path))
         elif scheme in STATIC:
@@ -287,11 +275,9 @@ def bits_format(
     def measure(graph: Graph, path: Path, run: Run) -> dict[str, Any]:
         given = {p.name: t.numpy() for p, t in zip(graph.inputs, graph.sample())}
         layers = compare_onnx_layers(path, base(path), given)
-        careful = asked in ('int8-weights', 'int8-static-mixed')
-        scheme = dict(name=asked, tool='onnxruntime', in_float32=FRAGILE if careful else ())
+        kept = {'int8-weights': FRAGILE_WEIGHTS, 'int8-static-mixed': FRAGILE}.get(asked, ())
+        scheme = dict(name=asked, tool='onnxruntime', in_float32=kept)
         scheme['calibrated_on'] = about.get(graph.name, 'nothing')
-        if asked == 'int8-weights':
-            scheme['coarse'] = coarse_nodes(base(path))
         return measure_bits(graph, run, layers, job.model, job.evaluate, scheme)
 
     software = f'ONNX Runtime {import_optional("onnxruntime", "export").__version__}'

@@ -6,7 +6,7 @@
 __all__ = ['YOLOE_TOWERS', 'ultralytics_name', 'try_ultralytics', 'write_ultralytics']
 
 # %% ../../nbs/export/24_ultralytics.ipynb #d130531d
-import json, subprocess, sys, tempfile, warnings
+import json, subprocess, sys, tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from mobileclip_nb.export.destinations import (
     make_trial,
     skip_trial,
 )
-from .torch_export import run_on_arrays, trace_graph, write_archive
+from .torch_export import run_torchscript, save_torchscript
 from ..models.clip import CLIP
 
 # %% ../../nbs/export/24_ultralytics.ipynb #747e09c8
@@ -85,11 +85,9 @@ def write_ultralytics(
     spec = fix_spec(job.spec, 'ultralytics', **fixed).but(tower='text')
     graph = make_graphs(job.model, spec, explicit=False)[0]
     name, r = ultralytics_name(job.model.record.name)[0], job.model.record
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*deprecated', FutureWarning)  # of torch.jit
-        write_archive(job.folder / name, lambda f: torch.jit.save(trace_graph(graph), f))
-        run = run_on_arrays(torch.jit.load(str(job.folder / name)))
-    gap = check_gap(compare_graph(graph, run), GAP_LIMITS['fp32'], name)
+    save_torchscript(graph, job.folder / name)
+    gap = compare_graph(graph, run_torchscript(job.folder / name))
+    check_gap(gap, GAP_LIMITS['fp32'], name)
     trial = try_ultralytics(job.model, job.folder)
     notes = ['put it into the working directory, or the weights folder of ultralytics']
     if r.name not in YOLOE_TOWERS:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'ExportManifest', 'list_files', 'digest_weights', 'find_versions', 'read_export', 'check_export',
-           'describe_tokenizer_of', 'written_spec', 'format_manifest', 'check_output', 'quiet_import', 'check_words',
-           'check_sizes', 'check_request', 'export_model']
+           'describe_tokenizer_of', 'written_spec', 'format_manifest', 'check_output', 'check_words', 'check_sizes',
+           'check_request', 'export_model']
 
 # %% ../../nbs/export/10_write.ipynb #60040a62
-import copy, hashlib, io, json, logging, warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+import copy, hashlib, io, json
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import import_optional
+from ..core.errors import import_optional, silence_packages
 from ..core.files import atomic_folder, sha256
 from ..core.ledger import code_version, markdown_table, packages
 from mobileclip_nb.export.contract import (
@@ -33,11 +33,13 @@ from mobileclip_nb.export.contract import (
     Port,
     check_choice,
     find_home,
+    find_pixel_form,
 )
 from ..models.clip import CLIP
 from ..models.mci import MCi
 from ..models.zoo import Record
 from ..preprocessing.tokenizer import EOT, SOT
+from ..preprocessing.transform import Pixels
 
 # %% ../../nbs/export/10_write.ipynb #e3d83b8b
 MANIFEST = 'manifest.json'
@@ -159,17 +161,10 @@ def describe_tokenizer_of(
     )
 
 # %% ../../nbs/export/10_write.ipynb #56e5e7d3
-def _form_of(port: Port) -> str:  # one of `PIXEL_FORMS`
-    "What an image input takes"
-    if '0 to 255' in port.about:
-        return 'bytes'
-    return 'normalized' if ', minus ' in port.about else 'unit'
-
-
 def written_spec(
     spec: ExportSpec,  # as asked
     parts: Sequence[Part],
-    side: int,  # of the model
+    pixels: Pixels,  # preprocessing of the model
 ) -> dict[str, Any]:  # fields of `ExportSpec`; without those that differ between graphs
     "The request as it was carried out, from the inputs and outputs of the graphs"
     graphs = [part for part in parts if part.inputs]
@@ -181,13 +176,13 @@ def written_spec(
     names, found = {part.name for part in graphs}, {}
     found['tower'] = {'both' if names == {'image', 'text'} else min(names)}
     found['precision'] = {part.precision for part in graphs}
-    found['pixels'] = {_form_of(port) for port in images}
+    found['pixels'] = {find_pixel_form(port, pixels) for port in images}
     found['batch'] = {n if isinstance(n := port.shape[0], int) else 0 for port in inputs}
     lengths = [port.shape[1] for port in texts]
     found['length'] = {n if isinstance(n, int) else 0 for n in lengths}
     found['ids'] = {port.dtype for port in texts}
     sides = [port.shape[-1] for port in images]
-    found['side'] = {n for n in sides if n not in (side, spec.side)}
+    found['side'] = {n for n in sides if n not in (pixels.side, spec.side)}
     fields = spec.to_dict()
     for name, values in found.items():
         if len(values) == 1:
@@ -234,19 +229,6 @@ def check_output(
         )
 
 # %% ../../nbs/export/10_write.ipynb #abe80bbd
-@contextmanager
-def quiet_import() -> Iterator[None]:
-    "No log lines and warnings of foreign packages inside the block; exceptions pass"
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(before)
-
-
 def check_words(
     home: Home,
     spec: ExportSpec,
@@ -291,7 +273,7 @@ def check_request(
     check_sizes(model, spec)
     if home.check:
         home.check(model, spec)
-    with quiet_import():
+    with silence_packages(), redirect_stderr(io.StringIO()):
         for package, extra in home.needs:
             import_optional(package, extra)
 
@@ -332,7 +314,7 @@ def export_model(
             model=model.record.name,
             record=job.model.record.to_dict(),
             weights=dict(source=weights, sha256=digest_weights(job.model)),
-            spec=written_spec(spec, parts, model.record.pixels.side),
+            spec=written_spec(spec, parts, model.record.pixels),
             parts=parts,
             files=list_files(folder),
             versions=find_versions([package for package, _ in chosen.needs]),

@@ -442,10 +442,7 @@ def index_table(
         writer.commit(complete=True)
         writer.clean()
     index = open_index(out)
-    index.model, index.report = (
-        net,
-        IndexReport(len(lines), moved=len(lines), skipped=len(t.skipped)),
-    )
+    index.model, index.report = net, IndexReport(len(lines), skipped=len(t.skipped))
     return index
 
 # %% ../../nbs/inference/04_index.ipynb #70f08012

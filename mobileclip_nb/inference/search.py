@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BLOCK', 'FORMAT', 'VERSION', 'CONTENTS', 'GRAPH_EFFORT', 'score_rows', 'Nearest', 'keep_best', 'find_nearest',
            'RowLine', 'RowPart', 'write_lines', 'write_part', 'map_vectors', 'LineFile', 'read_lines', 'IndexContents',
-           'write_contents', 'read_contents', 'load_folded', 'identify_model', 'describe_model', 'check_same_model',
-           'take_rows', 'rescore', 'open_graph', 'find_with_graph', 'embed_query', 'Hit', 'ImageIndex', 'open_index']
+           'write_contents', 'read_contents', 'load_folded', 'identify_model', 'describe_model', 'check_asked_model',
+           'check_same_model', 'take_rows', 'rescore', 'open_graph', 'find_with_graph', 'embed_query', 'Hit',
+           'ImageIndex', 'open_index']
 
 # %% ../../nbs/inference/02_search.ipynb #e648dc9e
 import json, re, warnings
@@ -32,7 +33,7 @@ from mobileclip_nb.inference.predict import (
 )
 from ..models.clip import CLIP
 from ..models.weights import is_place
-from ..models.zoo import find_record
+from ..models.zoo import ZOO, find_record
 from ..preprocessing.image_sources import list_images
 
 # %% ../../nbs/inference/02_search.ipynb #cba72855
@@ -288,6 +289,19 @@ def describe_model(
     return f"{identity['name']}{tag} [{identity['image']}]"
 
 
+def check_asked_model(
+    stored: dict[str, Any],  # identity of the model of an index
+    name: object,  # of the model that was asked for, or the model
+    place: str | Path,  # of the index, for the message
+) -> None:
+    "Raise `ValueError` for another model of the zoo, before its weights are fetched"
+    if isinstance(name, str) and name in ZOO and stored['image'].rpartition('-')[0] != name:
+        raise ValueError(
+            f"The index {str(place)!r} was built with {describe_model(stored)}, not with {name}; "
+            f"leave out model=, or build another index with {name}"
+        )
+
+
 def check_same_model(
     stored: dict[str, Any],  # identity of the model of an index
     asked: dict[str, Any],  # identity of another one
@@ -439,6 +453,7 @@ class ImageIndex:
     def model(self) -> CLIP:
         "The model of the queries, checked against that of the index"
         stored, (model, weights, device) = self.contents.model, self._asked
+        check_asked_model(stored, model, self.path)
         if model is None:
             model, weights = stored['name'], weights or stored['weights'] or None
         try:

@@ -84,6 +84,7 @@ def save_pretrained(
     model: CLIP,  # train form or folded, with a record
     folder: str | Path,  # new, empty, or of an earlier save
     repo: str = '',  # `ORG/REPO`, for the card
+    remark: str = '',  # a sentence at the beginning of the card
 ) -> Path:  # the folder
     "Write weights with their record and a model card to a folder"
     folder = Path(folder)
@@ -98,7 +99,7 @@ def save_pretrained(
         )
     save_weights(model, folder / WEIGHTS_FILE)
     with atomic_write(folder / CARD) as tmp:
-        tmp.write_text(write_card(model, repo), encoding='utf-8')
+        tmp.write_text(write_card(model, repo, remark=remark), encoding='utf-8')
     return folder
 
 # %% ../../nbs/models/12_hub.ipynb #06f07bf0
