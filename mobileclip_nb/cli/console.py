@@ -146,7 +146,7 @@ def in_shell(
         'pass its path: create_model(NAME, PATH)': 'pass its path: --weights PATH',
     }.items():
         text = text.replace(python, shell)
-    return re.sub(r'\b(batch|length|side|top)=(?=-?\d)', r'--\1 ', text)
+    return re.sub(r'(?<![\w.])(batch|length|side|top)=(?=-?\d)', r'--\1 ', text)
 
 # %% ../../nbs/cli/00_console.ipynb #a0b1c2d1
 def error_text(
