@@ -1,5 +1,6 @@
 # make demo       train, judge and use a small MobileCLIP on this machine, in minutes      -> runs/demo.html
 # make test       everything that must be true, tested (what CI runs)
+# make first-hour  time the first commands of a new user  -> results/first_hour.json
 # make test-export  conversions of all models of the zoo at their own width, and the homes of exports
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
@@ -13,7 +14,7 @@ RUNTIMES := coreai,executorch,litert,homes
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-export lab weights notebooks prepare bench clean
+.PHONY: help demo test test-export first-hour lab weights notebooks prepare bench clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -54,6 +55,9 @@ prepare: .venv/with-$(ALL)
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	$(BIN)/python tests/links.py
 	$(BIN)/python tests/readme.py
+
+first-hour: .venv/with-emoji,lab
+	$(BIN)/python tests/first_hour.py
 
 bench: .venv/with-$(ALL)
 	$(BIN)/mobileclip bench latency

@@ -335,8 +335,7 @@ def _draw_group(ax: Any, group: TimedGroup) -> None:
         ax.text(max(row.ms_p50, row.ms_p75), k, f' {row.ms_p50:.1f}', va='center')
     ax.set(yticks=range(len(group.rows)), yticklabels=[row.label for row in group.rows])
     ax.set_xlim(0, max(row.ms_p75 for row in group.rows) * 1.2)
-    row = group.rows[0]
-    ax.set_title(f'{row.model} {row.tower}, threads: {row.threads}', fontsize=9)
+    ax.set_title(group_title(group).partition(' (')[0], fontsize=9)
     is_reduced = any(row.runtime in REDUCED for row in group.rows)
     ax.set_xlabel('median ms, line: quartiles' + (', pale: fewer bits' if is_reduced else ''))
     ax.set_ylim(len(group.rows) - 0.4, -0.6)

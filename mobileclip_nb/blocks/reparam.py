@@ -172,7 +172,7 @@ def randomize_(
             z = 0.5 + torch.rand(t.shape, generator=g)
         elif last == 'gamma':
             z = 0.05 + 0.25 * torch.rand(t.shape, generator=g)
-        elif last == 'weight':
+        elif last.endswith('weight') and t.ndim > 1:  # `in_proj_weight` of attention, too
             z = z / t[0].numel() ** 0.5
         else:
             z = 0.3 * z

@@ -68,14 +68,22 @@ def test_compressed(name, tower, scheme, tmp_path):
     gc.collect()
 
 
-def test_full_precision(tmp_path):
+WIDE = [(f'mobileclip_{k}', 'image') for k in ('s0', 's2', 'b', 's3')]
+WIDE += [(f'mobileclip_{k}', 'text') for k in ('s0', 's2')]  # the text tower of B is that of S2
+
+
+@pytest.mark.parametrize('name,tower', WIDE)
+def test_full_precision(name, tower, tmp_path):
     "float32, an open batch of pictures"
-    model = make('mobileclip_s0', 'image')
-    (part, *_) = export_model(model, 'coreml', tmp_path / 'x', ExportSpec(tower='image')).parts
-    print(part.gap)
+    model = make(name, tower)
+    (part, *_) = export_model(model, 'coreml', tmp_path / 'x', ExportSpec(tower=tower)).parts
+    print(name, tower, part.gap)
     assert part.gap.max_abs <= 1e-4
-    info = describe_package(tmp_path / 'x' / 'image.mlpackage')
-    assert info.inputs == {'image': ('float32', ['1..32', 3, 256, 256])}
+    assert not part.gap.is_blind
+    side, info = model.record.pixels.side, describe_package(tmp_path / 'x' / f'{tower}.mlpackage')
+    if tower == 'image':
+        assert info.inputs == {'image': ('float32', ['1..32', 3, side, side])}
+    gc.collect()
 
 
 def test_another_side(tmp_path):
@@ -101,16 +109,16 @@ def test_fastvlm(tmp_path):
     assert info.outputs == {'image_features': ('float32', [1, 256, 3072])}
 
 
-@pytest.mark.parametrize(
-    'tower,precision', [('image', 'fp32'), ('image', 'fp16'), ('text', 'fp32')]
-)
-def test_coreai(tower, precision, tmp_path):
-    "S0 in Core AI's own runtime"
+@pytest.mark.parametrize('precision', ['fp32', 'fp16'])
+@pytest.mark.parametrize('name,tower', WIDE)
+def test_coreai(name, tower, precision, tmp_path):
+    "In Core AI's own runtime"
     pytest.importorskip('coreai_torch')
-    model = make('mobileclip_s0', tower)
+    model = make(name, tower)
     spec = ExportSpec(tower=tower, precision=precision, batch=1, length=77)
     (part,) = export_model(model, 'coreai', tmp_path / 'x', spec).parts
-    print(tower, precision, part.gap)
+    print(name, tower, precision, part.gap)
     assert part.gap.cosine >= 0.999
     assert precision == 'fp16' or part.gap.max_abs <= 1e-4
     assert not part.gap.is_blind
+    gc.collect()
