@@ -84,7 +84,7 @@ def measure_sample(
     true = np.mean([(v @ t.T).mean(1) for v, t in zip(views, texts['text'])], axis=0)
     return found._replace(true_mean=float(true.mean()), true_min=float(true.min()))
 
-# %% ../../nbs/shards/13_sample_rows.ipynb #e40a3a9c
+# %% ../../nbs/shards/13_sample_rows.ipynb #c206256b
 MEASURES = dict(  # columns to sort and to filter by, in words
     true_mean='similarity of the true caption, mean over views',
     true_min='similarity of the true caption, lowest view',
@@ -125,7 +125,11 @@ class _Row(NamedTuple):
         "All captions in lower case, a line each"
         s = self.sample or Sample(self.key)
         groups = [s.captions, *(s.synthetic[name] for name in sorted(s.synthetic))]
-        return ''.join(f'{caption}\n' for group in groups for caption in group).casefold()
+        return (
+            ''.join(f'{caption}\n' for group in groups for caption in group)
+            .casefold()
+            .replace('\0', ' ')
+        )
 
 # %% ../../nbs/shards/13_sample_rows.ipynb #389df3b6
 @dataclass
@@ -198,7 +202,7 @@ def _write_part(part: Path, rows: Sequence[_Row], widths: Sequence[int], stamp: 
     names = [name for name in TABLE_DTYPES if name != 'shard']
     arrays = {name: np.array([n[name] for n in numbers], TABLE_DTYPES[name]) for name in names}
     faulty = [i for i, row in enumerate(rows) if row.why]
-    keys, texts = [row.key for row in rows], [row.text() + '\n' for row in rows]
+    keys, texts = [row.key for row in rows], [row.text() + '\0' for row in rows]
     for name, values in zip(TABLE_TEXTS, (keys, texts, [rows[i].why for i in faulty])):
         arrays[f'{name}_end'], arrays[f'{name}_data'] = pack_texts(values)
     arrays['key_hash'] = np.array([hash_uid(key) for key in keys], np.uint64)

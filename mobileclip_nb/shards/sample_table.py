@@ -8,7 +8,6 @@ __all__ = ['VERSION_TABLE', 'ABOUT', 'write_sample_table', 'SampleTable', 'locat
 
 # %% ../../nbs/shards/14_sample_table.ipynb #9ae2cc93
 import hashlib, io, json, os, re, shutil
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -239,18 +238,17 @@ def _rows_with(
     piece: int = 1 << 24,  # bytes in memory at once
 ) -> np.ndarray:  # rows
     "Rows whose text contains a word"
-    found, first, n = [], 0, len(texts.ends)
+    found, first, n = [np.zeros(0, np.int64)], 0, len(texts.ends)
+    pattern = re.compile(re.escape(word) + rb'[^\0]*')  # one hit a text, which ends with a zero
     while first < n:
         start = int(texts.ends[first - 1]) if first else 0
         last = max(int(np.searchsorted(texts.ends, start + piece, 'right')), first + 1)
-        ends = (texts.ends[first:last] - start).tolist()
-        data, at = texts.data[start : start + ends[-1]].tobytes(), 0
-        while (at := data.find(word, at)) >= 0:
-            row = bisect_right(ends, at)
-            found.append(first + row)
-            at = ends[row]
+        ends = texts.ends[first:last] - start
+        data = texts.data[start : start + int(ends[-1])].tobytes()
+        hits = np.array([m.start() for m in pattern.finditer(data)], np.int64)
+        found.append(first + np.searchsorted(ends, hits, 'right'))
         first = last
-    return np.array(found, np.int64)
+    return np.concatenate(found)
 
 
 def _base_of(
