@@ -179,7 +179,7 @@ def _index_rows(
             yield _Row(key, start, end - start, sample, why)
         yield from faults.drain()
 
-# %% ../../nbs/shards/13_sample_rows.ipynb #c13fec24
+# %% ../../nbs/shards/13_sample_rows.ipynb #1bc3a2c5
 class TableJob(NamedTuple):
     "One shard to be indexed"
 
@@ -210,7 +210,7 @@ def _write_part(part: Path, rows: Sequence[_Row], widths: Sequence[int], stamp: 
     with atomic_write(part) as temporary, open(temporary, 'wb') as f:
         np.savez(f, stamp=np.array(stamp), **arrays)
 
-
+# %% ../../nbs/shards/13_sample_rows.ipynb #9357043c
 @contextmanager
 def _as_local(url: str) -> Iterator[str]:
     "A shard as a local file, for the time of the block"

@@ -45,7 +45,7 @@ from .sources import source_of
 from .tar import END, read_tar, split_name
 from .verify import find_entry, read_about
 
-# %% ../../nbs/shards/14_sample_table.ipynb #129432ad
+# %% ../../nbs/shards/14_sample_table.ipynb #f5ae03cb
 VERSION_TABLE, ABOUT = 1, 'table.json'
 _OTHERS = dict(key_hash='<u8', key_row='<u4', why_row='<i8')
 
@@ -64,7 +64,7 @@ def _append_part(arrays: Any, number: int, shift: dict[str, int], files: dict[st
         shift[name] += len(data)
     shift['row'] += n
 
-
+# %% ../../nbs/shards/14_sample_table.ipynb #b75b5d9c
 def write_sample_table(
     folder: str | Path,  # new or empty
     parts: Iterator[Any],  # of each shard: its arrays by name
@@ -91,7 +91,7 @@ def write_sample_table(
     (folder / ABOUT).write_text(json.dumps(head | about, indent=1) + '\n', encoding='utf-8')
     return shift['row']
 
-# %% ../../nbs/shards/14_sample_table.ipynb #680ed5f0
+# %% ../../nbs/shards/14_sample_table.ipynb #01ca87ab
 class _Texts(NamedTuple):
     "Texts of rows, mapped"
 
@@ -137,7 +137,7 @@ def _members_of(
     named = ((split_name(m.name), m) for m in read_tar(io.BytesIO(block + END)) if m.name)
     return {parts[1]: m.data for parts, m in named if parts and parts[0] == key and not m.fault}
 
-# %% ../../nbs/shards/14_sample_table.ipynb #be613668
+# %% ../../nbs/shards/14_sample_table.ipynb #42f08d58
 class SampleTable:
     "The columns of a set of shards, mapped into memory"
 
@@ -231,7 +231,7 @@ class SampleTable:
             rows = found if rows is None else np.intersect1d(rows, found, assume_unique=True)
         return np.arange(len(self)) if rows is None else rows
 
-# %% ../../nbs/shards/14_sample_table.ipynb #fee72ff6
+# %% ../../nbs/shards/14_sample_table.ipynb #b04b2d72
 def _rows_with(
     texts: _Texts,  # in lower case
     word: bytes,
@@ -261,7 +261,7 @@ def _base_of(
         text = text.rpartition('/')[0]
     return os.path.abspath(text) if is_local(place) else text.rstrip('/')
 
-# %% ../../nbs/shards/14_sample_table.ipynb #e261f840
+# %% ../../nbs/shards/14_sample_table.ipynb #e3d534e6
 def locate_sample_table(
     place: str | Path,  # shards, as `list_shards` takes them
     most: int | None = None,  # of the first shards only
@@ -276,7 +276,7 @@ def locate_sample_table(
     name = re.sub(r'[^\w.-]', '_', last_part(place))[:40]
     return cache_dir('sample_tables', f'{name}-{digest}')
 
-# %% ../../nbs/shards/14_sample_table.ipynb #eef18205
+# %% ../../nbs/shards/14_sample_table.ipynb #c7b67bdb
 @dataclass
 class TableReport:
     "What was put into a table"
@@ -319,7 +319,7 @@ def _open_parts(parts: Sequence[Path]) -> Iterator[Any]:
         with np.load(part) as arrays:
             yield arrays
 
-# %% ../../nbs/shards/14_sample_table.ipynb #fd08500f
+# %% ../../nbs/shards/14_sample_table.ipynb #3d859631
 def _list_jobs(
     place: str | Path, parts: Path, widths: Sequence[int], deep: bool, most: int | None
 ) -> tuple[list[TableJob], dict[str, Any]]:  # and what the table will say about itself
@@ -339,7 +339,9 @@ def _list_jobs(
         jobs.append(TableJob(url, parts / f'{number:06d}.npz', stamp, known))
         whole = os.path.abspath(url) if local else without_secrets(url)
         short.append(whole.removeprefix(f'{base}/') if local else url.removeprefix(f'{base}/'))
-    safe = [without_secrets(name) if '://' in name else name for name in short]
+    safe = short
+    if not is_local(place):  # no user, password or query is stored
+        safe = [re.split('[?#]', without_secrets(name))[0] for name in short]
     teachers = [[str(name), width] for name, width in zip(names, widths)]
     place = base if is_local(place) else without_secrets(place)
     about = dict(place=place, shards=safe, augment=config, teachers=teachers)
@@ -361,7 +363,7 @@ def _make_parts(jobs: Sequence[TableJob], workers: int, progress: bool) -> dict[
                 failed[job.url] = why
     return failed
 
-# %% ../../nbs/shards/14_sample_table.ipynb #cc14ba17
+# %% ../../nbs/shards/14_sample_table.ipynb #7ab37a16
 def _check_table_folder(out: Path) -> None:
     "Check that a folder is free, or a table that may be replaced"
     if out.exists() and not (out / ABOUT).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -375,7 +377,7 @@ def _is_current(out: Path, about: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         return False
 
-
+# %% ../../nbs/shards/14_sample_table.ipynb #3e15be0f
 def build_sample_table(
     place: str | Path,  # shards, as `list_shards` takes them
     out: str | Path | None = None,  # folder of the table; None: that of `locate_sample_table`
@@ -412,7 +414,7 @@ def build_sample_table(
     report.bytes = sum(file.stat().st_size for file in out.iterdir())
     return report
 
-# %% ../../nbs/shards/14_sample_table.ipynb #046b6096
+# %% ../../nbs/shards/14_sample_table.ipynb #b849c3d0
 _COMPARE = {'<': np.less, '<=': np.less_equal, '>': np.greater, '>=': np.greater_equal}
 _COMPARE |= {'=': np.equal, '==': np.equal, '!=': np.not_equal}
 
