@@ -358,7 +358,10 @@ class _Browser:
 
     def find(self, key: str, rows: np.ndarray) -> int:  # position, from 1
         "The position of a key in the list"
-        row = self.shown.table.find(key)
+        try:
+            row = self.shown.table.find(key)
+        except KeyError as e:
+            raise LookupError(e.args[0]) from None
         found = np.flatnonzero(rows == row)
         if not len(found):
             raise LookupError(f'The sample {key!r} is not in the list; clear search and filter')

@@ -202,14 +202,14 @@ def _draw_views(
         color, x = _VIEW_COLORS[view.index % len(_VIEW_COLORS)], gap + k * (side + gap)
         size = _paste(ax, view.image, x, top, side)
         _frame(ax, (x, top, *size), color)
-        _write(ax, x, 2, f'view {view.index}', color=color, weight='bold')
+        _write(ax, x, 2, f'view {view.index}', weight='bold')
         _write(ax, x, top + size[1] + 4, words)
         if view.box:
             left, up, width, height = (scale * v for v in view.box)
             _frame(ax, (gap + left, top + up, width, height), color)
-            mark = dict(facecolor='white', edgecolor='none', pad=0.8)
+            mark = dict(facecolor='white', edgecolor=color, pad=0.8)
             place = (gap + left + 2 + 9 * (k - 1), top + up + 2)
-            _write(ax, *place, str(view.index), color=color, weight='bold', bbox=mark)
+            _write(ax, *place, str(view.index), color='black', weight='bold', bbox=mark)
 
 # %% ../../nbs/widgets/01_sample_inspector.ipynb #f6a8b301
 def _label(line: CaptionCosines, letters: int = 36) -> str:  # at most two lines
