@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_NAMES', 'atomic_write', 'atomic_folder', 'sha256', 'cache_dir', 'is_local', 'without_secrets', 'last_part',
-           'join_url', 'exists', 'open_for_reading', 'read_bytes', 'open_for_writing', 'write_bytes', 'remove',
-           'list_folder', 'remove_partial', 'make_writable', 'check_writable', 'lock_folder', 'expand_braces',
+           'join_url', 'exists', 'open_for_reading', 'read_bytes', 'read_range', 'open_for_writing', 'write_bytes',
+           'remove', 'list_folder', 'remove_partial', 'make_writable', 'check_writable', 'lock_folder', 'expand_braces',
            'list_shards']
 
 # %% ../../nbs/core/02_files.ipynb #3b74c1cf
@@ -296,6 +296,22 @@ def read_bytes(
     "Read a whole file"
     with open_for_reading(url) as f:
         return f.read()
+
+# %% ../../nbs/core/02_files.ipynb #02f11e02
+def read_range(
+    url: str | Path,  # a file
+    first: int,  # byte, from 0
+    length: int,  # bytes
+) -> bytes:  # fewer at the end of the file
+    "Read a part of a file: by a seek, or by a range request"
+    if is_local(url):
+        with open_for_reading(url) as f:
+            f.seek(first)
+            return f.read(length)
+    fs, path = _store(url)
+    with _without_secrets(url, 'read'):
+        data = fs.cat_file(path, start=first, end=first + length)
+    return data if len(data) <= length else data[first : first + length]  # a server without ranges
 
 # %% ../../nbs/core/02_files.ipynb #c0d54406
 @contextmanager
