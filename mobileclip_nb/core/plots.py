@@ -29,11 +29,26 @@ COLORS = dict(
     black='#000000',
 )
 GRAY = '#777777'
-
-
 THEMES = dict(light=('white', 'black'), dark=('#111111', '#EEEEEE'))  # ground, ink
+_INKED = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
+_SETTINGS = {
+    'font.size': 11,
+    'axes.titlesize': 12,
+    'axes.labelsize': 11,
+    'legend.fontsize': 10,
+    'legend.frameon': False,
+    'xtick.labelsize': 10,
+    'ytick.labelsize': 10,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'lines.linewidth': 1.8,
+    'axes.grid': True,
+    'grid.alpha': 0.25,
+    'grid.linewidth': 0.5,
+    'font.family': 'DejaVu Sans',
+}
 
-
+# %% ../../nbs/core/07_plots.ipynb #89976121
 @contextmanager
 def style(
     theme: str = 'light',  # of `THEMES`
@@ -41,30 +56,12 @@ def style(
     "Apply the plot settings of the project inside a `with` block"
     if theme not in THEMES:
         raise ValueError(f"No theme {theme!r}. Known: {', '.join(THEMES)}")
-    ground, ink = THEMES[theme]
-    inked = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
     mpl = import_optional('matplotlib', extra='lab')
     cycle = import_optional('cycler', extra='lab').cycler(color=list(COLORS.values()))
-    settings = {
-        'font.size': 11,
-        'axes.titlesize': 12,
-        'axes.labelsize': 11,
-        'legend.fontsize': 10,
-        'legend.frameon': False,
-        'xtick.labelsize': 10,
-        'ytick.labelsize': 10,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'axes.prop_cycle': cycle,
-        'lines.linewidth': 1.8,
-        'axes.grid': True,
-        'grid.alpha': 0.25,
-        'grid.linewidth': 0.5,
-        'figure.facecolor': ground,
-        'axes.facecolor': ground,
-        'font.family': 'DejaVu Sans',
-    } | dict.fromkeys(inked, ink)
-    with mpl.rc_context(settings):
+    ground, ink = THEMES[theme]
+    grounds = dict.fromkeys(('figure.facecolor', 'axes.facecolor'), ground)
+    colors = grounds | dict.fromkeys(_INKED, ink) | {'axes.prop_cycle': cycle}
+    with mpl.rc_context(_SETTINGS | colors):
         yield
 
 # %% ../../nbs/core/07_plots.ipynb #91622c79

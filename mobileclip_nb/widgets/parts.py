@@ -51,6 +51,20 @@ def _lay_out(widgets: Any, controls: Sequence[Any]) -> Any:
     return widgets.HBox(list(controls), layout=widgets.Layout(flex_flow='row wrap'))
 
 
+def _reason_html(error: Exception) -> str:
+    "The message of an error; a `KeyError` without its quotation marks"
+    told = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f'<p role="alert">{html.escape(str(told) or type(error).__name__)}</p>'
+
+
+def _read_values(controls: Mapping[str, Any]) -> dict[str, Any]:
+    "Values of controls by name; `dark` becomes `theme`"
+    found = {name: control.value for name, control in controls.items()}
+    if 'dark' in found:
+        found['theme'] = list(THEMES)[found.pop('dark')]
+    return found
+
+# %% ../../nbs/widgets/00_parts.ipynb #a1b2c3d5
 def make_panel(
     controls: Mapping[str, Any],  # name to a control of ipywidgets
     render: Callable[..., bytes],  # values by name, and `theme` if `is_themed`, to a PNG
@@ -61,8 +75,7 @@ def make_panel(
     is_themed: bool = True,  # whether `render` takes `theme`
 ) -> Any:  # an ipywidgets box with `values`, `update`, `parts` and `shown`, the PNG
     "A picture that follows its controls"
-    widgets = import_optional('ipywidgets', extra='lab')
-    controls = dict(controls)
+    widgets, controls = import_optional('ipywidgets', extra='lab'), dict(controls)
     if is_themed:
         controls['dark'] = widgets.Checkbox(False, description='dark', indent=False)
     picture, message = widgets.HTML(), widgets.HTML()
@@ -72,10 +85,7 @@ def make_panel(
     panel.shown, is_busy = b'', []
 
     def values() -> dict[str, Any]:
-        found = {name: control.value for name, control in controls.items()}
-        if is_themed:
-            found['theme'] = list(THEMES)[found.pop('dark')]
-        return found
+        return _read_values(controls)
 
     def update(_: Any = None) -> None:
         if is_busy:
@@ -87,8 +97,7 @@ def make_panel(
             panel.shown, message.value = render(**asked), ''
             picture.value = picture_html(panel.shown, describe(**asked))
         except CAUGHT as e:
-            panel.shown, picture.value = b'', ''
-            message.value = f'<p role="alert">{html.escape(str(e) or type(e).__name__)}</p>'
+            panel.shown, picture.value, message.value = b'', '', _reason_html(e)
         finally:
             is_busy.clear()
 
