@@ -1,6 +1,7 @@
 """Panels of `widgets`: every control is moved once and shows what `render_*` draws, and bad input gives a message."""
 
 import io, time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -69,15 +70,17 @@ def test_controls(name):
     make, render = PANELS[name]
     panel = make()
     assert not check(panel, render)
+    assert set(panel.values()) <= {*panel.parts, 'theme'} - {'picture', 'message'}
     for part, control in panel.parts.items():
         value = moved(control)
         if value is None:
             continue
-        before, started = control.value, time.perf_counter()
+        before, started, computed = control.value, time.perf_counter(), time.process_time()
         control.value = value
-        ms = (time.perf_counter() - started) * 1e3
+        wall, cpu = time.perf_counter() - started, time.process_time() - computed
         fault = check(panel, render)
-        print(f'{name:13} {part:15} {ms:6.0f} ms {fault[:60]}')
+        times = f'{wall * 1e3:6.0f} ms, computing {cpu * 1e3:6.0f} ms'
+        print(f'{name:13} {part:15} {times} {fault[:60]}')
         control.value = before
         check(panel, render)
 
@@ -94,7 +97,8 @@ def test_labels_and_words(name):
 
 
 def uploaded(data, name='picture.png'):
-    return (dict(name=name, type='image/png', size=len(data), content=memoryview(data)),)
+    about = dict(name=name, type='image/png', size=len(data), content=memoryview(data))
+    return (about | dict(last_modified=datetime.now(timezone.utc)),)
 
 
 def pixel():
@@ -104,12 +108,12 @@ def pixel():
 
 
 BAD = [
-    ('augmentation', dict(picture=LONG), '10,000 characters'),
-    ('augmentation', dict(picture='no/such/folder'), 'No image file'),
-    ('augmentation', dict(picture='http://127.0.0.1:9/x.png'), 'Cannot fetch'),
-    ('augmentation', dict(picture=str(RESULTS)), 'is a folder'),
-    ('captions', dict(picture=''), '0 characters'),
-    ('captions', dict(picture=LONG), '10,000 characters'),
+    ('augmentation', dict(source=LONG), '10,000 characters'),
+    ('augmentation', dict(source='no/such/folder'), 'No image file'),
+    ('augmentation', dict(source='http://127.0.0.1:9/x.png'), 'Cannot fetch'),
+    ('augmentation', dict(source=str(RESULTS)), 'is a folder'),
+    ('captions', dict(source=''), '0 characters'),
+    ('captions', dict(source=LONG), '10,000 characters'),
     ('targets', dict(emoji=LONG), '1 emoji'),
     ('targets', dict(emoji=''), '0 emoji'),
     ('frontier', dict(view='measured, models', record='missing.json'), 'missing.json'),

@@ -301,6 +301,14 @@ def _draw_points(ax: Any, curves: Sequence[Curve], ink: str) -> None:
     ax.grid(False, axis='y')
 
 # %% ../../nbs/widgets/08_runs.ipynb #5478a65b
+def _without_common(names: Sequence[str]) -> tuple[list[str], str]:  # names, and what was common
+    "Take out of names the parts that all of them have"
+    parts = [re.split(r', (?![^\[]*\])', name) for name in names]
+    common = [p for p in parts[0] if all(p in other for other in parts)] if parts[1:] else []
+    short = [', '.join(p for p in own if p not in common) for own in parts]
+    return [name or 'base' for name in short], ', '.join(common)
+
+# %% ../../nbs/widgets/08_runs.ipynb #9647326a
 def draw_runs(
     choice: Choice,
     metric: str,  # label of the axis
@@ -312,6 +320,8 @@ def draw_runs(
     if not curves:
         raise ValueError("There is no variant to draw")
     shown = sorted(curves, key=_last, reverse=True)[:MOST_CURVES]
+    names, common = _without_common([c.name for c in shown])
+    shown = [c._replace(name=name) for c, name in zip(shown, names)]
     runs = sum(len(c.ys) for c in curves)
     title = f'{len(shown)} of {len(curves)} variants, {runs} runs'
     if len(shown) < len(curves):
@@ -334,7 +344,8 @@ def draw_runs(
             ax.set(**{'yscale' if has_curves else 'xscale': 'log'})
         fig.text(0.02, 1 - 0.17 / fig.get_figheight(), title, fontsize=11, va='center')
         if choice.base:
-            base = textwrap.shorten(f'base: {choice.base}', 150, placeholder=' …')
+            every = f'all: {common}; ' if common else ''
+            base = textwrap.shorten(f'{every}base: {choice.base}', 150, placeholder=' …')
             at = dict(fontsize=9, va='center', parse_math=False)
             fig.text(0.02, 1 - 0.4 / fig.get_figheight(), base, **at)
     return fig
