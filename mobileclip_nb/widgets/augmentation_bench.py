@@ -174,16 +174,16 @@ def _draw_cosines(fig: Any, views: Sequence[Augmented]) -> None:
     ax.tick_params(labelsize=9)
 
 # %% ../../nbs/widgets/03_augmentation_bench.ipynb #2156abdf
-def _draw_view(fig: Any, place: Sequence[float], i: int, view: Augmented) -> None:
-    "Draw one view with its words"
-    ax, (left, bottom, width, height) = fig.add_axes(place), place
-    ax.imshow(ImageOps.expand(view.image, 3, _color(i)))
-    ax.set_axis_off()
+def _draw_view(ax: Any, left: float, bottom: float, i: int, view: Augmented) -> None:
+    "Draw one view with its words on axes that cover the figure"
+    width, height = 1.44 / 11, 1.44 / 4.8
+    extent = (left, left + width, bottom, bottom + height)
+    ax.imshow(ImageOps.expand(view.image, 3, _color(i)), extent=extent, aspect='auto')
     words = textwrap.fill(view.words, 23, max_lines=4, placeholder=' …')
     middle = left + width / 2
-    fig.text(middle, bottom - 0.01, words, fontsize=9, ha='center', va='top')
+    ax.text(middle, bottom - 0.01, words, fontsize=9, ha='center', va='top')
     title = f'view {i}: {view.cosine:.2f}'
-    fig.text(middle, bottom + height + 0.005, title, fontsize=10, ha='center', va='bottom')
+    ax.text(middle, bottom + height + 0.005, title, fontsize=10, ha='center', va='bottom')
 
 
 def draw_augmentations(
@@ -199,9 +199,11 @@ def draw_augmentations(
         fig.set_layout_engine('none')
         _draw_original(fig, image, views)
         _draw_cosines(fig, views)
+        ax = fig.add_axes([0, 0, 1, 1], zorder=-1)
         for i, view in enumerate(views):
-            left, bottom = 0.30 + 0.176 * (i % 4), 0.66 - 0.5 * (i // 4)
-            _draw_view(fig, (left, bottom, 0.165, 0.29), i, view)
+            _draw_view(ax, 0.32 + 0.175 * (i % 4), 0.65 - 0.5 * (i // 4), i, view)
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+        ax.set_axis_off()
     return fig
 
 # %% ../../nbs/widgets/03_augmentation_bench.ipynb #7ac118b7
