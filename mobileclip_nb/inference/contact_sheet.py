@@ -116,9 +116,8 @@ def draw_sheet(
     width, height = side + GAP, side + 2 * LINE + GAP
     sheet = Image.new('RGB', (columns * width + GAP, top + rows * height + GAP), THEMES[theme][0])
     if title:
-        font = load_font(15)
-        text = fit_text(printable(title), sheet.width - 2 * GAP, font)
-        ImageDraw.Draw(sheet).text((GAP, GAP), text, _SHADES[theme][1], font)
+        text = fit_text(printable(title), sheet.width - 2 * GAP, load_font(15))
+        ImageDraw.Draw(sheet).text((GAP, GAP), text, _SHADES[theme][1], load_font(15))
     for i, hit in enumerate(hits):
         corner = (GAP + i % columns * width, top + i // columns * height)
         _draw_tile(sheet, hit, i + 1, corner, side, theme)

@@ -151,7 +151,6 @@ def _gate(
     is_local_only: bool,  # whether other host names are rejected
 ) -> type:
     "A handler that answers nobody without the token"
-    web = import_optional('tornado.web', extra='apps')
     ensure_async = import_optional('jupyter_core.utils', extra='apps').ensure_async
 
     class Gated(handler):
@@ -160,16 +159,27 @@ def _gate(
         async def prepare(self) -> None:
             "Reject a request, or go on"
             if is_local_only and self.request.host_name not in LOCAL:
-                raise web.HTTPError(403, 'this app answers to 127.0.0.1 and localhost only')
+                return self.reject('This app answers to 127.0.0.1 and localhost only')
             provider = self.settings['identity_provider']
             if provider.token:
-                user = await ensure_async(provider.get_user_token(self))
-                user = user or await ensure_async(provider.get_user_cookie(self))
-                if user is None:
-                    raise web.HTTPError(403, 'open the address with the token that was printed')
+                given = provider.get_token(self) or ''
+                is_known = secrets.compare_digest(given.encode(), provider.token.encode())
+                if not is_known and await ensure_async(provider.get_user_cookie(self)) is None:
+                    return self.reject('Open the address with the token that was printed')
             going_on = super().prepare()
             if going_on is not None:
                 await going_on
+
+        def reject(self, why: str) -> None:
+            "Answer 403, in plain words"
+            self.set_status(403)
+            self.set_header('Content-Type', 'text/plain; charset=utf-8')
+            self.finish(f'{why}\n')
+
+        def write_error(self, status_code: int, **how: Any) -> None:
+            "Answer an error with its number alone"
+            self.set_header('Content-Type', 'text/plain; charset=utf-8')
+            self.finish(f'{status_code}\n')
 
     return Gated
 
@@ -187,6 +197,10 @@ def _server_class(
             "All addresses, gated"
             found = super().init_handlers()
             return [(path, _gate(handler, is_local_only), *rest) for path, handler, *rest in found]
+
+        def init_settings(self) -> dict[str, Any]:
+            "Requests are not logged"
+            return super().init_settings() | dict(log_function=lambda handler: None)
 
         def launch_browser(self) -> None:
             "Say where the page is, now that it is served"
@@ -244,7 +258,7 @@ def _settings(ip: str, port: int, token: str, theme: str, folder: Path) -> dict[
             open_browser=True,  # calls `launch_browser`
             root_dir=str(folder),
             config_file_paths=[],  # no `voila.json` of the current folder
-            log_level=logging.WARNING,
+            log_level=logging.ERROR,
         ),
         VoilaConfiguration=dict(
             theme=theme,
