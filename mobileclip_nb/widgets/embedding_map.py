@@ -40,7 +40,7 @@ from mobileclip_nb.widgets.point_grid import (
 
 # %% ../../nbs/widgets/11_embedding_map.ipynb #ba3f0514
 WIDTH, HEIGHT = 800, 600  # pixels of the picture
-PLOT = (68, 34, 716, 508)  # left, top, width, height of the plot in it
+PLOT = (84, 34, 692, 508)  # left, top, width, height of the plot in it
 MOST_POINTS = 200_000  # in view, drawn as dots
 MOST_PICTURES = 300  # in view, of which pictures are shown
 PICTURE = 52  # pixels, of a picture's longer side
@@ -396,7 +396,7 @@ def format_chosen(
     "A table of chosen points: key, x, y; the first ones, and how many there are"
     if not len(chosen):
         return '<p>Nothing chosen: draw a lasso with Shift, or press Enter on the map.</p>'
-    cells = [f'<caption>{len(chosen):,} points chosen</caption>']
+    cells = [f'<caption>points chosen: {len(chosen):,}</caption>']
     cells += ['<tr><th scope="col">key</th><th scope="col">x</th><th scope="col">y</th></tr>']
     for at in chosen[:MOST_LISTED]:
         name = html.escape(printable(source.names[int(grid.rows[at])], 200))
