@@ -466,7 +466,8 @@ def test_stored_notebook(path, lab, browser):
             timeout=1000 * SECONDS,
         )
         assert shown.count() + visit.page.locator('.jp-RenderedSVG').count() >= len(pictures)
-        text = visit.page.locator('.jp-Notebook').inner_text().lower()
+        outputs = visit.page.locator('.jp-OutputArea-output').all_inner_texts()
+        text = '\n'.join(outputs).lower()
         assert 'model not found' not in text
         assert 'error displaying widget' not in text
         keep(f'stored-{path.stem}', visit.page)
