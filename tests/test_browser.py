@@ -261,11 +261,14 @@ def find_control(area, control):
     kind, words = type(control).__name__, control.description
     if kind == 'Button':
         return area.locator('button.jupyter-button', has_text=re.compile(f'^{re.escape(words)}$'))
+    if kind == 'FileUpload':
+        return area.locator('button.jupyter-button', has_text=words)
     if kind == 'Checkbox':
-        return area.locator('.widget-checkbox', has_text=words).locator('input')
+        exactly = re.compile(rf'^\s*{re.escape(words)}\s*$')
+        return area.locator('.widget-checkbox', has_text=exactly).locator('input')
     label = f'label.widget-label:text-is("{words}")'
     row = area.locator(f'.widget-inline-hbox:has(> {label})')
-    return row.locator('.noUi-handle, select, input, textarea').first
+    return row.locator('.noUi-handle, select, input, textarea, button').first
 
 
 def press(page, area, control, keys):

@@ -17,7 +17,7 @@ def run_app(
     "Serve a widget as a page: inspector, frontier, zeroshot, search or map"
     from mobileclip_nb.widgets.apps import serve_app
 
-    asked = {name: getattr(args, name) for name in ('shards', 'index', 'folder')}
+    asked = {name: getattr(args, name) for name in ('shards', 'index', 'folder', 'record')}
     options = {name: place for name, place in asked.items() if place}
 
     def announce(url: str) -> None:
@@ -37,6 +37,7 @@ APP = Command('app', run_app, (
     ('--shards', flag('inspector: a folder of shards, a .tar, a glob, braces, a URL', type=str)),
     ('--index', flag('search, map: folder of an index; map also a table of `mobileclip embed`; inspector: a table of samples', type=str)),
     ('--folder', flag('zeroshot: a folder of pictures', type=str)),
+    ('--record', flag('frontier: measured points, a .json file of `bench latency --out`', type=str)),
     ('--port', dict(type=int, default=0, help='of the page; by default any that is free')),
     ('--no-token', flag('anyone on this machine may open the page')),
     ('--ip', dict(default='127.0.0.1', help='address to listen on; another one than 127.0.0.1 opens the page to other machines')),

@@ -84,7 +84,7 @@ class App(NamedTuple):
 # fmt: off
 APPS = dict(
     inspector=App('Reinforced samples', 'sample_browser', 'browse_samples', ('shards', 'index'), 'shards'),
-    frontier=App('Accuracy and latency', 'frontier_explorer', 'make_frontier'),
+    frontier=App('Accuracy and latency', 'frontier_explorer', 'make_frontier', ('record',)),
     zeroshot=App('Zero-shot classification', 'zeroshot_bench', 'make_zeroshot_bench', ('folder',)),
     search=App('Search by words', 'apps', 'make_search', ('index',), 'index'),
     map=App('Embedding map', 'embedding_map', 'make_map', ('index',), 'index'),
@@ -94,7 +94,7 @@ APPS = dict(
 
 def check_app(
     name: str,  # of `APPS`
-    options: Mapping[str, Any],  # `shards`, `index`, `folder`
+    options: Mapping[str, Any],  # `shards`, `index`, `folder`, `record`
 ) -> App:
     "Look up an app; a `ValueError` for another name or a missing option"
     if name not in APPS:
