@@ -319,8 +319,7 @@ def find_control(area, control):
     if kind == 'FileUpload':
         return area.locator('button.jupyter-button', has_text=words)
     if kind == 'Checkbox':
-        exactly = re.compile(rf'^\s*{re.escape(words)}\s*$')
-        return area.locator('.widget-checkbox', has_text=exactly).locator('input')
+        return area.locator('.widget-checkbox', has_text=words).locator('input')
     label = f'label.widget-label:text-is("{words}")'
     row = area.locator(f'.widget-inline-hbox:has(> {label})')
     return row.locator('.noUi-handle, select, input, textarea, button').first
