@@ -2,6 +2,7 @@
 # make test       everything that must be true, tested (what CI runs)
 # make first-hour  time the first commands of a new user  -> results/first_hour.json
 # make test-export  conversions of all models of the zoo at their own width, and the homes of exports
+# make test-browser  widgets and apps in a headless browser; screenshots -> runs/browser
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
 # make notebooks  run every notebook at nano scale and store its outputs
@@ -14,7 +15,7 @@ RUNTIMES := coreai,executorch,litert,homes
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-export first-hour lab weights notebooks prepare bench clean
+.PHONY: help demo test test-browser test-export first-hour lab weights notebooks prepare bench clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -35,6 +36,9 @@ demo: .venv/with-emoji,lab
 
 test: .venv/with-$(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/export tests
+
+test-browser: .venv/with-$(ALL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_browser.py
 
 test-export: .venv/with-$(ALL),$(RUNTIMES)
 	if command -v npm > /dev/null; then cd tests/export/js && npm install --ignore-scripts --no-audit --no-fund --silent; fi

@@ -43,7 +43,7 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     python_requires='>=' + cfg['min_python'],
     include_package_data=True,
-    package_data={cfg['lib_path']: ['weights/*', 'data/*']},
+    package_data={cfg['lib_path']: ['weights/*', 'data/*', 'data/*/*']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points=dict(console_scripts=cfg['console_scripts'].split()),

@@ -14,18 +14,20 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
+from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ..core.errors import printable
 from ..core.files import atomic_write
+from ..core.plots import THEMES
 from .search import Hit
 from ..preprocessing.images import open_image
 
 # %% ../../nbs/inference/05_contact_sheet.ipynb #1491f194
 def make_thumbnail(
-    path: str | Path,  # of an image file; empty: there is none
+    path: str | Path | BinaryIO,  # of an image file, or an open one; empty: there is none
     side: int = 160,  # pixels, of the longer side
 ) -> Image.Image | None:  # RGB; None if the file cannot be read
     "Make a thumbnail of an image file"
@@ -41,6 +43,8 @@ def make_thumbnail(
 # %% ../../nbs/inference/05_contact_sheet.ipynb #c9104e0c
 LINE = 16  # pixels of a line of text
 GAP = 8  # pixels between tiles
+# of a tile, a name, and what is less than a name
+_SHADES = dict(light=('#eeeeee', '#222222', '#555555'), dark=('#333333', '#eeeeee', '#bbbbbb'))
 FONTS = ('DejaVuSans.ttf', 'Arial Unicode.ttf', 'arial.ttf', 'NotoSans-Regular.ttf')
 
 
@@ -82,18 +86,20 @@ def _draw_tile(
     rank: int,  # from 1
     corner: tuple[int, int],  # left, top, pixels
     side: int,  # pixels
+    theme: str,  # of `THEMES`
 ) -> None:
     "Draw one hit"
     (x, y), draw, font = corner, ImageDraw.Draw(sheet), load_font(12)
-    draw.rectangle((x, y, x + side - 1, y + side - 1), fill='#eeeeee')
+    tile, name, quiet = _SHADES[theme]
+    draw.rectangle((x, y, x + side - 1, y + side - 1), fill=tile)
     thumbnail = make_thumbnail(hit.path, side)
     if thumbnail is None:
-        draw.text((x + side / 2, y + side / 2), 'no picture', '#666666', font, anchor='mm')
+        draw.text((x + side / 2, y + side / 2), 'no picture', quiet, font, anchor='mm')
     else:
         left, top = (side - thumbnail.width) // 2, (side - thumbnail.height) // 2
         sheet.paste(thumbnail, (x + left, y + top))
     lines = (fit_text(printable(hit.name), side, font), f'{rank} · {hit.score:.3f}')
-    for i, (line, color) in enumerate(zip(lines, ('#222222', '#555555'))):
+    for i, (line, color) in enumerate(zip(lines, (name, quiet))):
         draw.text((x, y + side + 2 + i * LINE), line, color, font)
 
 
@@ -102,19 +108,19 @@ def draw_sheet(
     columns: int = 4,
     side: int = 160,  # of a thumbnail, pixels
     title: str = '',  # the query
+    theme: str = 'light',  # of `THEMES`
 ) -> Image.Image:  # RGB
     "Draw results as one picture, row by row"
     columns = max(1, min(columns, len(hits)))
     rows, top = -(-len(hits) // columns), (2 * LINE if title else 0) + GAP
     width, height = side + GAP, side + 2 * LINE + GAP
-    sheet = Image.new('RGB', (columns * width + GAP, top + rows * height + GAP), 'white')
+    sheet = Image.new('RGB', (columns * width + GAP, top + rows * height + GAP), THEMES[theme][0])
     if title:
-        font = load_font(15)
-        text = fit_text(printable(title), sheet.width - 2 * GAP, font)
-        ImageDraw.Draw(sheet).text((GAP, GAP), text, '#222222', font)
+        text = fit_text(printable(title), sheet.width - 2 * GAP, load_font(15))
+        ImageDraw.Draw(sheet).text((GAP, GAP), text, _SHADES[theme][1], load_font(15))
     for i, hit in enumerate(hits):
         corner = (GAP + i % columns * width, top + i // columns * height)
-        _draw_tile(sheet, hit, i + 1, corner, side)
+        _draw_tile(sheet, hit, i + 1, corner, side, theme)
     return sheet
 
 # %% ../../nbs/inference/05_contact_sheet.ipynb #7dfc9c0c
