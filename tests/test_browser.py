@@ -96,7 +96,7 @@ PANELS = [
         ('view', LAST, last),
         ('dark', ['Space'], True),
     ]),
-    ('runs', 'runs.make_runs', ['{ledger}'], [
+    ('runs', 'runs.make_runs_panel', ['{ledger}'], [
         ('width', ['ArrowRight'], 2),
         ('dark', ['Space'], True),
     ]),

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'(?:<!-- needs: (?P<needs>.*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```', re.S)
-NEEDS = ('make', 'network', 'GPUs')
+NEEDS = ('make', 'network', 'GPUs', 'browser')
 
 
 def blocks():
@@ -93,6 +93,8 @@ def test_blocks_run_in_order(tmp_path, shell_env):
         'exported/js/config.json',
     }
     assert wanted <= made
+    for words in commands(marked('browser')):
+        serve(words, folder, shell_env)
     about = json.loads(
         subprocess.run(
             ['mobileclip', 'eval', 'runs/mine/model.safetensors', '--on', 'pictures', '--json'],
@@ -106,6 +108,20 @@ def test_blocks_run_in_order(tmp_path, shell_env):
     learned, held_out = about['pictures, trained on'], about['pictures, held out']
     assert learned['i2t_r5'] > 3 * learned['chance_i2t_r5'], learned
     assert held_out['i2t_r5'] > held_out['chance_i2t_r5'], held_out
+
+
+def serve(words, folder, env):
+    "A command that serves a page says its address, and ends by a signal"
+    how = dict(cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(words, **how) as server:
+        said = []
+        for line in server.stdout:
+            said.append(line)
+            if 'http://127.0.0.1:' in line:
+                server.terminate()
+                break
+        assert server.wait(60) is not None
+        assert 'http://127.0.0.1:' in said[-1], ''.join(said)
 
 
 def test_make_block():

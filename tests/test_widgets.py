@@ -28,7 +28,7 @@ PANELS = dict(
         lambda: frontier_explorer.make_frontier(str(RESULTS / 'latency.json')),
         frontier_explorer.render_frontier,
     ),
-    runs=(lambda: runs.make_runs(RESULTS / 'ledger.jsonl'), runs.render_runs),
+    runs=(lambda: runs.make_runs_panel(RESULTS / 'ledger.jsonl'), runs.render_runs),
     zeroshot=(zeroshot_bench.make_zeroshot_bench, zeroshot_bench.render_zeroshot),
 )
 
