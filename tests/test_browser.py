@@ -97,7 +97,7 @@ PANELS = [
         ('dark', ['Space'], True),
     ]),
     ('runs', 'runs.make_runs_panel', ['{ledger}'], [
-        ('width', ['ArrowRight'], 2),
+        ('metric', LAST, last),
         ('dark', ['Space'], True),
     ]),
     ('zeroshot', 'zeroshot_bench.make_zeroshot_bench', [], [
@@ -424,7 +424,7 @@ def test_panel_in_lab(row, panels_page, places):
     name, function, arguments, moves = row
     visit, number = panels_page, 1 + [other[0] for other in PANELS].index(name)
     area = visit.page.locator('.jp-Notebook .jp-CodeCell').nth(number)
-    area.locator(SHOWN).first.wait_for(timeout=3000 * SECONDS)
+    area.locator(SHOWN).first.wait_for(state='attached', timeout=3000 * SECONDS)
     panel = make(function, arguments, places)
     wait_for_picture(area, panel)
     spent = move_all(visit.page, area, panel, moves)
@@ -438,7 +438,7 @@ def test_hands_on_the_map(panels_page, places):
         pytest.skip('no map among the panels')
     visit, number = panels_page, 1 + [row[0] for row in PANELS].index('map')
     area = visit.page.locator('.jp-Notebook .jp-CodeCell').nth(number)
-    area.locator(SHOWN).first.wait_for(timeout=3000 * SECONDS)
+    area.locator(SHOWN).first.wait_for(state='attached', timeout=3000 * SECONDS)
     pad, panel = (
         area.locator('.mobileclip-map'),
         make('embedding_map.make_map', ['{index}'], places),
@@ -556,7 +556,7 @@ def test_app(words, moves, serve, browser, places):
     options = {k.removeprefix('--'): v.format(**places) for k, v in asked.items()}
     with visiting(browser, serve(words)) as visit:
         area = visit.page.locator('body')
-        area.locator(SHOWN).first.wait_for(timeout=3000 * SECONDS)
+        area.locator(SHOWN).first.wait_for(state='attached', timeout=3000 * SECONDS)
         panel = open_app(words[0], options, theme)
         wait_for_picture(area, panel)
         keep(f'app-{words[0]}-first', visit.page)

@@ -7,7 +7,7 @@ __all__ = ['COLORS', 'GRAY', 'THEMES', 'ROLES', 'LABEL_POINTS', 'DIAGRAM_DPI', '
            'diagram', 'text_size', 'box', 'arrow', 'frame', 'grid', 'curve', 'bars']
 
 # %% ../../nbs/core/07_plots.ipynb #c162a926
-import io, math, textwrap
+import io, math, textwrap, threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -49,6 +49,9 @@ _SETTINGS = {
 }
 
 # %% ../../nbs/core/07_plots.ipynb #89976121
+_STYLING = threading.RLock()  # settings are those of the process, not of a thread
+
+
 @contextmanager
 def style(
     theme: str = 'light',  # of `THEMES`
@@ -61,7 +64,7 @@ def style(
     ground, ink = THEMES[theme]
     grounds = dict.fromkeys(('figure.facecolor', 'axes.facecolor'), ground)
     colors = grounds | dict.fromkeys(_INKED, ink) | {'axes.prop_cycle': cycle}
-    with mpl.rc_context(_SETTINGS | colors):
+    with _STYLING, mpl.rc_context(_SETTINGS | colors):
         yield
 
 # %% ../../nbs/core/07_plots.ipynb #91622c79
