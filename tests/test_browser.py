@@ -41,12 +41,18 @@ def typed(text):
     return ['Control+a', *(['Delete'] if not text else [dict(text=text)]), 'Enter']
 
 
-def last(control):
+def last(control, number=-1):
     "The value of the last option of a dropdown"
-    option = control.options[-1]
+    option = control.options[number]
     return option[1] if isinstance(option, tuple) else option
 
 
+def first(control):
+    "The value of the first option of a dropdown"
+    return last(control, 0)
+
+
+FIRST = ['Home']  # option of a dropdown
 LAST = ['End']  # option of a dropdown; JupyterLab takes the arrow keys up and down for itself
 # Panels of a notebook: name, module and function of `widgets`, arguments (`{place}` is replaced by a path of the
 # fixture `places`), and moves: the name of a control, the keys, and the value that it has afterwards.
@@ -93,7 +99,8 @@ PANELS = [
         ('dark', ['Space'], True),
     ]),
     ('frontier', 'frontier_explorer.make_frontier', ['{record}'], [
-        ('view', LAST, last),
+        ('accuracy', FIRST, first),
+        ('has_names', ['Space'], False),
         ('dark', ['Space'], True),
     ]),
     ('runs', 'runs.make_runs_panel', ['{ledger}'], [
@@ -114,7 +121,7 @@ APPS = [
         ('top', ['ArrowRight'], 18),
     ]),
     (['inspector', '--shards', '{shards}'], [('position', typed('3'), 3)]),
-    (['frontier', '--record', '{record}'], [('view', LAST, last)]),
+    (['frontier', '--record', '{record}'], [('accuracy', FIRST, first)]),
     (['zeroshot', '--folder', '{folder}'], [('top', ['ArrowLeft'], 3)]),
     (['map', '--index', '{index}', '--theme', 'dark'], [
         ('axes', LAST, last),
@@ -309,6 +316,8 @@ def find_control(area, control):
         return area.locator('button.jupyter-button', has_text=words)
     if kind == 'Checkbox':
         return area.locator('.widget-checkbox', has_text=words).locator('input')
+    if kind == 'ToggleButtons':
+        return area.locator('.widget-toggle-buttons', has_text=words).locator('button').first
     label = f'label.widget-label:text-is("{words}")'
     row = area.locator(f'.widget-inline-hbox:has(> {label})')
     return row.locator('.noUi-handle, select, input, textarea, button').first
