@@ -41,15 +41,19 @@ def typed(text):
     return ['Control+a', *(['Delete'] if not text else [dict(text=text)]), 'Enter']
 
 
-def last(control, number=-1):
-    "The value of the last option of a dropdown"
-    option = control.options[number]
-    return option[1] if isinstance(option, tuple) else option
+def typed_area(text):
+    "Keys that replace the text of an area of several lines, and leave it"
+    return ['Control+a', dict(text=text), 'Tab']
 
 
-def first(control):
-    "The value of the first option of a dropdown"
-    return last(control, 0)
+def option(number):
+    "What finds the value of an option of a dropdown"
+
+    def find(control):
+        chosen = control.options[number]
+        return chosen[1] if isinstance(chosen, tuple) else chosen
+
+    return find
 
 
 FIRST = ['Home']  # option of a dropdown
@@ -61,7 +65,7 @@ PANELS = [
         ('n', ['ArrowRight'], 3),
         ('n', ['ArrowRight'] * 3, 6),
         ('n', ['ArrowLeft'] * 5, 1),
-        ('word', LAST, last),
+        ('word', LAST, option(-1)),
         ('dark', ['Space'], True),
     ]),
     ('search', 'apps.make_search', ['{index}'], [
@@ -70,8 +74,9 @@ PANELS = [
         ('dark', ['Space'], True),
     ]),
     ('map', 'embedding_map.make_map', ['{index}'], [
-        ('axes', LAST, last),
+        ('axes', LAST, option(-1)),
         ('right', typed('a red heart'), 'a red heart'),
+        ('up', typed('a cat'), 'a cat'),
         ('zoom', ['ArrowRight', 'ArrowRight'], 0.5),
         ('x', ['ArrowRight'], 0.501),
         ('y', ['ArrowLeft'], 0.499),
@@ -80,35 +85,89 @@ PANELS = [
     ('inspector', 'sample_browser.browse_samples', ['{shards}'], [
         ('position', typed('3'), 3),
         ('first', ['ArrowRight'], 1),
+        ('view', ['Tab', 'Enter'], 'thumbnails'),
+        ('view', ['Enter'], 'sample'),
+        ('teacher', LAST, option(-1)),
+        ('sort', LAST, option(-1)),
+        ('descending', ['Space'], True),
+        ('search', typed('cat'), 'cat'),
+        ('search', typed(''), ''),
+        ('where', typed('captions >= 99'), 'captions >= 99'),
+        ('where', typed(''), ''),
+        ('where', typed('captions >='), 'captions >='),
+        ('where', typed(''), ''),
+        ('key', typed('no such key'), 'no such key'),
         ('dark', ['Space'], True),
     ]),
     ('augmentation', 'augmentation_bench.make_augmentation_bench', [], [
         ('seed', ['ArrowRight'], 1),
-        ('dark', ['Space'], True),
+        ('views', ['ArrowLeft'] * 6, 2),
+        ('area', ['ArrowRight'], (0.1, 1.0)),
+        ('aspect', ['ArrowRight'], (0.76, 1.33)),
+        ('operations', ['ArrowRight'], 3),
+        ('level', ['ArrowRight'] * 9, 18),
+        ('flip', ['End'], 1.0),
+        ('erase', ['End'], 1.0),
+        ('model', LAST, option(-1)),
+        ('source', typed('🐱'), '🐱'),
+        ('source', typed('no/such/picture.png'), 'no/such/picture.png'),
     ]),
     ('captions', 'caption_bench.make_caption_bench', [], [
-        ('n', ['ArrowLeft'], 4),
+        ('n', ['ArrowLeft'] * 2, 3),
+        ('temperature', ['End'], 3.0),
+        ('seed', ['ArrowRight'], 1),
+        ('top_p', ['Home'], 0.05),
+        ('method', list('top_k'), 'top_k'),
+        ('repetition', ['End'], 2.0),
+        ('top_k', ['Home'], 1),
+        ('source', typed('🍎'), '🍎'),
         ('dark', ['Space'], True),
     ]),
     ('folding', 'folding.make_folding', [], [
-        ('block', LAST, last),
+        ('kernel', LAST, option(-1)),
+        ('branches', ['ArrowRight'], 4),
+        ('channel', ['ArrowRight'], 1),
+        ('seed', ['ArrowRight'], 1),
+        ('block', LAST, option(-1)),
         ('dark', ['Space'], True),
     ]),
     ('targets', 'targets.make_targets', [], [
-        ('teachers', LAST, last),
+        ('after_softmax', ['Space'], False),
+        ('teachers', LAST, option(-1)),
+        ('teacher_scale', ['Home'], 1.0),
+        ('student_scale', ['Home'], 1.0),
+        ('emoji', typed('🦊 🐱 🍎'), '🦊 🐱 🍎'),
+        ('emoji', typed('🦊'), '🦊'),
+        ('emoji', typed('🐱 🍎'), '🐱 🍎'),
         ('dark', ['Space'], True),
     ]),
     ('frontier', 'frontier_explorer.make_frontier', ['{record}'], [
-        ('accuracy', FIRST, first),
+        ('accuracy', FIRST, option(0)),
         ('has_names', ['Space'], False),
+        ('view', list('measured, m'), 'measured, models'),
+        ('threads', LAST, option(-1)),
+        ('runtime', list('onnx'), 'onnx'),
+        ('families', ['Home'], lambda control: control.options[:1]),
+        ('families', list('MobileCLIP2'), ('MobileCLIP2',)),
         ('dark', ['Space'], True),
     ]),
     ('runs', 'runs.make_runs_panel', ['{ledger}'], [
-        ('metric', LAST, last),
+        ('metric', LAST, option(-1)),
+        ('recipe', LAST, option(-1)),
+        ('is_log', ['Space'], True),
+        ('where', typed('no_field=1'), 'no_field=1'),
+        ('where', typed(''), ''),
         ('dark', ['Space'], True),
     ]),
     ('zeroshot', 'zeroshot_bench.make_zeroshot_bench', [], [
         ('top', ['ArrowLeft'], 3),
+        ('model', LAST, option(-1)),
+        ('pictures', typed('🦊 🎸'), '🦊 🎸'),
+        ('labels', typed_area('fox'), 'fox'),
+        ('labels', typed_area('fox\ncat'), 'fox\ncat'),
+        ('templates', typed_area('a photo of {}'), 'a photo of {}'),
+        ('templates', typed_area('a photo'), 'a photo'),
+        ('templates', typed_area('{}'), '{}'),
         ('dark', ['Space'], True),
     ]),
 ]  # fmt: skip
@@ -121,10 +180,10 @@ APPS = [
         ('top', ['ArrowRight'], 18),
     ]),
     (['inspector', '--shards', '{shards}'], [('position', typed('3'), 3)]),
-    (['frontier', '--record', '{record}'], [('accuracy', FIRST, first)]),
+    (['frontier', '--record', '{record}'], [('accuracy', FIRST, option(0))]),
     (['zeroshot', '--folder', '{folder}'], [('top', ['ArrowLeft'], 3)]),
     (['map', '--index', '{index}', '--theme', 'dark'], [
-        ('axes', LAST, last),
+        ('axes', LAST, option(-1)),
         ('up', typed('a cat'), 'a cat'),
         ('zoom', ['ArrowRight', 'ArrowRight'], 0.5),
     ]),

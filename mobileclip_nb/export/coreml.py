@@ -216,11 +216,11 @@ COREML_LIMITS = GAP_LIMITS | {
 def _weights_to_keep(
     model: Any,  # coremltools' model
 ) -> list[str]:  # names
-    "Weights that 8 bits would spoil: of fragile convolutions, and coarse ones"
+    "Weights that 8 bits would spoil: of fragile convolutions, and coarse ones; small ones stay"
     from coremltools.optimize.coreml import get_weights_metadata
 
     names = []
-    for name, about in get_weights_metadata(model, weight_threshold=0).items():
+    for name, about in get_weights_metadata(model).items():
         kinds, w = {op.op_type for op in about.child_ops}, about.val
         is_fragile = 'conv' in kinds and any(n > 1 for n in w.shape[2:])
         axis = -1 if 'matmul' in kinds else 0

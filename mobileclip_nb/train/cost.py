@@ -8,7 +8,7 @@ __all__ = ['MOST_TIMED', 'format_bytes', 'format_hours', 'format_passes', 'DataS
 
 # %% ../../nbs/train/33_cost.ipynb #e0839d4a
 import copy, time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from .loop import train
 from .recipe import Recipe, learner
 from .source import as_batches, source_parts
 from .config import LossSpec, TrainSpec
+from .objective import objective as plain
 
 # %% ../../nbs/train/33_cost.ipynb #8ae97f22
 def format_bytes(n: float, unit: str = 'B') -> str:
@@ -148,6 +149,7 @@ def measure_rate(
     spec: TrainSpec,  # of the run
     steps: int = 2,  # that count, after one that warms up
     device: str | None = None,  # where the run will be; None is where the model stands
+    objective: Callable[..., Any] = plain,  # what is minimized
 ) -> float:  # images a second, of all ranks together
     "Time a few steps of a run before it starts; with several ranks every one must call it"
     times, model = [], copy.deepcopy(model)
@@ -161,7 +163,7 @@ def measure_rate(
 
     short = spec.but(steps=steps + 1, warmup=0, hold=0)
     timed = SimpleNamespace(batch=found.batch, id=found.id, since=since)
-    train(model, timed, short, progress=False, statistics=False)
+    train(model, timed, short, progress=False, statistics=False, objective=objective)
     times.append(time.perf_counter())
     return found.batch * current_ranks().world / median(b - a for a, b in zip(times[1:], times[2:]))
 

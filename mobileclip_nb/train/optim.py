@@ -82,11 +82,12 @@ def set_lr(
 # %% ../../nbs/train/01_optim.ipynb #2433c716
 @torch.no_grad()
 def clamp_scale(
-    model: nn.Module,  # with a parameter `logit_scale`
+    model: nn.Module,  # one without a parameter `logit_scale` is left alone
     largest: float = 100.0,  # of the exponentiated scale
 ) -> None:
     "Clamp the logit scale in place, after an update (CLIP §2.5)"
-    model.logit_scale.clamp_(0, math.log(largest))
+    if hasattr(model, 'logit_scale'):
+        model.logit_scale.clamp_(0, math.log(largest))
 
 # %% ../../nbs/train/01_optim.ipynb #570dcebd
 def hold_still(

@@ -7,7 +7,7 @@ __all__ = ['APPS', 'ASKED', 'LOCAL', 'render_search', 'describe_search', 'make_s
            'open_asked_app', 'serve_app']
 
 # %% ../../nbs/widgets/12_apps.ipynb #2620b4ba
-import html, importlib, io, ipaddress, json, logging, os, secrets, socket
+import html, importlib, ipaddress, json, logging, os, secrets, socket
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 from ..core.errors import import_optional, printable, suggest
 from ..core.files import is_local
-from ..core.plots import THEMES
-from ..inference.contact_sheet import draw_sheet
+from ..core.plots import THEMES, png_of_image
+from ..inference.contact_sheet import PictureReader, draw_sheet
 from ..inference.search import ImageIndex, open_index
-from .embedding_map import PictureReader, make_map
-from .parts import CAUGHT, make_panel
+from .parts import CAUGHT, make_panel, reason_html
 
 # %% ../../nbs/widgets/12_apps.ipynb #f6b25908
 def render_search(
@@ -37,9 +36,7 @@ def render_search(
             hits.append(hit._replace(path=reader.open(hit.name)))
         except (LookupError, OSError):
             hits.append(hit._replace(path=''))
-    sheet, out = draw_sheet(hits, 6, 124, title=text, theme=theme), io.BytesIO()
-    sheet.save(out, 'PNG', compress_level=1)
-    return out.getvalue()
+    return png_of_image(draw_sheet(hits, 6, 124, title=text, theme=theme))
 
 
 def describe_search(
@@ -138,8 +135,7 @@ def open_asked_app() -> Any:  # an ipywidgets box: title and panel, or the reaso
         panel = open_app(name, asked.get('options', {}), asked.get('theme', 'light'))
         title = APPS[name].title
     except CAUGHT as e:
-        title, reason = 'This app cannot be opened', html.escape(str(e) or type(e).__name__)
-        panel = widgets.HTML(f'<p role="alert">{reason}</p>')
+        title, panel = 'This app cannot be opened', widgets.HTML(reason_html(e))
     return widgets.VBox([widgets.HTML(f'<h1>{html.escape(title)}</h1>'), panel])
 
 # %% ../../nbs/widgets/12_apps.ipynb #379531c4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SIDE', 'find_picture', 'make_picture_controls', 'make_augment_spec', 'Augmented', 'augment_picture',
-           'render_whole', 'draw_augmentations', 'render_augmentations', 'make_augmentation_bench']
+           'draw_augmentations', 'render_augmentations', 'make_augmentation_bench']
 
 # %% ../../nbs/widgets/03_augmentation_bench.ipynb #6cda79ee
 import io, textwrap
@@ -20,12 +20,13 @@ from ..augment.operations import RandomResizedCrop
 from ..augment.pipeline import DATACOMPDR, AugmentSpec, apply, describe_params
 from ..augment.pipeline import rng_for, sample
 from ..core.errors import import_optional, printable
-from ..core.plots import COLORS, figure, style
+from ..core.plots import COLORS, figure, png_of_page, style
 from ..datasets.emoji import draw_emoji, find_drawing
 from ..inference.predict import load_for_inference
 from ..core.files import is_local
 from ..preprocessing.image_sources import open_images
 from .parts import make_panel
+from .sample_inspector import color_of_view
 
 # %% ../../nbs/widgets/03_augmentation_bench.ipynb #3fedcf11
 PICTURE_SIDE = 256  # pixels of the longer side
@@ -118,23 +119,6 @@ def augment_picture(
     return [Augmented(*d, float(c)) for d, c in zip(drawn, rows[1:] @ rows[0])]
 
 # %% ../../nbs/widgets/03_augmentation_bench.ipynb #215985d4
-def render_whole(
-    fig: Any,  # a matplotlib figure with fixed places
-) -> bytes:  # a PNG file
-    "Render a figure with its own margins, in a single pass"
-    out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=fig.dpi, metadata={'Software': None})
-    return out.getvalue()
-
-
-_FRAMES = [COLORS[k] for k in ('blue', 'orange', 'green', 'red', 'purple', 'sky')]
-
-
-def _color(i: int) -> str:
-    "The color of view `i`"
-    return _FRAMES[i % len(_FRAMES)]
-
-
 def _boxed(image: Image.Image, views: Sequence[Augmented]) -> Image.Image:
     "The original at 256 pixels with the boxes of the views"
     gain = PICTURE_SIDE / max(image.size)
@@ -143,7 +127,7 @@ def _boxed(image: Image.Image, views: Sequence[Augmented]) -> Image.Image:
     for i, view in enumerate(views):
         left, top, right, bottom = (round(gain * b) for b in view.box)
         corners = (left, top, max(right - 1, left), max(bottom - 1, top))
-        pen.rectangle(corners, outline=_color(i), width=2)
+        pen.rectangle(corners, outline=color_of_view(i), width=2)
     return out
 
 
@@ -154,7 +138,7 @@ def _draw_original(fig: Any, image: Image.Image, views: Sequence[Augmented]) -> 
     gain = PICTURE_SIDE / max(image.size)
     for i, view in enumerate(views):
         place = dict(color='white', fontsize=9, ha='left', va='top')
-        edge = dict(facecolor=_color(i), edgecolor='none', pad=1)
+        edge = dict(facecolor=color_of_view(i), edgecolor='none', pad=1)
         ax.text(gain * view.box[0], gain * view.box[1], str(i), bbox=edge, **place)
     ax.set_axis_off()
     ax.set_title(f'original, {image.width}x{image.height}', fontsize=10)
@@ -164,7 +148,7 @@ def _draw_cosines(fig: Any, views: Sequence[Augmented]) -> None:
     "Draw the cosines as bars"
     ax = fig.add_axes([0.045, 0.08, 0.225, 0.25])
     cosines = [view.cosine for view in views]
-    ax.bar(range(len(views)), cosines, color=[_color(i) for i in range(len(views))])
+    ax.bar(range(len(views)), cosines, color=[color_of_view(i) for i in range(len(views))])
     ax.grid(False, axis='x')
     for i, cosine in enumerate(cosines):
         number = f'{cosine:.2f}'.replace('0.', '.')
@@ -178,7 +162,7 @@ def _draw_view(ax: Any, left: float, bottom: float, i: int, view: Augmented) -> 
     "Draw one view with its words on axes that cover the figure"
     width, height = 1.44 / 11, 1.44 / 4.8
     extent = (left, left + width, bottom, bottom + height)
-    ax.imshow(ImageOps.expand(view.image, 3, _color(i)), extent=extent, aspect='auto')
+    ax.imshow(ImageOps.expand(view.image, 3, color_of_view(i)), extent=extent, aspect='auto')
     words = textwrap.fill(view.words, 23, max_lines=4, placeholder=' …')
     middle = left + width / 2
     ax.text(middle, bottom - 0.01, words, fontsize=9, ha='center', va='top')
@@ -219,7 +203,7 @@ def render_augmentations(
     "The figure of `draw_augmentations` for a picture of one's own, as a PNG"
     image, spec = find_picture(source, upload), make_augment_spec(**ranges)
     drawn = augment_picture(image, spec, seed, views, model)
-    return render_whole(draw_augmentations(image, drawn, theme))
+    return png_of_page(draw_augmentations(image, drawn, theme))
 
 # %% ../../nbs/widgets/03_augmentation_bench.ipynb #77210d49
 def _describe(**asked: Any) -> str:  # the values of the panel

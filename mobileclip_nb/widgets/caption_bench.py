@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 
 from ..core.errors import import_optional, printable
-from ..core.plots import figure, style
+from ..core.plots import figure, png_of_page, style
 from ..inference.predict import load_for_inference
 from ..preprocessing.tokenizer import tokenize
 from ..reinforce.caption_sampling import METHODS, Diversity, Sampling, diversity
 from ..reinforce.captioner import Captioner, load_captioner
 from .augmentation_bench import find_picture, make_picture_controls
-from .augmentation_bench import render_whole
 from .parts import make_panel
 
 # %% ../../nbs/widgets/04_caption_bench.ipynb #fa9fc6ee
@@ -165,7 +164,7 @@ def render_captions(
     "The figure of `draw_captions` for a picture of one's own, as a PNG"
     image, sampling = find_picture(source, upload), make_sampling(**settings)
     found = caption_picture(image, sampling, captioner, model)
-    return render_whole(draw_captions(image, found, theme))
+    return png_of_page(draw_captions(image, found, theme))
 
 # %% ../../nbs/widgets/04_caption_bench.ipynb #076b8896
 def make_caption_bench(

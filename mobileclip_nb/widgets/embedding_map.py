@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'PLOT', 'MOST_POINTS', 'MOST_PICTURES', 'PICTURE', 'MOST_RINGS', 'LEVELS', 'SHADES', 'DOT', 'RING',
-           'MOST_LISTED', 'render_map', 'describe_map', 'MapAxes', 'project_on', 'fit_pca', 'PictureReader',
-           'MapSource', 'open_map_source', 'choose_axes', 'save_map', 'format_chosen', 'make_picker', 'make_map']
+           'MOST_LISTED', 'render_map', 'describe_map', 'MapAxes', 'project_on', 'fit_pca', 'MapSource',
+           'open_map_source', 'choose_axes', 'save_map', 'format_chosen', 'make_picker', 'make_map']
 
 # %% ../../nbs/widgets/11_embedding_map.ipynb #6741d5f8
 import html, importlib, io
@@ -13,22 +13,19 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..core.errors import import_optional, printable
-from ..core.files import atomic_write, cache_dir
-from ..core.plots import COLORS, GRAY, THEMES
-from ..inference.contact_sheet import load_font, make_thumbnail
+from ..core.files import atomic_write
+from ..core.plots import COLORS, GRAY, THEMES, png_of_image
+from ..inference.contact_sheet import PictureReader, load_font, make_thumbnail
 from ..inference.embed import load_table
 from ..inference.search import CONTENTS, ImageIndex, embed_query, load_folded
 from ..inference.search import open_index, score_rows, take_rows
-from ..shards.index import Archives
-from ..shards.job import name_outputs
-from ..shards.sample import IMAGES as SAMPLE_IMAGES
-from .parts import CAUGHT, make_panel
+from .parts import CAUGHT, make_panel, reason_html
 from .point_grid import MapView, PointGrid, build_grid, count_near
 from mobileclip_nb.widgets.point_grid import (
     count_pixels,
@@ -241,48 +238,6 @@ def fit_pca(
     signs = np.sign(directions[np.arange(2), np.abs(directions).argmax(1)])
     return np.float32(directions * signs[:, None]), values[:-3:-1] / values.sum()
 
-# %% ../../nbs/widgets/11_embedding_map.ipynb #17827e9b
-class PictureReader:
-    "Pictures of a folder or of shards, by the names that an index has for them"
-
-    def __init__(
-        self,
-        kind: str,  # `folder` or `shards`
-        place: str,  # path or URL; empty: pictures are not known
-    ):
-        self.kind, self.place, self.urls, self.numbers = kind, place, {}, {}
-        self.archives = Archives(cache_dir('shards'))
-
-    def open(
-        self,
-        name: str,  # path in the folder; or shard, slash, key
-    ) -> Path | BinaryIO:
-        "A picture as a path or an open file; a `LookupError` if it is not there"
-        if self.kind == 'folder':
-            return Path(self.place, name)
-        shard, _, key = name.partition('.tar/')
-        self.urls = self.urls or name_outputs(self.place)
-        if (url := self.urls.get(f'{shard}.tar')) is None:
-            raise LookupError(f"The shard {shard}.tar is not at the place of the index any more")
-        if url not in self.numbers:
-            self.numbers[url] = {k: i for i, k in enumerate(self.archives[url][0].keys)}
-        if key not in self.numbers[url]:
-            raise LookupError(f"The shard {shard}.tar has no sample {key!r} any more")
-        _, members = self.archives.read(url, self.numbers[url][key])
-        data = next((members[ext] for ext in SAMPLE_IMAGES if ext in members), b'')
-        return io.BytesIO(data)
-
-    def thumbnail(
-        self,
-        name: str,  # as for `open`
-        side: int = PICTURE,  # pixels
-    ) -> Image.Image | None:  # None if the picture is not there, or cannot be read
-        "Make a thumbnail"
-        try:
-            return make_thumbnail(self.open(name), side) if self.place else None
-        except (LookupError, OSError, ValueError):
-            return None
-
 # %% ../../nbs/widgets/11_embedding_map.ipynb #7da562a2
 class _IndexNames(Sequence):
     "Names of the rows of an index, read one by one"
@@ -421,9 +376,7 @@ def make_picker(
         picture = make_thumbnail(reader.open(name), 480) if reader.place else None
         if picture is None:
             raise ValueError(f"The picture {printable(name)!r} is gone or cannot be read")
-        out = io.BytesIO()
-        picture.save(out, 'PNG')
-        return out.getvalue()
+        return png_of_image(picture)
 
     which = widgets.Dropdown(options=list(names), description='chosen')
     return make_panel(dict(name=which), render, lambda name: printable(name), is_themed=False)
@@ -436,7 +389,11 @@ class _MapState:
         self.source, self.chosen, self.shown_axes = source, np.empty(0, np.int64), None
         self.axes_of = lru_cache(2)(lambda texts: choose_axes(source, texts))
         self.grid_of = lru_cache(2)(lambda texts: build_grid(*self.axes_of(texts)[:2]))
-        self.picture_of = lru_cache(4096)(lambda row: source.pictures.thumbnail(source.names[row]))
+        self.picture_of = lru_cache(4096)(self.read_picture)
+
+    def read_picture(self, row: int) -> Image.Image | None:
+        "The thumbnail of a row"
+        return self.source.pictures.thumbnail(self.source.names[row], PICTURE)
 
     def look_up(self, axes: str, right: str, up: str) -> tuple[PointGrid, tuple[str, str]]:
         "The grid of a pair of axes, and their names; other axes end a choice"
@@ -506,7 +463,7 @@ class _MapHands:
             try:
                 act(what)
             except CAUGHT as e:
-                self.parts['message'].value = f'<p role="alert">{html.escape(str(e))}</p>'
+                self.parts['message'].value = reason_html(e)
 
         return guarded
 

@@ -20,8 +20,7 @@ from ..blocks.repcpe import RepCPE
 from ..blocks.reparam import fold, fold_bn, identity_kernel, randomize_
 from ..blocks.repmixer import RepMixer
 from ..core.errors import import_optional, suggest
-from ..core.plots import figure, style
-from .augmentation_bench import render_whole
+from ..core.plots import figure, png_of_page, style
 from .parts import make_panel
 
 # %% ../../nbs/widgets/05_folding.ipynb #279d2602
@@ -202,7 +201,7 @@ def render_folding(
 ) -> bytes:  # a PNG file
     "The figure of `draw_folding` for a block of random weights, as a PNG"
     found = compare_folded(build_block(block, kernel, branches, seed))
-    return render_whole(draw_folding(found, channel, theme))
+    return png_of_page(draw_folding(found, channel, theme))
 
 # %% ../../nbs/widgets/05_folding.ipynb #1bc1373c
 def _describe(**asked: Any) -> str:  # the values of the panel

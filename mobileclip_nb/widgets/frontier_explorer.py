@@ -22,9 +22,8 @@ from ..bench.protocol import TimingRecord, read_record
 from ..bench.roofline import LayerTime, measure_roofline, time_layers
 from ..core.errors import import_optional, suggest
 from ..core.papers import RELEASES, published_release
-from ..core.plots import COLORS, THEMES, figure, style
+from ..core.plots import COLORS, THEMES, figure, png_of_page, style
 from ..inference.predict import load_for_inference
-from .augmentation_bench import render_whole
 from .parts import make_panel
 
 # %% ../../nbs/widgets/07_frontier_explorer.ipynb #a80ea0ff
@@ -300,7 +299,7 @@ def chart_view(
 
 def render_frontier(**asked: Any) -> bytes:  # arguments of `chart_view`; a PNG file
     "The figure of `chart_view` as a PNG of its own size"
-    return render_whole(chart_view(**asked).figure)
+    return png_of_page(chart_view(**asked).figure)
 
 # %% ../../nbs/widgets/07_frontier_explorer.ipynb #f37ae182
 def _describe(marks: Sequence[Mark], asked: Mapping[str, Any]) -> str:  # values of the panel
@@ -357,7 +356,7 @@ def make_frontier(
     layer, chart = widgets.HTML(), _remember_chart()
     panel = make_panel(
         controls,
-        lambda **asked: render_whole(chart(**asked).figure),
+        lambda **asked: png_of_page(chart(**asked).figure),
         lambda **asked: _describe(chart(**asked).marks, asked),
         below=[layer],
     )

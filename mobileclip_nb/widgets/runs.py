@@ -18,8 +18,7 @@ import numpy as np
 
 from ..core.errors import import_optional, printable, suggest
 from ..core.ledger import Run, read
-from ..core.plots import COLORS, THEMES, figure, style
-from .augmentation_bench import render_whole
+from ..core.plots import COLORS, THEMES, figure, png_of_page, style
 from .parts import CAUGHT, make_panel
 
 # %% ../../nbs/widgets/08_runs.ipynb #6b39b761
@@ -362,7 +361,7 @@ def render_runs(
 ) -> bytes:  # a PNG file
     "The figure of `draw_runs` for runs of a ledger or of folders, as a PNG"
     choice = choose_curves(place, recipe, metric, where, width)
-    return render_whole(draw_runs(choice, metric, is_log, theme))
+    return png_of_page(draw_runs(choice, metric, is_log, theme))
 
 # %% ../../nbs/widgets/08_runs.ipynb #9834357f
 def _describe(**asked: Any) -> str:  # the values of the panel

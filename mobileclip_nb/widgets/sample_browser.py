@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from ..augment.pipeline import DATACOMPDR, AugmentSpec, describe_params, unpack
 from ..core.errors import import_optional, printable
 from ..core.files import is_local, last_part, list_shards, without_secrets
-from ..core.plots import COLORS, THEMES
+from ..core.plots import COLORS, THEMES, png_of_image
 from ..inference.contact_sheet import GAP, LINE, fit_text, load_font
 from ..preprocessing.images import open_image
 from ..shards.sample import Sample
@@ -207,13 +207,6 @@ def draw_thumbnails(
             ImageDraw.Draw(sheet).rectangle(outline, outline=color, width=3)
     return sheet
 
-
-def _as_png(image: Image.Image) -> bytes:
-    "An image as a PNG file, quickly"
-    out = io.BytesIO()
-    image.save(out, format='PNG', compress_level=1)
-    return out.getvalue()
-
 # %% ../../nbs/widgets/02_sample_browser.ipynb #189ceeab
 VIEWS = ('sample', 'thumbnails')
 
@@ -231,7 +224,7 @@ def render_browsed(
     "Draw one sample of a list, or the page of thumbnails that holds it"
     rows = _rows_of(shown.table, listing)
     if view == 'thumbnails':
-        return _as_png(draw_thumbnails(shown.table, rows, position, listing.sort, theme))
+        return png_of_image(draw_thumbnails(shown.table, rows, position, listing.sort, theme))
     if view != 'sample':
         raise ValueError(f"No view {view!r}; there are {', '.join(VIEWS)}")
     row = _row_at(rows, position)

@@ -17,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.errors import import_optional, printable
-from ..core.plots import COLORS, figure, style
+from ..core.plots import COLORS, figure, png_of_page, style
 from ..datasets.emoji import concepts, draw_emoji
 from ..inference.predict import load_for_inference
 from ..losses.distillation import DistillLoss, distill_loss, teacher_probs
 from ..preprocessing.tokenizer import tokenize
 from ..reinforce.teachers import TeacherSpec, join_embeddings, load_ensemble
-from .augmentation_bench import render_whole
 from .parts import make_panel
 
 # %% ../../nbs/widgets/06_targets.ipynb #38398a40
@@ -206,7 +205,7 @@ def render_targets(
     found = compute_targets(batch, teacher_scale, student_scale, after_softmax)
     sweep = sweep_divergence(batch, SCALES_SWEPT, student_scale, after_softmax)
     scales = (teacher_scale, student_scale)
-    return render_whole(draw_targets(batch, found, scales, sweep, theme))
+    return png_of_page(draw_targets(batch, found, scales, sweep, theme))
 
 # %% ../../nbs/widgets/06_targets.ipynb #6d299a50
 def _describe(**asked: Any) -> str:  # the values of the panel

@@ -16,11 +16,11 @@ from PIL import Image
 
 from ..core.errors import import_optional, printable
 from ..core.files import is_local
-from ..core.plots import COLORS, GRAY, figure, style
+from ..core.plots import COLORS, GRAY, figure, png_of_page, style
 from ..datasets.emoji import find_drawing
 from ..inference.predict import Prediction, ZeroShotClassifier, unknown_words
 from ..preprocessing.image_sources import IMAGES, find_images
-from .augmentation_bench import find_picture, render_whole
+from .augmentation_bench import find_picture
 from .parts import make_panel
 
 # %% ../../nbs/widgets/09_zeroshot_bench.ipynb #3d678d44
@@ -179,7 +179,7 @@ def render_zeroshot(
     notes = [f'bars: probability among {len(names)} labels', *filter(None, [shown.note])]
     if unknown:
         notes.append(f"words unknown to the model: {printable(', '.join(unknown), 60)}")
-    return render_whole(draw_zeroshot(shown, found, '; '.join(notes), theme))
+    return png_of_page(draw_zeroshot(shown, found, '; '.join(notes), theme))
 
 # %% ../../nbs/widgets/09_zeroshot_bench.ipynb #dcd10da5
 def _describe(**asked: Any) -> str:  # the values of the panel
