@@ -216,7 +216,12 @@ class ImageTeacher(nn.Module):
         super().__init__()
         given = dict(checkpoint_path=str(weights)) if weights else dict(pretrained=True)
         more = dict(num_classes=classes) if weights else {}
-        net = timm.create_model(name, **given, **more)
+        try:
+            net = timm.create_model(name, **given, **more)
+        except RuntimeError as e:
+            raise ValueError(
+                f"{str(weights)!r} holds no weights of {name!r} for {classes:,} classes: {e}"
+            ) from e
         if net.num_classes != classes:
             raise ValueError(
                 f"The teacher {name!r} knows {net.num_classes:,} classes and the folder has "
