@@ -90,6 +90,9 @@ OPTIONS: Options = (
         '(a tenth, at most 1,000; none of fewer than 64); 0 trains on all')),
     ('--threads', dict(type=int, help=
         "that an operation computes on, a process (torch's choice); on as many a run repeats to the bit")),
+    ('--memory', dict(type=float, metavar='GB', help=
+        'of a device, a rank: chooses activation checkpointing, parts and rows of logits that fit '
+        "and keep the batch (a GPU's own; no limit on a CPU)")),
     ('--workers', dict(type=int, help=
         'processes that read shards ahead, a rank; batches do not depend on it '
         '(by default what the cores leave, at most 8; none in short runs)')),
@@ -293,6 +296,7 @@ def check_folder(
 ) -> None:
     "Raise an error before data are read where a folder holds another run, or other files"
     from mobileclip_nb.core.files import check_writable
+    from mobileclip_nb.train.fit import read_fit, recipe_to_run
     from mobileclip_nb.train.recipe import NOTE
     from mobileclip_nb.train.checkpoint import checkpoints, check_vacant
 
@@ -307,6 +311,8 @@ def check_folder(
             "wrote it. Choose another folder, or move that away"
         )
     place = str(data or (r.data if r is not None else ''))
+    if was is not None and r is not None:
+        r = recipe_to_run(r, read_fit(out))
     if was is not None and r is not None and (other := _changes(was, r, place, how, start)):
         old, new = _run_name(was.recipe, was.data, was.start), _run_name(r, place, start)
         raise ValueError(
