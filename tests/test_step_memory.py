@@ -1,7 +1,5 @@
 "The computed memory of a step against torch.profiler, the real step, and eight simulated ranks."
 
-import copy
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,7 +7,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mobileclip_nb.models.zoo import build, find_record
 from mobileclip_nb.train.config import TrainSpec
-from mobileclip_nb.train.fit import fit_model, with_fit
+from mobileclip_nb.train.fit import Fit, fit_model, with_fit
+from mobileclip_nb.train.memory import checkpoint_activations
 from mobileclip_nb.train.objective import encode_batch, objective
 from mobileclip_nb.train.optim import make_optimizer
 from mobileclip_nb.train.recipe import recipe, record_of
@@ -19,6 +18,7 @@ from mobileclip_nb.train.step_memory import (
     StepMeasure,
     empty_batch,
     hollow_copy,
+    measure_state,
     measure_towers,
     simulate_ranks,
 )
@@ -40,7 +40,7 @@ def random_batch(rec):
     "Eight pairs with random pixels and tokens"
     batch = empty_batch(rec, PAIRS)
     batch.text.random_(1, 50)
-    batch.text[:, -1] = rec.text.vocab - 1 if hasattr(rec.text, 'vocab') else 49407
+    batch.text[:, -1] = rec.text.vocab - 1  # the end token
     batch.label.copy_(torch.arange(PAIRS))
     batch.image.normal_()
     return batch
@@ -48,7 +48,9 @@ def random_batch(rec):
 
 @pytest.mark.parametrize('name', ['mobileclip_nano', 'mobileclip_s0'])
 def test_activations_as_profiled(name):
-    "Within a tenth of what torch.profiler sees: after the forward pass, and at the peak"
+    """Within a tenth of what torch.profiler sees after the forward pass.
+
+    The peak that it sees has what kernels take for themselves, too, so it is no less than ours."""
     model, spec = build(find_record(name), empty=True).train(), TrainSpec()
     model.to(memory_format=torch.channels_last)
     for p in model.parameters():
@@ -62,6 +64,47 @@ def test_activations_as_profiled(name):
         objective(model, batch, spec).total.backward()
     found = measure_towers(model, spec)
     saved, peak = allocated(forward)[-1], max(allocated(whole))
-    print(f'{name}: saved {found.saved.at(PAIRS) / saved:.4f}, peak {found.peak.at(PAIRS) / peak:.4f}')
+    print(
+        f'{name}: saved {found.saved.at(PAIRS) / saved:.4f}, peak {found.peak.at(PAIRS) / peak:.4f}'
+    )
     assert 0.9 < found.saved.at(PAIRS) / saved < 1.1
-    assert 0.9 < found.peak.at(PAIRS) / peak < 1.1
+    assert found.peak.at(PAIRS) < 1.01 * peak
+
+
+def step_peak(model, spec, pairs, world):
+    "Bytes of the real step on fake tensors, on one of `world` simulated ranks"
+    live = LiveBytes()
+    with FakeTensorMode(), simulate_ranks(world), torch.random.fork_rng():
+        twin = hollow_copy(model, spec)
+        opt = make_optimizer(twin, spec)
+        batch = empty_batch(model.record, pairs, spec.loss.widths, True)
+        with checkpoint_activations(twin, spec.checkpointing), live:
+            there = [*twin.parameters(), *twin.buffers(), *(t for t in batch if t is not None)]
+            for t in there:
+                live.add(t)
+            step(twin, batch, opt, spec)
+    return sum(live.peak), sum(t.nbytes for t in batch if t is not None)
+
+
+@pytest.mark.parametrize('checkpointing, parts', [(False, 1), (True, 1), (True, 2)])
+def test_sum_is_the_real_step(checkpointing, parts):
+    "The pieces add up to what the real step of one of eight ranks holds, in bfloat16"
+    r = recipe('nano-emoji-dr').at('full')
+    model = build(record_of(r), empty=True)
+    spec = r.train.but(precision='bfloat16', ema=0.0)
+    spec = with_fit(spec, Fit(checkpointing, parts))
+    measure = StepMeasure(model, spec, 1024, 8, synthetic=True)
+    found, one = measure.at(checkpointing, parts), measure_state(model, spec)
+    peak, batch = step_peak(model, spec, 1024, 8)
+    state = one.parameters + one.buffers + one.gradients + one.optimizer
+    estimate = state + batch + found.activations + found.logits
+    later = one.gradients + one.optimizer  # counted at every moment, made in the first step
+    assert -0.01 * peak < estimate - peak < later + 0.01 * peak
+
+
+def test_limit_that_nothing_fits():
+    "An error before the first step, with the number and the remedy"
+    r = recipe('mobileclip_s0.datacompdr1b').at('full')
+    model = build(record_of(r), empty=True)
+    with pytest.raises(ValueError, match=r'does not fit.* GB.*train.parallel=fsdp'):
+        fit_model(model, r.train, 4, 1, True, 1.0)

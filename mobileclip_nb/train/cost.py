@@ -93,7 +93,7 @@ class Price(NamedTuple):
         ranks = 'one rank' if self.ranks == 1 else f'each of {self.ranks} ranks'
         return f'\nmemory of a step on {ranks}, {self.fit}: {StepMemory(**self.memory)}'
 
-
+# %% ../../nbs/train/33_cost.ipynb #33f00011
 def with_memory(
     cost: Price,
     fitted: Fitted | None,  # None leaves the memory open
@@ -183,7 +183,7 @@ def measure_rate(
     times.append(time.perf_counter())
     return found.batch * current_ranks().world / median(b - a for a, b in zip(times[1:], times[2:]))
 
-
+# %% ../../nbs/train/33_cost.ipynb #33f00012
 def measured_price(
     r: Recipe,  # at its size
     found: Any,  # its source
@@ -229,7 +229,7 @@ def published_ranks(
         return 1
     return _GPUS.get(name) or (256 if name.endswith('datacompdr1b') else 128)
 
-
+# %% ../../nbs/train/33_cost.ipynb #33f00013
 def rate_alone(
     r: Recipe,  # at its size
     device: str,  # where the run would be

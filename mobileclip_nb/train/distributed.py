@@ -134,7 +134,7 @@ def broadcast_bytes(
     dist.broadcast(data, 0)
     return bytes(data.cpu().numpy())[: size.item()]
 
-
+# %% ../../nbs/train/02_distributed.ipynb #02f00011
 def text_from_first(
     text: str,  # of the first rank; that of others is ignored
     ranks: Ranks,

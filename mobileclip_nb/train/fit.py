@@ -101,14 +101,13 @@ def fit_candidates(
     yield from ((kinds[-1], n) for n in parts if kinds[-1] or n not in large)
 
 # %% ../../nbs/train/27_fit.ipynb #27a00015
-CHUNKS = 6  # halvings of the rows of logits that are tried, with none
+CHUNKS = (4, 16)  # parts of the rows of logits that are tried
 
 
 def _chunks(spec: TrainSpec, pairs: int) -> list[int]:
     "Rows of logits at a time, the largest first"
     asked = spec.loss.chunk or pairs
-    smaller = [asked >> k for k in range(1, CHUNKS) if asked >> k >= FEW]
-    return [spec.loss.chunk, *smaller]
+    return [spec.loss.chunk, *(asked // k for k in CHUNKS if asked // k >= FEW)]
 
 
 def _too_much(measure: StepMeasure, limit: float, fit: Fit) -> ValueError:

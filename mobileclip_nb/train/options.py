@@ -108,7 +108,7 @@ LAUNCH_OPTIONS: Options = (
 )
 # fmt: on
 
-
+# %% ../../nbs/train/43_options.ipynb #43f00011
 def option_names(
     options: Options,
 ) -> list[str]:  # as the parsed arguments have them: `held_out`
@@ -281,6 +281,13 @@ def _changes(was: Any, r: Any, data: str, how: Any, start: str) -> list[str]:
     return out
 
 
+def _fitted(r: Any, out: Path) -> Any:
+    "The recipe that is asked for, with the parts that a folder's run has chosen for its device"
+    from mobileclip_nb.train.fit import read_fit, recipe_to_run
+
+    return r if r is None else recipe_to_run(r, read_fit(out))
+
+
 def _run_name(r: Any, data: str, start: str) -> str:
     "A run in an error: recipe, data, start"
     return f'{r.name} on {data}' + (f' from {start}' if start else '')
@@ -296,7 +303,6 @@ def check_folder(
 ) -> None:
     "Raise an error before data are read where a folder holds another run, or other files"
     from mobileclip_nb.core.files import check_writable
-    from mobileclip_nb.train.fit import read_fit, recipe_to_run
     from mobileclip_nb.train.recipe import NOTE
     from mobileclip_nb.train.checkpoint import checkpoints, check_vacant
 
@@ -311,8 +317,7 @@ def check_folder(
             "wrote it. Choose another folder, or move that away"
         )
     place = str(data or (r.data if r is not None else ''))
-    if was is not None and r is not None:
-        r = recipe_to_run(r, read_fit(out))
+    r = _fitted(r, out)
     if was is not None and r is not None and (other := _changes(was, r, place, how, start)):
         old, new = _run_name(was.recipe, was.data, was.start), _run_name(r, place, start)
         raise ValueError(

@@ -239,12 +239,14 @@ def _train(model: CLIP, data: RunData, out: str | Path | None, config: RunConfig
             "Bring back what was there, or choose another folder"
         ) from e
 
-
+# %% ../../nbs/train/40_run.ipynb #40f00011
 FILES = 'files.json'  # in a run's folder: time and size of each file that it reads
 
 
 def _note_files(out: str | Path, data: RunData) -> None:
-    "Note the files of a new run"
+    "Note the files of a new run, and how its steps are carried out"
+    if data.fitted:
+        write_fit(out, data.fitted)
     if data.note is None and data.place != 'memory':
         with atomic_write(Path(out) / FILES) as tmp:
             tmp.write_text(json.dumps(_states(data.place), indent=0), encoding='ascii')
@@ -297,8 +299,6 @@ def run(
         if out and first:
             write_note(out, note_of(data, model, config))
             _note_files(out, data)
-            if data.fitted:
-                write_fit(out, data.fitted)
         chosen = choose_evaluation(data, config, say)
         done = _train(model, data, out, chosen.but(say=say))
         learned = merge_lora(done.model) if data.recipe.lora else done.model

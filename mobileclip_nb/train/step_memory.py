@@ -124,7 +124,7 @@ def empty_batch(
         stored['syn_emb'] = of(sum(widths), **row)
     return Batch(**own, **second, **stored)
 
-
+# %% ../../nbs/train/26_step_memory.ipynb #26a00042
 def batch_bytes(
     batch: Batch,  # of fake tensors, or not
 ) -> int:
@@ -268,7 +268,7 @@ class StepMemory(NamedTuple):
         large = [f'{name} {format_bytes(n)}' for name, n in named if n > self.total / 100]
         return f'{format_bytes(self.total)}: {", ".join(large)}'
 
-
+# %% ../../nbs/train/26_step_memory.ipynb #26a00043
 def _own_bytes(
     t: Tensor,
     world: int,  # ranks that share it
@@ -321,14 +321,13 @@ def _describe(x: Any) -> Any:  # in JSON's own types
     return plain(x)
 
 
-def _remember(kind: str, args: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
-    "Look a measurement up in the cache, or measure; code that was changed always measures"
+def _cached(key: str, measure: Callable[[], Any]) -> Any:
+    "Look a measurement up on the disk, or measure; code that was changed always measures"
     version = code_version()
     if version.endswith('-dirty'):
         return measure()
-    asked = [kind, version, torch.__version__, *map(_describe, args)]
-    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
-    path = cache_dir('step_memory', f'{key}.json')
+    name = hashlib.sha256(f'{version} {key}'.encode()).hexdigest()[:24]
+    path = cache_dir('step_memory', f'{name}.json')
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding='ascii'))
     found = measure()
@@ -337,6 +336,17 @@ def _remember(kind: str, args: tuple[Any, ...], measure: Callable[[], Any]) -> A
         with atomic_write(path) as tmp:
             tmp.write_text(json.dumps(found), encoding='ascii')
     return found
+
+
+_FOUND: dict[str, Any] = {}  # measurements of this process
+
+
+def _remember(kind: str, args: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
+    "A measurement, made once for everything it depends on"
+    key = json.dumps([kind, torch.__version__, *map(_describe, args)])
+    if key not in _FOUND:
+        _FOUND[key] = _cached(key, measure)
+    return _FOUND[key]
 
 # %% ../../nbs/train/26_step_memory.ipynb #26a00026
 class StepMeasure:
