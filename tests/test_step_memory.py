@@ -1,4 +1,4 @@
-"The computed memory of a step against torch.profiler, the real step, and eight simulated ranks."
+"The computed memory of a step against torch.profiler and the real step of eight simulated ranks."
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mobileclip_nb.models.zoo import build, find_record
 from mobileclip_nb.train.config import TrainSpec
-from mobileclip_nb.train.fit import Fit, fit_model, with_fit
+from mobileclip_nb.train.fit import Fit, with_fit
 from mobileclip_nb.train.memory import checkpoint_activations
 from mobileclip_nb.train.objective import encode_batch, objective
 from mobileclip_nb.train.optim import make_optimizer
@@ -86,7 +86,7 @@ def step_peak(model, spec, pairs, world):
     return sum(live.peak), sum(t.nbytes for t in batch if t is not None)
 
 
-@pytest.mark.parametrize('checkpointing, parts', [(False, 1), (True, 1), (True, 2)])
+@pytest.mark.parametrize('checkpointing, parts', [(True, 1), (True, 2)])
 def test_sum_is_the_real_step(checkpointing, parts):
     "The pieces add up to what the real step of one of eight ranks holds, in bfloat16"
     r = recipe('nano-emoji-dr').at('full')
@@ -100,11 +100,3 @@ def test_sum_is_the_real_step(checkpointing, parts):
     estimate = state + batch + found.activations + found.logits
     later = one.gradients + one.optimizer  # counted at every moment, made in the first step
     assert -0.01 * peak < estimate - peak < later + 0.01 * peak
-
-
-def test_limit_that_nothing_fits():
-    "An error before the first step, with the number and the remedy"
-    r = recipe('mobileclip_s0.datacompdr1b').at('full')
-    model = build(record_of(r), empty=True)
-    with pytest.raises(ValueError, match=r'does not fit.* GB.*train.parallel=fsdp'):
-        fit_model(model, r.train, 4, 1, True, 1.0)

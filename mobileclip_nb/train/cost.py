@@ -82,7 +82,8 @@ class Price(NamedTuple):
             data = f'{format_bytes(self.stored)} of data, {format_bytes(self.read)} to read'
         if self.rate:
             origin = self.assumed or 'measured here, in a few steps'
-            time = f'{format_hours(self.hours)} at {self.rate:,.0f} images/s ({origin})'
+            rate = f'{self.rate:,.0f}' if self.rate >= 10 else f'{self.rate:.2g}'
+            time = f'{format_hours(self.hours)} at {rate} images/s ({origin})'
         return f'{pairs}{format_passes(self.passes)}\n{data}\n{time}{self._memory_line}'
 
     @property
