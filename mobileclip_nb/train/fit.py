@@ -210,7 +210,7 @@ def read_fit(
             "steps of the run are carried out; bring it back, or start in another folder"
         ) from e
 
-
+# %% ../../nbs/train/27_fit.ipynb #27a00041
 def write_fit(
     out: str | Path,  # a run's folder
     fitted: Fitted,
