@@ -5,13 +5,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+from mobileclip_nb.core.ledger import read
 from mobileclip_nb.models.zoo import build, find_record
 from mobileclip_nb.train.config import TrainSpec
 from mobileclip_nb.train.fit import Fit, with_fit
 from mobileclip_nb.train.memory import checkpoint_activations
 from mobileclip_nb.train.objective import encode_batch, objective
 from mobileclip_nb.train.optim import make_optimizer
+from mobileclip_nb.train.options import check_folder
 from mobileclip_nb.train.recipe import recipe, record_of
+from mobileclip_nb.train.run import RunConfig, run
 from mobileclip_nb.train.step import step
 from mobileclip_nb.train.step_memory import (
     LiveBytes,
@@ -100,3 +103,25 @@ def test_sum_is_the_real_step(checkpointing, parts):
     estimate = state + batch + found.activations + found.logits
     later = one.gradients + one.optimizer  # counted at every moment, made in the first step
     assert -0.01 * peak < estimate - peak < later + 0.01 * peak
+
+
+def test_choice_is_kept(tmp_path):
+    "A run in parts is another recipe, and goes on with its choice where no limit is named"
+    r = recipe('nano-emoji').at('smoke')
+    r = r.but(stream=r.stream.but(batch=32))
+    measure = StepMeasure(build(record_of(r), empty=True), r.train, 32)
+    limit = (measure.at(True, 1).total - 1) / 0.9e9
+    ledger, quiet = tmp_path / 'ledger.jsonl', RunConfig(progress=False, watch=())
+    first = run(r, 'emoji', tmp_path / 'run', config=quiet, memory=limit, ledger=ledger)
+    chosen = first.data.fitted
+    assert chosen.fit.parts > 1
+    assert chosen.changes
+    assert first.recipe.train.accumulate == chosen.fit.parts
+    assert first.recipe.id != r.id
+    (line,) = read(ledger)
+    assert line.spec_id == first.recipe.id
+    assert line.origin['memory']['fit'] == chosen.fit._asdict()
+    check_folder(tmp_path / 'run', True, r, 'emoji')
+    again = run(r, 'emoji', tmp_path / 'run', config=quiet, resume=True)
+    assert again.data.fitted == chosen
+    assert (again.run.new, again.recipe.id) == (0, first.recipe.id)
