@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Ranks', 'current_ranks', 'gather', 'gather_rows', 'check_same_size', 'mean_over_ranks', 'any_rank', 'broadcast_bytes',
-           'sum_over_ranks', 'Moments', 'moments', 'SyncNorm1d', 'SyncNorm2d', 'sync_norms', 'replace_norms']
+           'text_from_first', 'sum_over_ranks', 'Moments', 'moments', 'SyncNorm1d', 'SyncNorm2d', 'sync_norms',
+           'replace_norms']
 
 # %% ../../nbs/train/02_distributed.ipynb #a9b07239
 from typing import Any, NamedTuple, Self
@@ -132,6 +133,17 @@ def broadcast_bytes(
         data = torch.empty(max(size.item(), 1), dtype=torch.uint8, device=device)
     dist.broadcast(data, 0)
     return bytes(data.cpu().numpy())[: size.item()]
+
+# %% ../../nbs/train/02_distributed.ipynb #02f00011
+def text_from_first(
+    text: str,  # of the first rank; that of others is ignored
+    ranks: Ranks,
+) -> str:  # the same on every rank
+    "Give every rank the first one's text, over the device of the process group"
+    if ranks.world == 1:
+        return text
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    return broadcast_bytes(text.encode(), ranks, device).decode()
 
 # %% ../../nbs/train/02_distributed.ipynb #6d93be89
 class _Sum(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..core.runtime import pick_device
 from .distributed import Ranks, current_ranks
-from .distributed import broadcast_bytes
+from .distributed import text_from_first
 from .recipe import NOTE, Note, note_to_resume, parse_note
 
 # %% ../../nbs/train/34_process_group.ipynb #4256bf1f
@@ -73,10 +73,8 @@ def shared_note(
     ranks: Ranks,
 ) -> Note | None:  # the same on every rank; None where no run can go on
     "Read the note of the run that goes on"
-    text = b''
+    text = ''
     if out and resume and not ranks.rank and note_to_resume(out):
-        text = (Path(out) / NOTE).read_bytes()
-    if ranks.world > 1:
-        device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-        text = broadcast_bytes(text, ranks, device)
-    return parse_note(text.decode()) if text else None
+        text = (Path(out) / NOTE).read_text(encoding='utf-8')
+    text = text_from_first(text, ranks)
+    return parse_note(text) if text else None

@@ -17,6 +17,7 @@ from ..datasets.pairs import read_pairs
 from ..inference.embed import read_file_state
 from ..loaders.batches import Batches, PairData
 from ..loaders.compose import Mixture, Slice, parts, shares
+from .fit import Fitted
 from .paper_recipes import ROWS
 from ..loaders.ranged import Ranged
 from ..shards.io import read_shard
@@ -238,6 +239,7 @@ class RunData(NamedTuple):
     shares: tuple[float, ...] | None  # of each place's pictures kept out; None: not known
     place: str = 'memory'  # what was opened
     note: Note | None = None  # of the run that goes on; None for a new run
+    fitted: Fitted | None = None  # how its steps are carried out, where a device limits them
 
 
 def adapt_recipe(
