@@ -335,50 +335,6 @@ def test_command_starts_and_runs(hub, tmp_path):
     assert [len(s.param_aug) for s in read_shard(tmp_path / 'OUT/00000000.tar')] == [30] * 4
 
 
-def test_precision_is_in_recipe_manifest_and_rows(hub, tmp_path, capsys):
-    "`--precision bfloat16`: another id, recorded, rows near those of float32 and not equal to them"
-    (tmp_path / 'in').mkdir()
-    four_samples(tmp_path / 'in')
-    words = ['reinforce', str(tmp_path / 'in')]
-    recipe = ['--recipe', 'datacompdr-12m', '--augmentations', '2']
-    half = ['--precision', 'bfloat16', '--channels-last']
-    rows, ids = {}, {}
-    for name, more in (('exact', []), ('half', half)):
-        assert main([*words, str(tmp_path / name), *recipe, *more]) == 0, capsys.readouterr()
-        rows[name] = np.concatenate(
-            [s.image_emb for s in read_shard(tmp_path / f'{name}/00000000.tar')]
-        )
-        about = read_manifest(tmp_path / name).about
-        ids[name] = about['recipe_id']
-        assert (
-            about['recipe'] == json.loads((tmp_path / name / 'recipe.json').read_text())['recipe']
-        )
-    assert about['recipe']['compute'] == dict(
-        precision='bfloat16', channels_last=True, compile=False
-    )
-    assert ids['half'] != ids['exact']
-    cosines = (rows['exact'] * rows['half']).sum(1) / 2  # two teachers
-    assert 0.999 < cosines.min() and not np.array_equal(rows['exact'], rows['half'])
-    assert main([*words, str(tmp_path / 'half'), *recipe]) == 2
-    assert "compute.precision: 'bfloat16' there, 'float32' here" in capsys.readouterr().err
-
-
-def test_sets_of_earlier_versions_go_on(hub, tmp_path, capsys):
-    "A folder whose recipe says nothing of a precision is continued, and its manifest keeps its words"
-    (tmp_path / 'in').mkdir()
-    four_samples(tmp_path / 'in')
-    out = tmp_path / 'out'
-    words = ['reinforce', str(tmp_path / 'in'), str(out), '--recipe', 'datacompdr-12m']
-    assert main(words) == 0, capsys.readouterr()
-    earlier = json.loads((out / 'recipe.json').read_text())
-    del earlier['recipe']['compute']
-    (out / 'recipe.json').write_text(json.dumps(earlier))
-    (out / '00000000.tar').unlink()
-    assert main(words) == 0, capsys.readouterr()
-    assert read_manifest(out).about['recipe'] == earlier['recipe']
-    assert main([*words, '--precision', 'float16']) == 2
-
-
 def test_layouts():
     "DataCompDR stores text rows in one float32 array, DFNDR has an array for each caption key"
     stores = {name: find_reinforce_recipe(name).store for name in RUNS}

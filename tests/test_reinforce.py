@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from mobileclip_nb.augment.pipeline import DATACOMPDR, apply, unpack
+from mobileclip_nb.cli.main import main
+from mobileclip_nb.models.precision import ComputeSpec
 from mobileclip_nb.reinforce.captioner import CaptionerSpec
 from mobileclip_nb.core.files import read_bytes, write_bytes
 from mobileclip_nb.reinforce.run_local import reinforce
@@ -534,6 +536,50 @@ def test_an_interrupt(shards, undisturbed, tmp_path):
         reinforce(shards, tmp_path / 'out', TOY, load=toys, progress=False).ok
         and made(tmp_path / 'out') == undisturbed
     )
+
+
+# ---- precision
+
+
+def test_precision_is_in_recipe_manifest_and_rows(tmp_path, capsys):
+    "`--precision bfloat16`: another id, recorded, rows near those of float32 and not equal to them"
+    write_shard(tmp_path / 'in/0.tar', plain(0, 6), StoreSpec())
+    words = ['--recipe', 'nano-emoji', '--augmentations', '2', '--store', 'float32']
+    half = ['--precision', 'bfloat16', '--channels-last']
+    rows, ids = {}, {}
+    for name, more in (('exact', []), ('half', half)):
+        out = tmp_path / name
+        assert main(['reinforce', str(tmp_path / 'in'), str(out), *words, *more]) == 0
+        rows[name] = np.concatenate([s.image_emb for s in read_shard(out / '0.tar')])
+        about = read_manifest(out).about
+        ids[name] = about['recipe_id']
+        assert about['recipe'] == json.loads((out / 'recipe.json').read_text())['recipe']
+    compute = dict(precision='bfloat16', channels_last=True, compile=False)
+    assert about['recipe']['compute'] == compute
+    assert ids['half'] != ids['exact']
+    cosines = (rows['exact'] * rows['half']).sum(1) / 2  # two teachers
+    assert 0.99 < cosines.min()
+    assert not np.array_equal(rows['exact'], rows['half'])
+    capsys.readouterr()
+    assert main(['reinforce', str(tmp_path / 'in'), str(tmp_path / 'half'), *words]) == 2
+    assert "compute.precision: 'bfloat16' there, 'float32' here" in capsys.readouterr().err
+
+
+def test_sets_of_earlier_versions_go_on(tmp_path):
+    "A folder whose recipe says nothing of a precision is continued, and its manifest keeps its words"
+    for i in range(2):
+        write_shard(tmp_path / f'in/{i}.tar', plain(4 * i, 4), StoreSpec())
+    src, out = tmp_path / 'in', tmp_path / 'out'
+    assert reinforce(src, out, TOY, load=toys, progress=False).done == 2
+    earlier = json.loads((out / 'recipe.json').read_text())
+    del earlier['recipe']['compute']
+    (out / 'recipe.json').write_text(json.dumps(earlier))
+    (out / '1.tar').unlink()
+    assert reinforce(src, out, TOY, load=toys, progress=False).done == 1
+    assert read_manifest(out).about['recipe'] == earlier['recipe']
+    half = TOY.but(compute=ComputeSpec('float16'))
+    with pytest.raises(ValueError, match="compute.precision: 'float32' there, 'float16' here"):
+        reinforce(src, out, half, load=never)
 
 
 # ---- defects of the public generator (nbs/reinforce/08_reference_defects)
