@@ -107,12 +107,10 @@ def write_open_clip_folder(hub, repo, model, file):
 
 
 def write_released(hub):
-    "Narrow weights of every released model under its repository, in the naming of its file"
+    "Narrow weights of every released model in its repository, in the naming of its file"
     for r in published_records():
-        small, (place,) = narrow_record(r), r.weights.values()
-        repo, file = '/'.join(place.removeprefix('hf-hub:').split('/')[:2]), ''
-        if place.count('/') == 2:
-            file = place.rpartition('/')[2]
-        file = file or hub_names(repo)[0 if 'OpenCLIP' in repo else 2]
-        naming = 'apple' if file.endswith('.pt') else 'open_clip'
-        save_weights(build(small).eval(), hub.add(repo, file), naming)
+        (place,) = r.weights.values()
+        org, name, *file = place.removeprefix('hf-hub:').split('/')
+        repo = f'{org}/{name}'
+        path = hub.add(repo, *(file or hub_names(repo)[:1]))
+        save_weights(build(narrow_record(r)).eval(), path, 'apple' if file else 'open_clip')
