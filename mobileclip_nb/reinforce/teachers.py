@@ -280,7 +280,7 @@ def _guest(
             "Check name and connection, or download the weights and give their path"
         ) from e
 
-
+# %% ../../nbs/reinforce/02_teachers.ipynb #02ld0001
 def load_teacher(
     spec: TeacherSpec,  # its config
     device: str = 'cpu',  # where it computes; embeddings are returned on the CPU
