@@ -161,7 +161,7 @@ def _read_reinforcement(
 
 
 def reinforcement_of(
-    args: argparse.Namespace,  # `recipe`, `captioner`, `augmentations`, `store`, `bits`, `seed`
+    args: argparse.Namespace,  # `recipe` and what replaces parts of it, such as `store`
 ) -> Any:  # a `ReinforceSpec`
     "Read a recipe by name or from a file, and change what the options say"
     spec = _read_reinforcement(str(args.recipe))
@@ -177,18 +177,24 @@ def reinforcement_of(
     if args.bits is not None and (args.store or spec.store.form) != 'compact':
         raise ValueError('--bits belongs to --store compact')
     store = dict(form=args.store, bits=args.bits)
-    return spec.but(store=spec.store.but(**{k: v for k, v in store.items() if v is not None}))
+    spec = spec.but(store=spec.store.but(**{k: v for k, v in store.items() if v is not None}))
+    compute = dict(precision=args.precision, channels_last=args.channels_last, compile=args.compile)
+    return spec.but(compute=spec.compute.but(**{k: v for k, v in compute.items() if v}))
 
 # %% ../../nbs/cli/01_shard_commands.ipynb #b701510e
 def reinforce_command(
     args: argparse.Namespace,  # `source`, `out`, `engine`, ..., and those of `reinforcement_of`
 ) -> int:  # exit status
     "Add captions, augmentations and teachers' embeddings to shards; the same command again goes on"
+    from mobileclip_nb.models.precision import check_compute
+
     spec = reinforcement_of(args)
     device = pick_device(args.device)  # a missing one is an error before anything is made
+    check_compute(spec.compute, device)
     say(
         f'{spec.name} ({spec.id}): {spec.n_augmentations} augmentations, '
-        f'{len(spec.captioners)} captioners, {len(spec.teachers)} teachers'
+        f'{len(spec.captioners)} captioners, {len(spec.teachers)} teachers, '
+        f'in {spec.compute.precision}'
     )
     job = (args.source, args.out, spec, args.workers)
     if args.engine == 'ray':
@@ -390,6 +396,9 @@ _REINFORCE: Options = (
     ('--store', flag("how embeddings are written, instead of the recipe's", choices=['float32', 'bf16', 'compact'])),
     ('--bits', flag('bits a number in the compact store', type=int, choices=range(2, 9))),
     ('--seed', flag("instead of the recipe's", type=int)),
+    ('--precision', flag('of captioners and teachers; a part of the recipe', choices=['float32', 'tf32', 'bfloat16', 'float16'])),
+    ('--channels-last', flag('images and convolutions with the channels side by side; a part of the recipe')),
+    ('--compile', flag('the towers through torch.compile; a part of the recipe')),
     ('--engine', dict(default='local', choices=['local', 'ray'], help='this machine, or a Ray cluster')),
     ('--address', flag('address of a Ray cluster; without one Ray starts here', type=str)),
     ('--workers', dict(type=int, default=1, help='processes, or actors of the cluster (1)')),
