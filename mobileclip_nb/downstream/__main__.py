@@ -15,8 +15,10 @@ from .supervised import Classified, ClassifyConfig, SUPERVISED
 from .supervised import SupervisedRun, classify_price
 from .supervised import measured_classify_price, open_supervised
 from .supervised import supervised_recipe, train_classifier
+from .supervised import with_classify_memory
 from ..train.between_steps import LoopConfig
 from ..train.cost import Price
+from ..train.distributed import current_ranks
 from ..train.options import OPTIONS, add_options, with_fields
 from ..train.process_group import group, own_device
 
@@ -80,7 +82,8 @@ def train_supervised(
     "Train what the command line asks for, on this rank"
     spec, device = spec_of(args), own_device(args.device)
     if args.price and args.data is None:
-        return classify_price(spec, args.rate, origin='assumed: --rate')
+        cost = classify_price(spec, args.rate, origin='assumed: --rate')
+        return with_classify_memory(cost, spec)
     if not args.data:
         raise ValueError('Give the images: --data FOLDER, with train/CLASS/... and val/CLASS/...')
     if args.resume and not args.out:
@@ -96,7 +99,9 @@ def train_supervised(
     with group(device, args.patience):
         if args.price:
             given = args.teacher_weights, device, args.workers or 0
-            return measured_classify_price(open_supervised(args.data, spec, *given), args.rate)
+            run = open_supervised(args.data, spec, *given)
+            cost, world = measured_classify_price(run, args.rate), current_ranks().world
+            return with_classify_memory(cost, spec, len(run.source.classes), world)
         return train_classifier(args.data, spec, args.out, args.teacher_weights, config)
 
 # %% ../../nbs/downstream/06___main__.ipynb #5cb1000b
