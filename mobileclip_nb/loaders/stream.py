@@ -161,6 +161,7 @@ class BadSamples:
     ):
         self.path, self.skips = path, skips
         self.bad = [{} for _ in range(groups)]  # of each group: (shard, number) to epoch
+        self.found = {}  # (group, shard, number) to what was found first
         try:
             lines = path.read_text(encoding='utf-8').splitlines()
         except OSError:
@@ -177,6 +178,7 @@ class BadSamples:
         known = group.get(place)
         group[place] = sample.epoch if known is None else min(known, sample.epoch)
         if known is None:
+            self.found[sample[:3]] = sample
             self.skips.add(sample.reason, sample.name, sample.key, sample.detail)
         if not write or (known is not None and known <= sample.epoch):
             return
@@ -186,6 +188,14 @@ class BadSamples:
                 file.write(json.dumps(list(sample)) + '\n')
         except OSError:
             pass  # a folder that is not writable; a checkpoint may keep `Stream.state`
+
+    def to_list(self) -> list[list[Any]]:
+        "What a checkpoint keeps, as JSON"
+        samples = []
+        for (group, *place), sample in sorted(self.found.items()):
+            epoch = self.bad[group][tuple(place)]
+            samples.append(list(sample._replace(epoch=epoch)))
+        return samples
 
     def is_good(self, group: int, slot: Slot) -> bool:
         "Whether a slot holds no sample known to be bad in its epoch"
@@ -350,12 +360,7 @@ class Shards:
 
     def state(self) -> dict[str, Any]:
         "What a checkpoint may keep, as JSON: the bad samples that this rank has found"
-        samples = []
-        for group, bad in enumerate(self.bad.bad):
-            for (shard, i), epoch in sorted(bad.items()):
-                why = '', 'missing', 'known from a checkpoint'
-                samples.append([group, shard, i, epoch, self._name(group, shard), *why])
-        return dict(bad=samples)
+        return dict(bad=self.bad.to_list())
 
     def restore(
         self,

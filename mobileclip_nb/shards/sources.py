@@ -140,7 +140,9 @@ def count_samples(
     counted: list[int] = []
     with _pool(urls, workers) as pool:
         found: Iterable = pool.map(partial(count_shard, memory=str(memory)), urls)
-        for n, rejected in tqdm(found, 'count', len(urls), unit=' shards', disable=not progress):
+        quiet = not progress or len(urls) < FEW
+        bar = tqdm(found, 'count', len(urls), leave=False, unit=' shards', disable=quiet)
+        for n, rejected in bar:
             counted.append(n)
             if skips is not None:
                 skips.merge(Skips.from_dict(rejected))
