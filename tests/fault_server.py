@@ -20,6 +20,7 @@ class Request(NamedTuple):
     query: str
     range: str  # of bytes; empty for a whole file
     fault: str  # one of `FAULTS`; empty for none
+    probe: bool  # a GET for size and version alone, whose body is not read
 
 
 class FaultServer(ThreadingHTTPServer):
@@ -34,17 +35,18 @@ class FaultServer(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.url = f'http://127.0.0.1:{self.server_port}'
 
-    def draw(self, method, path):
+    def draw(self, method, path, probe):
         "The fault of a request; a short body is given to shards only, whose size readers know"
         with self.lock:
             fault = self.random.choice(self.kinds) if self.random.random() < self.share else ''
-        if fault == 'short' and not path.endswith('.tar'):
-            return 'cut'
+        if fault == 'short' and (probe or not path.endswith('.tar')):
+            return '503'
         return '503' if fault in ('cut', 'short') and method != 'GET' else fault
 
     def fetched(self, ending='.tar'):
         "How often each piece of a file came whole: (path, range) to a number"
-        whole = [r for r in self.requests if r.method == 'GET' and r.fault in ('', 'slow')]
+        got = [r for r in self.requests if r.method == 'GET' and not r.probe]
+        whole = [r for r in got if r.fault in ('', 'slow')]
         return Counter((r.path, r.range) for r in whole if r.path.endswith(ending))
 
     def handle_error(self, request, client_address):
@@ -60,9 +62,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         server, parts = self.server, urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-        fault = server.draw(self.command, parts.path)
         asked = self.headers.get('Range', '')
-        server.requests.append(Request(self.command, parts.path, parts.query, asked, fault))
+        probe = not asked and self.headers.get('Accept-Encoding') == 'identity'  # of fsspec
+        fault = server.draw(self.command, parts.path, probe)
+        note = Request(self.command, parts.path, parts.query, asked, fault, probe)
+        server.requests.append(note)
         if fault == 'slow':
             time.sleep(server.delay)
         if fault == '503':

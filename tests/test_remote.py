@@ -1,6 +1,6 @@
 "Shards on a web server and on S3 that fail: fetched once a node, the same batches, kills, an empty cache"
 
-import io, json, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, time
+import io, json, os, random, shutil, signal, socket, subprocess, sys, time
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fault_server import serve
 from PIL import Image
 
 from mobileclip_nb.core.copies import fetch_copy
-from mobileclip_nb.core.files import exists, list_shards, read_bytes
+from mobileclip_nb.core.files import exists, list_shards, read_bytes, sha256
 from mobileclip_nb.loaders.lanes import Lanes
 from mobileclip_nb.loaders.stream import Stream, StreamSpec
 from mobileclip_nb.shards.io import write_shard
@@ -54,22 +54,20 @@ def same(a, b):
     return all(x is None and y is None or torch.equal(x, y) for x, y in zip(a, b))
 
 
-def fetch(url, folder, pipe):
-    "What one process of a node does"
-    pipe.send(fetch_copy(url, folder).read_bytes())
-
-
 def test_processes_of_a_node_fetch_once(tmp_path):
     write_set(tmp_path / 's', shards=1, each=40)
+    script = (
+        'import hashlib, sys; from mobileclip_nb.core.copies import fetch_copy; '
+        'print(hashlib.sha256(fetch_copy(*sys.argv[1:]).read_bytes()).hexdigest())'
+    )
     with serve(folder=tmp_path, share=0.4, seed=3) as server:
-        url = f'{server.url}/s/00/00000000.tar'
-        spawn, pipes = multiprocessing.get_context('spawn'), []
-        for _ in range(4):
-            here, there = spawn.Pipe(False)
-            spawn.Process(target=fetch, args=(url, tmp_path / 'c', there), daemon=True).start()
-            pipes.append(here)
-        contents = {pipe.recv() for pipe in pipes}
-    assert contents == {(tmp_path / 's/00/00000000.tar').read_bytes()}
+        command = [sys.executable, '-c', script, f'{server.url}/s/00/00000000.tar', tmp_path / 'c']
+        env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]))
+        processes = [
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)
+        ]
+        answers = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert answers == {sha256(tmp_path / 's/00/00000000.tar')}
     assert list(server.fetched().values()) == [1]
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .files import FileState, copy_file, read_state
+from mobileclip_nb.core.files import (
+    FileState,
+    SizeChanged,
+    copy_file,
+    last_part,
+    read_state,
+)
 
 # %% ../../nbs/core/10_copies.ipynb #e16c0007
 MOST_GB = 500  # of copies, where nothing else is asked for
@@ -105,6 +111,26 @@ def version_time(state: FileState) -> int:  # nanoseconds
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], 'big')
 
 
+def _copy_whole(url: str, part: Path, limit: int) -> FileState:
+    "Copy a file, and compare its size once more: a busy store may have named another"
+    state = read_state(url)
+    make_room(part.parent, state.size or 0, limit)
+    copy_file(url, part, state)
+    if read_state(url).size != state.size:
+        raise SizeChanged(f"{last_part(url)!r} has changed its size while it was copied; try again")
+    return state
+
+
+def _copy_steady(url: str, part: Path, limit: int) -> FileState:
+    "Copy a file, again if its size changes meanwhile"
+    for _ in range(2):
+        try:
+            return _copy_whole(url, part, limit)
+        except SizeChanged:
+            continue
+    return _copy_whole(url, part, limit)
+
+
 def fetch_copy(
     url: str,  # a file of a store
     folder: str | Path,  # of the copies on this machine; it is created
@@ -118,9 +144,9 @@ def fetch_copy(
     with _lock(folder, copy.stem):
         if _touch(copy):
             return copy
-        state, part = read_state(url), copy.with_suffix('.part')
-        make_room(folder, state.size or 0, cache_limit(folder) if limit is None else limit)
-        copy_file(url, part, state)
+        limit = cache_limit(folder) if limit is None else limit
+        part = copy.with_suffix('.part')
+        state = _copy_steady(url, part, limit)
         os.utime(part, ns=(time.time_ns(), version_time(state)))
         os.replace(part, copy)
     return copy

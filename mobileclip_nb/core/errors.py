@@ -79,7 +79,7 @@ def is_transient(
     "Whether the same request may succeed later"
     if isinstance(error, FileNotFoundError):  # `fsspec` raises it for any failure of HTTP
         return error.__cause__ is not None and is_transient(error.__cause__)
-    status = getattr(error, 'status', getattr(error, 'code', None))
+    status = getattr(error, 'status', None)
     if isinstance(status, int):
         return status in (408, 425, 429) or status >= 500
     if isinstance(error, _PERMANENT) or 'Credentials' in type(error).__name__:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIECE', 'MOST_NAMES', 'atomic_write', 'atomic_folder', 'sha256', 'cache_dir', 'is_local', 'without_secrets',
            'last_part', 'join_url', 'exists', 'open_for_reading', 'read_bytes', 'read_range', 'FileState', 'read_state',
-           'copy_file', 'open_for_writing', 'write_bytes', 'remove', 'list_folder', 'remove_partial', 'make_writable',
-           'check_writable', 'lock_folder', 'split_outside_braces', 'expand_braces', 'list_shards']
+           'SizeChanged', 'copy_file', 'open_for_writing', 'write_bytes', 'remove', 'list_folder', 'remove_partial',
+           'make_writable', 'check_writable', 'lock_folder', 'split_outside_braces', 'expand_braces', 'list_shards']
 
 # %% ../../nbs/core/02_files.ipynb #3b74c1cf
 import errno, glob, hashlib, os, posixpath, re, secrets, shutil, tempfile, time
@@ -361,17 +361,21 @@ def read_state(
 PIECE = 16 << 20  # bytes asked for at once
 
 
-def _read_piece(fs: Any, path: str, first: int, length: int, size: int) -> bytes:
-    "A piece of a file, or all that follows where a server ignores ranges; raises if bytes lack"
+class SizeChanged(OSError):
+    "A file of a store has another size than the store said"
+
+
+def _read_piece(fs: Any, path: str, first: int, length: int, size: int) -> bytes | None:
+    "A piece of a file, or all that follows where a server ignores ranges; None: it is too large"
     if (first, length) == (0, size):
         data = fs.cat_file(path)
     else:
         data = fs.cat_file(path, start=first, end=first + length)
     if len(data) == length:
         return data
-    if len(data) != size:
+    if len(data) < length:
         raise ConnectionError(f'{len(data):,} bytes came of {length:,}')
-    return data[first:]
+    return data[first:] if len(data) == size else None
 
 
 def copy_file(
@@ -390,7 +394,10 @@ def copy_file(
         while (first := out.tell()) < state.size:
             length = min(piece if state.ranges else state.size, state.size - first)
             ask = partial(_read_piece, fs, inner, first, length, state.size)
-            out.write(_ask(url, 'read', ask))
+            data = _ask(url, 'read', ask)
+            if data is None:
+                raise SizeChanged(f"{last_part(url)!r} is larger than the store said; try again")
+            out.write(data)
     return state
 
 # %% ../../nbs/core/02_files.ipynb #c0d54406
