@@ -63,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         server, parts = self.server, urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         asked = self.headers.get('Range', '')
-        probe = not asked and self.headers.get('Accept-Encoding') == 'identity'  # of fsspec
+        plain = self.headers.get('Accept-Encoding') == 'identity'
+        probe = plain and not asked and not server.upstream  # of fsspec
         fault = server.draw(self.command, parts.path, probe)
         note = Request(self.command, parts.path, parts.query, asked, fault, probe)
         server.requests.append(note)
