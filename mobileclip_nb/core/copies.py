@@ -149,7 +149,7 @@ def version_time(state: FileState) -> int:  # nanoseconds
     text = f'{state.version} {state.size}'
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], 'big')
 
-
+# %% ../../nbs/core/10_copies.ipynb #e16c0028
 def _copy_whole(url: str, part: Path, limit: int) -> FileState:
     "Copy a file, and compare its size once more: a busy store may have named another"
     state = read_state(url)

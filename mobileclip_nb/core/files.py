@@ -296,7 +296,7 @@ def exists(
     fs, path = find_store(url)
     return ask_store(url, 'look at', lambda: _is_there(fs, path))
 
-
+# %% ../../nbs/core/02_files.ipynb #e16a0041
 @contextmanager
 def open_for_reading(
     url: str | Path,  # a file
@@ -309,7 +309,8 @@ def open_for_reading(
             yield f
         return
     fs, path = find_store(url)
-    with _without_secrets(url, 'read'), fs.open(path, 'rb') as f:
+    file = ask_store(url, 'read', lambda: fs.open(path, 'rb'))
+    with _without_secrets(url, 'read'), file as f:
         yield f
 
 

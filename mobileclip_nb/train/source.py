@@ -24,6 +24,7 @@ from ..loaders.compose import Mixture, Slice, parts, shares
 from .paper_recipes import ROWS
 from ..loaders.lanes import Lanes, divide_lanes
 from ..loaders.ranged import Ranged
+from ..shards.index import local_copy
 from ..shards.io import read_shard
 from ..shards.sources import Source, count_samples, source_of
 from ..loaders.stream import Stream
@@ -224,7 +225,7 @@ def captions_of(
         if not isinstance(s, Stream):
             continue
         for url in (u for o in s.sources for u in o.shards):
-            for x in read_shard(url, embeddings=False):
+            for x in read_shard(local_copy(url, s.memory), embeddings=False):
                 yield (*x.captions, *(t for ts in x.synthetic.values() for t in ts))
 
 # %% ../../nbs/train/32_source.ipynb #592044ab
@@ -325,7 +326,7 @@ def _open_lanes(r: Recipe, place: str, rec: Record, loaded: Sequence[Loaded], ho
     total = sum(_divide(r, loaded, lanes, how.say))
     return Lanes(lambda n: source(r, place, (n, lanes), workers, *options), lanes, how.ranks, total)
 
-
+# %% ../../nbs/train/32_source.ipynb #e1a00004
 def open_run(
     r: Recipe,  # at its size
     data: str | Path | None = None,  # a place, or several as `A:3,B:1`; None takes the recipe's
