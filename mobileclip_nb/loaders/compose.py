@@ -110,7 +110,7 @@ def total_skips(
         total.merge(skips)
     return total
 
-
+# %% ../../nbs/loaders/06_compose.ipynb #e1600012
 class Mixture:
     "Several sources as one: each gives its share to every batch"
 

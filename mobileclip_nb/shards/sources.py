@@ -125,7 +125,7 @@ def _pool(urls: list[str], workers: int | None) -> Executor:
         return ThreadPoolExecutor(1)
     return ProcessPoolExecutor(workers, mp_context=get_context('spawn'))
 
-
+# %% ../../nbs/shards/12_sources.ipynb #e16f0004
 def count_samples(
     source: Source,
     memory: str | Path,  # cache folder of this machine
