@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .files import FileState, ask_store, find_store, last_part, read_state
+from .files import FileState, ask_store, find_store, last_part, stat_file
 
 # %% ../../nbs/core/10_copies.ipynb #e16c0007
 MOST_GB = 500  # of copies, where nothing else is asked for
@@ -122,11 +122,11 @@ def _read_piece(fs: Any, path: str, first: int, length: int, size: int) -> bytes
 def copy_file(
     url: str | Path,  # a file of a store
     path: str | Path,  # a local file, which is overwritten
-    state: FileState | None = None,  # of `read_state`; None: it is asked for
+    state: FileState | None = None,  # of `stat_file`; None: it is asked for
     piece: int = PIECE,  # bytes asked for at once
 ) -> FileState:  # of the file that was copied
     "Copy a file of a store to this machine; each piece is asked for again after an error"
-    state = state or read_state(url)
+    state = state or stat_file(url)
     fs, inner = find_store(url)
     with open(path, 'wb') as out:
         if state.size is None:
@@ -152,10 +152,10 @@ def version_time(state: FileState) -> int:  # nanoseconds
 # %% ../../nbs/core/10_copies.ipynb #e16c0028
 def _copy_whole(url: str, part: Path, limit: int) -> FileState:
     "Copy a file, and compare its size once more: a busy store may have named another"
-    state = read_state(url)
+    state = stat_file(url)
     make_room(part.parent, state.size or 0, limit)
     copy_file(url, part, state)
-    if read_state(url).size != state.size:
+    if stat_file(url).size != state.size:
         raise SizeChanged(f"{last_part(url)!r} has changed its size while it was copied; try again")
     return state
 

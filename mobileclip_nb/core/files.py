@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_NAMES', 'atomic_write', 'atomic_folder', 'sha256', 'cache_dir', 'is_local', 'without_secrets', 'last_part',
            'join_url', 'find_store', 'ask_store', 'exists', 'open_for_reading', 'read_bytes', 'read_range', 'FileState',
-           'read_state', 'open_for_writing', 'write_bytes', 'remove', 'list_folder', 'remove_partial', 'make_writable',
+           'stat_file', 'open_for_writing', 'write_bytes', 'remove', 'list_folder', 'remove_partial', 'make_writable',
            'check_writable', 'lock_folder', 'split_outside_braces', 'expand_braces', 'list_shards']
 
 # %% ../../nbs/core/02_files.ipynb #3b74c1cf
@@ -348,7 +348,7 @@ class FileState(NamedTuple):
     ranges: bool = True  # whether a part can be asked for
 
 
-def read_state(
+def stat_file(
     url: str | Path,  # a file
 ) -> FileState:
     "Ask for the size and version of a file, without its content"

@@ -21,7 +21,7 @@ from mobileclip_nb.core.files import (
     atomic_write,
     is_local,
     last_part,
-    read_state,
+    stat_file,
     without_secrets,
 )
 from .io import Skips, find_spans, read_span
@@ -131,7 +131,7 @@ def find_index(
         path = local_copy(url, memory)
         stamp = file_stamp(url, path)
     else:
-        state = read_state(url)
+        state = stat_file(url)
         stamp = [url, state.size, version_time(state)]
     try:
         return Index.open(_cached_at(memory, stamp))
