@@ -20,7 +20,7 @@ from mobileclip_nb.shards.sources import source_of
 
 pytest.importorskip('aiohttp')
 SPEC = StreamSpec(batch=4, side=32, context=12, window=8, views='fresh', rows=False, synthetic='')
-KILLS = int(os.environ.get('MOBILECLIP_KILLS', 2))  # ten take about five minutes
+KILLS = int(os.environ.get('MOBILECLIP_KILLS', 2))  # ten took 17 minutes on two busy cores
 
 
 def picture(number):
