@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Ranks', 'current_ranks', 'gather', 'gather_rows', 'check_same_size', 'mean_over_ranks', 'any_rank', 'broadcast_bytes',
-           'text_from_first', 'sum_over_ranks', 'Moments', 'moments', 'SyncNorm1d', 'SyncNorm2d', 'sync_norms',
-           'replace_norms']
+           'text_from_first', 'gather_bytes', 'do_once', 'sum_over_ranks', 'Moments', 'moments', 'SyncNorm1d',
+           'SyncNorm2d', 'sync_norms', 'replace_norms']
 
 # %% ../../nbs/train/02_distributed.ipynb #a9b07239
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -144,6 +146,47 @@ def text_from_first(
         return text
     device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
     return broadcast_bytes(text.encode(), ranks, device).decode()
+
+# %% ../../nbs/train/02_distributed.ipynb #e1700002
+def gather_bytes(
+    own: bytes,  # of this rank
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the process group communicates
+) -> list[bytes]:  # of every rank, in their order
+    "Collect bytes of all ranks, of any length"
+    if ranks.world == 1:
+        return [own]
+    sizes = gather(torch.tensor([len(own)], device=device), ranks, grad=False).tolist()
+    padded = bytearray(own.ljust(max(*sizes, 1), b' '))
+    data = torch.frombuffer(padded, dtype=torch.uint8).to(device)
+    rows = gather(data[None], ranks, grad=False).cpu().numpy()
+    return [row.tobytes()[:size] for row, size in zip(rows, sizes)]
+
+
+def do_once(
+    work: Callable[[], bytes],  # called on the first rank
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the process group communicates
+    patience: float = 60,  # seconds between two signs of life
+) -> bytes:  # the result, on every rank; an error of the first rank is raised on every rank
+    "Do something on the first rank, however long it takes, and give the result to all"
+    if ranks.world == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(work) if ranks.rank == 0 else None
+        sign = b'wait'
+        while sign == b'wait':
+            if task:
+                done, _ = wait([task], patience)
+                sign = b'wait' if not done else b'fail' if task.exception() else b'done'
+            sign = broadcast_bytes(sign, ranks, device)
+    if sign == b'done':
+        return broadcast_bytes(task.result() if task else b'', ranks, device)
+    if task:
+        raise task.exception()
+    raise ConnectionError(
+        f"Rank {ranks.rank} stops because the first rank failed, whose own message says why"
+    )
 
 # %% ../../nbs/train/02_distributed.ipynb #6d93be89
 class _Sum(torch.autograd.Function):

@@ -30,6 +30,7 @@ from mobileclip_nb.train.between_steps import (
 from mobileclip_nb.train.checkpoint import (
     State,
     find_nonfinite,
+    follow_batches,
     restore_best,
     start_run,
     trained_model,
@@ -81,20 +82,23 @@ class Trained(NamedTuple):
     new: int  # steps made by this call; the others were made before it was resumed
     world: int = 1  # ranks, each with a batch of its own
     skips: dict[str, int] = {}  # what the source left out, by reason
+    earlier: dict[str, float] = {}  # sums over rows that `history` does not hold any more
 
     @property
     def metrics(self) -> dict[str, float]:
         "Loss at the end (mean of the last tenth, nats), seconds, images a second, last evaluation"
-        tail = self.history[-max(len(self.history) // 10, 1) :]
-        images = len(self.history) * self.batch * self.world
-        seconds = sum(r['seconds'] for r in self.history)
+        steps = len(self.history) + self.earlier.get('steps', 0)
+        tail = self.history[-max(steps // 10, 1) :]
+        images = steps * self.batch * self.world
+        seconds = sum(r['seconds'] for r in self.history) + self.earlier.get('seconds', 0)
         out = dict(
             loss_nats=sum(r['loss'] for r in tail) / len(tail) if tail else math.nan,
             seconds=seconds,
             images_per_s=images / max(seconds, 1e-9),
         )
-        if self.history and all('wait' in r for r in self.history):  # old rows do not have it
-            waited = sum(r['wait'] for r in self.history)
+        knows = self.earlier.get('waits') == self.earlier.get('steps')  # old rows do not
+        if self.history and knows and all('wait' in r for r in self.history):
+            waited = sum(r['wait'] for r in self.history) + self.earlier.get('wait', 0)
             out['images_per_s_wall'] = images / max(seconds + waited, 1e-9)
         if self.world > 1:
             out['ranks'] = self.world
@@ -299,7 +303,8 @@ def end_run(
     raw = trained_model(state, False).eval()
     log, made = (state.history, state.judged), state.step - saver.begun
     world = current_ranks().world
-    return Trained(ready, raw, *log, saver.spec, saver.data, pairs, made, world, state.skips)
+    counts = state.skips, state.earlier
+    return Trained(ready, raw, *log, saver.spec, saver.data, pairs, made, world, *counts)
 
 # %% ../../nbs/train/24_loop.ipynb #bd6442bf
 def train(
@@ -322,7 +327,9 @@ def train(
             "Give one, or leave best out"
         )
     check_parts(spec, batches.batch, config.objective)
-    state = start_run(model, spec, batches.id, out, config.resume)
+    lanes = getattr(batches, 'lanes', 0)
+    state = start_run(model, spec, batches.id, out, config.resume, lanes)
+    follow_batches(state, batches)
     save_every = config.save_every or 0
     saver = Saver(state, spec, batches.id, out, save_every, config.keep, config.milestones)
     statistics = config.statistics

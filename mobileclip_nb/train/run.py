@@ -44,7 +44,7 @@ from .recipe import Note, Recipe, learner, record_of, write_note
 from .source import Opening, RunData, as_batches, captions_of, open_run
 from .source import name_changes, read_file_states
 from .checkpoint import OtherBatches, check_vacant
-from .process_group import shared_note
+from .process_group import shared_lanes, shared_note
 
 # %% ../../nbs/train/40_run.ipynb #c6705375
 def save_interval(
@@ -91,6 +91,7 @@ def open_data(
     if data is None or isinstance(data, (str, Path)):
         how = config.how._replace(
             note=shared_note(out, config.resume, ranks),
+            lanes=shared_lanes(out, config.resume, ranks),
             ranks=tuple(ranks),
             workers=config.workers,
             say=config.say if first else lambda text: None,
