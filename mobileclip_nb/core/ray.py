@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'Rows', 'Worker', 'serve_worker', 'ActorLost', 'ActorCalls', 'run_pool', 'check_address', 'start_cluster',
-           'RayConfig', 'run_actors', 'Engine', 'check_engine', 'check_reachable', 'worker_device', 'run_engine',
-           'exchange_rows']
+           'RayConfig', 'run_actors', 'Engine', 'check_engine', 'check_reachable', 'absolute_place', 'worker_device',
+           'run_engine', 'exchange_rows']
 
 # %% ../../nbs/core/09_ray.ipynb #09a00005
 import os, re, socket
@@ -210,6 +210,13 @@ def check_reachable(
                 f"{str(place)!r} is in the memory of this process, "
                 "and workers are other processes; use files or a store that all can reach"
             )
+
+
+def absolute_place(
+    place: Any,  # a path or a url
+) -> str:
+    "A place as workers with other working folders find it"
+    return str(place) if '://' in str(place) else os.path.abspath(place)
 
 # %% ../../nbs/core/09_ray.ipynb #09a0001b
 def worker_device(

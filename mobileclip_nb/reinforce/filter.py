@@ -23,7 +23,7 @@ from ..core.errors import Faulty, suggest
 from ..core.files import is_local, join_url, lock_folder, make_writable
 from ..core.files import exists, read_bytes, write_bytes
 from ..core.processes import Event
-from ..core.ray import Engine, check_engine, check_reachable, run_engine
+from ..core.ray import Engine, absolute_place, check_engine, check_reachable, run_engine
 from ..inference.predict import unknown_words
 from ..models.clip import CLIP
 from ..preprocessing.images import decode_image
@@ -450,11 +450,6 @@ def _lost(job: FilterJob, why: str) -> Event:
     "The event of a shard whose worker died"
     return Event('failed', job.name, why)
 
-
-def _absolute(place: str | Path) -> str:
-    "A place as workers with other working folders find it"
-    return str(Path(place).absolute()) if '://' not in str(place) else str(place)
-
 # %% ../../nbs/reinforce/07_filter.ipynb #07f00029
 def _score_all(jobs: Sequence[FilterJob], spec: FilterSpec, engine: Engine, progress: bool) -> None:
     "Score the shards that are not scored yet, with the model of those that are"
@@ -538,7 +533,7 @@ def filter_shards(
     "Keep the samples of a pool that fit best; the same call again goes on (DataComp §5, DFN §3)"
     check_engine(engine)
     check_reachable(engine, src, out)
-    shards, out = name_outputs(src), _absolute(out)
+    shards, out = name_outputs(src), absolute_place(out)
     check_apart(src, out, shards)
     if spec.by != CLIP_SCORE:
         _check_column(next(iter(shards.values())), spec.by)
@@ -550,7 +545,7 @@ def filter_shards(
         job = ShardJob('filter', out, shards=mark, filter=spec.to_dict())
         report = read_report(job)
         if report is None:
-            jobs = [FilterJob(name, _absolute(url), out) for name, url in shards.items()]
+            jobs = [FilterJob(name, absolute_place(url), out) for name, url in shards.items()]
             _score_all(jobs, spec, engine, progress)
             cut, quotas = _choose(out, list(shards), spec)
             jobs = [j._replace(cut=cut, quota=quotas.get(j.name, 0)) for j in jobs]

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.processes import Event
-from ..core.ray import Engine, RayConfig, check_reachable, run_actors
+from ..core.ray import Engine, RayConfig, absolute_place, check_reachable
+from ..core.ray import run_actors
 from .annotate import load_models
 from .recipe import ReinforceSpec
 from .run_local import Loader, ReinforceReport, run_jobs, stream
@@ -74,7 +75,7 @@ def reinforce_on_ray(
         raise ValueError(f"workers={workers} must be at least 1")
     check_reachable(Engine('ray', workers, config), src, out)
     # actors have other working folders, so local paths become absolute
-    places = [str(p) if '://' in str(p) else str(Path(p).absolute()) for p in (src, out)]
+    places = [absolute_place(p) for p in (src, out)]
 
     def run(jobs: Sequence[Job]) -> Iterator[Event]:
         yield from run_on_ray(jobs, spec, workers, config, load)
