@@ -88,7 +88,7 @@ def embed_report(
     counts = dict(changed=changed, removed=removed, unchanged=unchanged)
     return IndexReport(n, n - unchanged, **counts, skipped=len(done.skipped))
 
-
+# %% ../../nbs/cli/06_search_commands.ipynb #00e00026
 def _embed_shards(args: argparse.Namespace, many: tuple, engine: Any) -> int:  # exit status
     "Embed shards, a table each"
     from mobileclip_nb.inference.embed_many import embed_shards

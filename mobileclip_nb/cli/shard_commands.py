@@ -418,16 +418,6 @@ _REINFORCE: Options = (
     ('--device', dict(default='cpu', help='cpu (the default, so that the bytes do not depend on the machine), auto, cuda, cuda:N, mps')),
     ('--deep', flag('compare the hashes of finished shards, not only their sizes')),
 )
-_FILTER: Options = (
-    ('source', _PLACE),
-    ('out', dict(help='folder; output shards are named after input shards')),
-    ('--by', dict(default='clip-score', help='clip-score (the default), or a column of numbers in the json of the samples')),
-    ('--model', flag('that scores: a name of `mobileclip models`, a file of weights, open_clip:NAME/TAG, hf-hub:ORG/REPO, local-dir:PATH', type=str)),
-    ('--keep', flag('share of the scored samples that is kept: 0.3', type=float)),
-    ('--min', flag('the smallest score that is kept, in place of a share', type=float)),
-    *ENGINE,
-    ('--device', dict(default='cpu', help='cpu (the default, so that the scores do not depend on the machine), auto, cuda, cuda:N, mps')),
-)
 _TUNE: Options = (
     ('teachers', dict(nargs='+', help='a recipe (a name or a .json file), or models: a name, a file of weights, open_clip:NAME/TAG, '
                                       'hf-hub:ORG/REPO, local-dir:PATH')),
@@ -437,6 +427,21 @@ _TUNE: Options = (
     ('--augmented', flag("one augmented view of each picture, by the recipe's augmentation or that of DataCompDR")),
     ('--out', flag('write the recipe with the scales that were found: a new .json file', type=Path)),
     DEVICE, THREADS, BATCH,
+)
+# fmt: on
+
+# %% ../../nbs/cli/01_shard_commands.ipynb #00e00014
+# fmt: off
+_FILTER: Options = (
+    ('source', _PLACE),
+    ('out', dict(help='folder; output shards are named after input shards')),
+    ('--by', dict(default='clip-score', help='clip-score (the default), or a column of numbers in the json of the samples')),
+    ('--model', flag('that scores: a name of `mobileclip models`, a file of weights, open_clip:NAME/TAG, '
+                     'hf-hub:ORG/REPO, local-dir:PATH', type=str)),
+    ('--keep', flag('share of the scored samples that is kept: 0.3', type=float)),
+    ('--min', flag('the smallest score that is kept, in place of a share', type=float)),
+    *ENGINE,
+    ('--device', dict(default='cpu', help='cpu (the default, so that the scores do not depend on the machine), auto, cuda, cuda:N, mps')),
 )
 # fmt: on
 

@@ -46,7 +46,7 @@ def _members(
         )
     return members
 
-
+# %% ../../nbs/loaders/08_webdataset.ipynb #08a00022
 class ReinforcedDecoder:
     "Stages for `.map`: a sample's members to its chosen parts, and these to an example"
 

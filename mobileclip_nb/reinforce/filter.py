@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_SCORE', 'BATCH', 'FilterSpec', 'ShardScores', 'read_column', 'score_pairs', 'score_shard', 'save_scores',
-           'load_scores', 'descending', 'kth_smallest', 'Cut', 'is_kept', 'find_cut', 'share_quotas', 'FilterJob',
+           'load_scores', 'descending', 'kth_smallest', 'ScoreCut', 'is_kept', 'find_cut', 'share_quotas', 'FilterJob',
            'Scorer', 'Keeper', 'FilterReport', 'filter_shards']
 
 # %% ../../nbs/reinforce/07_filter.ipynb #07f00006
@@ -261,7 +261,7 @@ def kth_smallest(
     return prefix, k
 
 # %% ../../nbs/reinforce/07_filter.ipynb #07f0001b
-class Cut(NamedTuple):
+class ScoreCut(NamedTuple):
     "The last sample that is kept"
 
     score: float
@@ -273,7 +273,7 @@ class Cut(NamedTuple):
 
 def is_kept(
     scores: ShardScores,
-    cut: Cut,
+    cut: ScoreCut,
     quota: int,  # samples equal to the cut, in score and key, that this shard may keep
 ) -> np.ndarray:  # `(N,)` bool
     "Which samples of a shard are kept"
@@ -284,7 +284,7 @@ def is_kept(
     keep[np.flatnonzero(at & (scores.ties == cut.tie))[:quota]] = True
     return keep
 
-
+# %% ../../nbs/reinforce/07_filter.ipynb #07f00041
 def _numbers(
     scores: Callable[[], Iterator[ShardScores]],
     order: int | None = None,  # None: of all samples; else ties of the samples of this order
@@ -299,7 +299,7 @@ def _numbers(
 def find_cut(
     scores: Callable[[], Iterator[ShardScores]],  # of all shards; called several times
     spec: FilterSpec,
-) -> Cut:
+) -> ScoreCut:
     "Find the last sample to keep; a `ValueError` if nothing would be kept"
     scored = sum(len(x) for x in _numbers(scores))
     if not scored:
@@ -312,18 +312,18 @@ def find_cut(
             raise ValueError(
                 f"No score is {spec.least:g} or more; the largest of {scored:,} is {largest:.4g}"
             )
-        return Cut(spec.least, order, (1 << 64) - 1, kept, scored)
+        return ScoreCut(spec.least, order, (1 << 64) - 1, kept, scored)
     k = math.floor(spec.keep * scored + 0.5)
     if not k:
         raise ValueError(f"{spec.keep:g} of {scored:,} samples is less than one; keep more")
     order, rank = kth_smallest(lambda: _numbers(scores), k, 32)
     tie, _ = kth_smallest(lambda: _numbers(scores, order), rank, 64)
-    return Cut(_score_of(order), order, tie, k, scored)
+    return ScoreCut(_score_of(order), order, tie, k, scored)
 
 # %% ../../nbs/reinforce/07_filter.ipynb #07f0001f
 def share_quotas(
     scores: Iterator[tuple[str, ShardScores]],  # name and scores of each shard, in order
-    cut: Cut,
+    cut: ScoreCut,
 ) -> dict[str, int]:  # of the shards that have such samples
     "How many samples equal to the cut each shard keeps, so that the share is exact"
     above, equal = 0, {}
@@ -345,7 +345,7 @@ class FilterJob(NamedTuple):
     name: str  # relative path, the same in input and output
     src: str  # url of the input
     out: str  # output folder
-    cut: Cut | None = None  # None: score it
+    cut: ScoreCut | None = None  # None: score it
     quota: int = 0  # samples equal to the cut that it keeps
 
 
@@ -501,7 +501,7 @@ def _check_column(url: str, column: str) -> None:
     )
 
 
-def _about(src: str | Path, spec: FilterSpec, cut: Cut) -> dict[str, Any]:
+def _about(src: str | Path, spec: FilterSpec, cut: ScoreCut) -> dict[str, Any]:
     "What the manifest says: that of the input, and the filter"
     try:
         about = dict(read_manifest(manifest_folder(src)).about)
@@ -512,8 +512,8 @@ def _about(src: str | Path, spec: FilterSpec, cut: Cut) -> dict[str, Any]:
     counts = dict(scored=cut.scored, kept=cut.kept, threshold=cut.score)
     return about | dict(filter=spec.to_dict() | counts)
 
-
-def _choose(out: str, names: list[str], spec: FilterSpec) -> tuple[Cut, dict[str, int]]:
+# %% ../../nbs/reinforce/07_filter.ipynb #07f00043
+def _choose(out: str, names: list[str], spec: FilterSpec) -> tuple[ScoreCut, dict[str, int]]:
     "The cut, and the quota of each shard, from the scores that lie in a folder"
 
     def read() -> Iterator[ShardScores]:
