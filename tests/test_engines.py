@@ -34,6 +34,7 @@ def home(tmp_path_factory):
     metas = metas[1:] + [metas[3].but(key='again'), metas[5].but(key='other', uid='nobody')]
     for k in range(3):
         write_shard(at / f'meta/{k:08d}.tar', metas[k::3])
+    os.environ['RAY_memory_monitor_refresh_ms'] = '0'  # neighbours' memory is no test of ours
     with start_cluster(None, 2):  # one cluster for all tests; it is joined, not started again
         yield at
 

@@ -157,13 +157,15 @@ def run_actors(
                 return ready, ray.get(ready)
             except ray.exceptions.RayTaskError as e:
                 return ready, e.as_instanceof_cause()
-            except ray.exceptions.RayActorError as e:
-                return ready, ActorLost(str(e).splitlines()[0])
+            except ray.exceptions.RayError as e:  # its process, its node, or its memory
+                return ready, ActorLost(str(e).strip().splitlines()[0])
 
         probe = kind.remote(*arguments)
         try:
             yield Event('ready', value=ray.get(probe.ready.remote()))
-        except ray.exceptions.RayActorError as e:
+        except ray.exceptions.RayTaskError as e:
+            raise e.as_instanceof_cause() from None
+        except ray.exceptions.RayError as e:
             raise RuntimeError(
                 f"An actor could not load the models: {str(e).strip().splitlines()[-1]}"
             ) from None

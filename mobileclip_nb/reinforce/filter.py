@@ -64,7 +64,7 @@ CLIP_SCORE = 'clip-score'
 
 @dataclass(frozen=True, repr=False)
 class FilterSpec(Spec, id_name='FilterSpec'):
-    "Which samples of a pool are kept (DataComp §5, DFN §3)"
+    "Which samples of a pool are kept (DataComp, DFN)"
 
     by: str = CLIP_SCORE  # cosine of image and caption; or a column of the samples' json
     teacher: TeacherSpec | None = None  # the model of a CLIP score
@@ -143,7 +143,7 @@ def score_pairs(
     images: Sequence[Any],  # B PIL images
     captions: Sequence[Sequence[str]],  # of each image, one or more
 ) -> np.ndarray:  # `(B,)` float32, -1 to 1
-    "CLIP scores: cosine of each image with its captions, their mean (DataComp §5)"
+    "CLIP scores: cosine of each image with its captions, their mean (DataComp)"
     if not images:
         return np.zeros(0, np.float32)
     flat = [text for texts in captions for text in texts]
@@ -530,7 +530,7 @@ def filter_shards(
     engine: Engine = Engine(),
     progress: bool = True,  # draw progress bars
 ) -> FilterReport:
-    "Keep the samples of a pool that fit best; the same call again goes on (DataComp §5, DFN §3)"
+    "Keep the samples of a pool that fit best; the same call again goes on (DataComp, DFN)"
     check_engine(engine)
     check_reachable(engine, src, out)
     shards, out = name_outputs(src), absolute_place(out)
