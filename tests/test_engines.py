@@ -35,6 +35,7 @@ def home(tmp_path_factory):
     for k in range(3):
         write_shard(at / f'meta/{k:08d}.tar', metas[k::3])
     os.environ['RAY_memory_monitor_refresh_ms'] = '0'  # neighbours' memory is no test of ours
+    os.environ['RAY_worker_niceness'] = '0'  # by default 15, and workers starve beside other tests
     with start_cluster(None, 2):  # one cluster for all tests; it is joined, not started again
         yield at
 
