@@ -273,6 +273,7 @@ def exchange_rows(
     import_optional('pandas', extra='reinforce')  # Ray Data asks for it late and in a worker
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.default_hash_shuffle_parallelism = max(1, min(200, len(items)))  # 200 is Ray's own
     numbers = [dict(item=i) for i in range(len(items))]
     rows = data.from_items(numbers, override_num_blocks=max(1, len(items)))
     stored = ray.put(list(items))
