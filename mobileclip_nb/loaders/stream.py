@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..core.files import cache_dir, is_local, last_part, without_secrets
 from ..core.processes import end_with_parent
 from ..core.errors import Faulty
-from .batches import Batch, normalize_batch
+from .batches import Batch, Finish, RawBatch, finish_batch
 from .epoch_order import Mix, Order, Slot
 from .select import Example, StreamSpec, Transform, choose, read_sample, render
 from ..preprocessing.token_cache import TokenCache
@@ -413,6 +413,13 @@ class Stream(Shards):
         step: int = 0,  # the first that is wanted
     ) -> Iterator[Batch]:
         "Batches from a step on, without end; what comes before is not read"
+        return map(finish_batch, self.raw_since(step))
+
+    def raw_since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[RawBatch]:
+        "Batches from a step on, their images as bytes"
         sizes = [sum(n for *_, n in group) // self.ranks[1] + 1 for group in self.shards]
         drawn = self.mix.count(step * self.batch)
         feeds = [order.since(int(n)) for order, n in zip(self.orders(), drawn)]
@@ -445,8 +452,8 @@ class Stream(Shards):
         )
         return iter(loader)
 
-    def _join(self, groups: np.ndarray, parts: list[list[Piece]]) -> Batch:
-        "Put examples into the rows that they were drawn for, and normalize all images at once"
+    def _join(self, groups: np.ndarray, parts: list[list[Piece]]) -> RawBatch:
+        "Put examples into the rows that they were drawn for"
         pieces = [fields for part in parts for _, fields in part]
         fields = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         fields['index'] = self._indices(parts)
@@ -454,13 +461,13 @@ class Stream(Shards):
             rows = torch.from_numpy(np.argsort(np.argsort(groups, kind='stable')))
             fields = {name: x[rows] for name, x in fields.items()}
         self.skips.kept += self.batch
-        fields['image'] = normalize_batch(fields['image'], self.spec.mean, self.spec.std)
         if 'syn' not in fields:
             fields.pop('syn_label', None)
         for name in ('text', 'syn'):
             if name in fields:
                 fields[name] = fields[name].long()
-        return Batch(**fields)
+        finish = Finish(self.batch, self.spec.mean, self.spec.std)
+        return RawBatch(Batch(**fields), (finish,))
 
     def _indices(self, parts: list[list[Piece]]) -> Tensor:  # `(B,)`
         "Numbers of samples among all shards, in the order of the groups"
