@@ -289,12 +289,10 @@ def step_bytes(r, pairs, parts, world):
 
 def test_gpu_block_fits(monkeypatch):
     "What the README says of memory: computed, and below what such a GPU has"
-    from mobileclip_nb.train import objective, step
+    from mobileclip_nb.train import step
 
-    monkeypatch.setattr(torch.nn.init, 'trunc_normal_', lambda x, *a, **k: x)  # fake numbers
-    monkeypatch.setattr(torch, 'isfinite', lambda x: True)  # have no values
+    monkeypatch.setattr(torch.nn.init, 'trunc_normal_', lambda x, *a, **k: x)  # fake
     monkeypatch.setattr(step, 'clamp_scale', lambda *a: None)
-    monkeypatch.setattr(objective, 'check_same_size', lambda *a: None)
     r, world = published_run()
     pairs, parts = r.stream.batch // world, r.train.accumulate
     part = pairs // parts

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..core.runtime import pick_device
 from .distributed import Ranks, current_ranks
-from .distributed import broadcast_bytes
+from .distributed import broadcast_bytes, group_device
 from .recipe import NOTE, Note, note_to_resume, parse_note
 
 # %% ../../nbs/train/34_process_group.ipynb #4256bf1f
@@ -46,7 +46,8 @@ def group(
     if cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=minutes))
+        backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'  # decisions do not wait for the GPU
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     except (RuntimeError, ValueError) as e:
         names = ('MASTER_ADDR', 'MASTER_PORT')
         where = ':'.join(os.environ.get(name, f'({name} is not set)') for name in names)
@@ -77,6 +78,5 @@ def shared_note(
     if out and resume and not ranks.rank and note_to_resume(out):
         text = (Path(out) / NOTE).read_bytes()
     if ranks.world > 1:
-        device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-        text = broadcast_bytes(text, ranks, device)
+        text = broadcast_bytes(text, ranks, group_device())
     return parse_note(text.decode()) if text else None
