@@ -29,11 +29,18 @@ CASES = dict(
 )
 
 
-def unfused(model, spec):
+class Unfused(torch.optim.AdamW):
     "PyTorch's fused AdamW does not know `meta`; this one ignores the flag for a bad step"
-    opt = torch.optim.AdamW(parameter_groups(model, spec.decay), lr=spec.lr, foreach=True)
-    opt._step_supports_amp_scaling = True
-    return opt
+
+    _step_supports_amp_scaling = True
+
+    def step(self):
+        self.grad_scale = self.found_inf = None
+        super().step()
+
+
+def unfused(model, spec):
+    return Unfused(parameter_groups(model, spec.decay), lr=spec.lr, foreach=True)
 
 
 @pytest.fixture(autouse=True)
