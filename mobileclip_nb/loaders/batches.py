@@ -258,7 +258,7 @@ def normalize_batch(
     table = ((torch.arange(256) / 255)[:, None] - torch.tensor(mean)) / torch.tensor(std)
     return torch.from_numpy(look_up_values(images.numpy(), table.numpy())).permute(0, 3, 1, 2)
 
-
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0006
 def as_input(
     images: Tensor,  # uint8 `(B, S, S, 3)`
     spec: 'BatchSpec | Finish',  # its mean and std
@@ -300,7 +300,7 @@ class RawBatch(NamedTuple):
         "Numbers of the images in the data"
         return self.batch.index
 
-
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0003
 def _finish_rows(images: Tensor, finish: Finish) -> Tensor:  # uint8 to float `(B, 3, S, S)`
     "Augment and normalize some rows where they stand"
     jitter, device = finish.jitter, images.device
@@ -313,7 +313,7 @@ def _finish_rows(images: Tensor, finish: Finish) -> Tensor:  # uint8 to float `(
         images = moved.permute(0, 2, 3, 1).byte()
     return normalize_batch(apply_ranged(images, finish.noise), finish.mean, finish.std)
 
-# %% ../../nbs/loaders/01_batches.ipynb #r16b0003
+
 def finish_batch(
     raw: RawBatch | Batch,  # a `Batch` is finished already
     device: torch.device | str | None = None,  # where to; None leaves it where it is
@@ -329,7 +329,7 @@ def finish_batch(
     finished = [_finish_rows(x, finish) for x, finish in zip(images, raw.finish)]
     return batch._replace(image=finished[0] if len(finished) == 1 else torch.cat(finished))
 
-
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0008
 def take_rows(
     raw: RawBatch | Batch,
     rows: slice,  # with a start and a stop
@@ -347,7 +347,7 @@ def take_rows(
         first += finish.rows
     return RawBatch(part, tuple(kept))
 
-
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0005
 def has_raw(
     source: Any,  # with `since`
 ) -> bool:

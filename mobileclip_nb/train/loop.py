@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['defer_interrupts', 'Trained', 'log_result', 'count_skips', 'check_parts', 'Feed', 'start_stream', 'open_progress',
-           'next_batch', 'stop_reason', 'Agreement', 'agree', 'StepWriter', 'make_steps', 'end_run', 'train']
+           'next_batch', 'stop_reason', 'Agreement', 'agree', 'StepWriter', 'end_step', 'make_steps', 'end_run',
+           'train']
 
 # %% ../../nbs/train/24_loop.ipynb #cf675ad3
 from collections.abc import Callable, Iterator
@@ -310,6 +311,25 @@ class StepWriter:
         "Write all steps that were made; every rank must call it"
         self.write(mean_numbers(self.readings.fetch(), current_ranks()))
 
+# %% ../../nbs/train/24_loop.ipynb #loop0002
+def end_step(
+    stream: Prefetcher,
+    writer: StepWriter,
+    evaluator: Evaluator,
+    early: bool,  # whether a rank asks for a checkpoint
+) -> None:
+    "Evaluate and save the run, if it is time"
+    state, saver = writer.state, writer.saver
+    judged = evaluator.judge and is_due(state.step, saver.spec.steps, evaluator.every)
+    saved = early or is_due(state.step, saver.spec.steps, saver.every)
+    if judged or saved:
+        stream.settle()
+        writer.finish()
+    if judged:
+        evaluator.evaluate(saver, writer.log)
+    if saved:
+        saver.save()
+
 # %% ../../nbs/train/24_loop.ipynb #eff6cf2e
 def make_steps(
     state: State,  # is changed
@@ -347,15 +367,7 @@ def make_steps(
             wait = time.perf_counter() - start  # for data and other ranks
             start_step(state, batch, feed.spec, config.objective, readings, wait)
             state.skips = stream.noted
-            judged = evaluator.judge and is_due(state.step, spec.steps, evaluator.every)
-            saved = early or is_due(state.step, spec.steps, saver.every)
-            if judged or saved:
-                stream.settle()
-                writer.finish()
-            if judged:
-                evaluator.evaluate(saver, log)
-            if saved:
-                saver.save()
+            end_step(stream, writer, evaluator, early)
 
 # %% ../../nbs/train/24_loop.ipynb #93a1a961
 def end_run(

@@ -29,7 +29,8 @@ def own_device(
     device = pick_device(wish)
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == 'cuda' else device
 
-
+# %% ../../nbs/train/34_process_group.ipynb #pgrp0001
+_BACKENDS = {True: 'cpu:gloo,cuda:nccl', False: 'gloo'}  # decisions do not wait for a GPU
 _LOST = ('onnection', 'gloo', 'NCCL', 'imed out')  # in messages of a broken group
 
 
@@ -46,8 +47,7 @@ def group(
     if cuda:
         torch.cuda.set_device(device)
     try:
-        backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'  # decisions do not wait for the GPU
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        dist.init_process_group(_BACKENDS[cuda], timeout=timedelta(minutes=minutes))
     except (RuntimeError, ValueError) as e:
         names = ('MASTER_ADDR', 'MASTER_PORT')
         where = ':'.join(os.environ.get(name, f'({name} is not set)') for name in names)
