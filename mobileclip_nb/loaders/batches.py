@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairData', 'decode_images', 'pair_data', 'from_pairs', 'ImageFiles', 'files_of_pairs', 'seeded', 'BatchSpec', 'Batch',
            'Texts', 'tokenize_captions', 'pick_captions', 'normalize_batch', 'as_input', 'Finish', 'RawBatch',
-           'finish_batch', 'take_rows', 'has_raw', 'read_raw', 'hash_batches', 'stream_id', 'BatchChoice', 'Batches']
+           'finish_batch', 'slice_batch', 'has_raw', 'read_raw', 'hash_batches', 'stream_id', 'BatchChoice', 'Batches']
 
 # %% ../../nbs/loaders/01_batches.ipynb #be3eff14
 import hashlib, json, zlib
@@ -330,7 +330,7 @@ def finish_batch(
     return batch._replace(image=finished[0] if len(finished) == 1 else torch.cat(finished))
 
 # %% ../../nbs/loaders/01_batches.ipynb #r16b0008
-def take_rows(
+def slice_batch(
     raw: RawBatch | Batch,
     rows: slice,  # with a start and a stop
 ) -> RawBatch | Batch:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batches import Batch, RawBatch, finish_batch, read_raw, take_rows
+from .batches import Batch, RawBatch, finish_batch, read_raw, slice_batch
 
 # %% ../../nbs/loaders/06_compose.ipynb #edc45515
 class WeightedPlace(NamedTuple):
@@ -179,7 +179,7 @@ class Slice:
         "This rank's rows, images as bytes where the source gives these, without end"
         rows = slice(self.rank * self.batch, (self.rank + 1) * self.batch)
         for batch in read_raw(self.whole, step):
-            yield take_rows(batch, rows)
+            yield slice_batch(batch, rows)
 
     def since(
         self,

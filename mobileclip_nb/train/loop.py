@@ -20,7 +20,7 @@ import math, signal, sys, threading, time
 
 from ..core.ledger import append, record_run
 from ..loaders.batches import Batch, Batches, has_raw, read_raw
-from ..loaders.prefetch import Prefetcher, pin_batch
+from ..loaders.prefetch import BatchPrefetcher, pin_batch
 from .accumulate import warn_of_parts
 from mobileclip_nb.train.between_steps import (
     Evaluator,
@@ -152,7 +152,7 @@ def check_parts(
 class Feed(NamedTuple):
     "Batches on their way to a model"
 
-    stream: Prefetcher
+    stream: BatchPrefetcher
     place: Callable[[Any], Batch]  # puts a batch on the device, with teacher embeddings
     spec: TrainSpec  # with the widths of these
 
@@ -166,7 +166,7 @@ def start_stream(
 ) -> Feed:
     "Start the batches at a step; teachers fill them if the spec names any"
     device = next(model.parameters()).device
-    stream = Prefetcher(
+    stream = BatchPrefetcher(
         iter(read_raw(batches, start)),
         spec.steps - start,
         pin_batch if device.type == 'cuda' else lambda batch: batch,
@@ -313,7 +313,7 @@ class StepWriter:
 
 # %% ../../nbs/train/24_loop.ipynb #loop0002
 def end_step(
-    stream: Prefetcher,
+    stream: BatchPrefetcher,
     writer: StepWriter,
     evaluator: Evaluator,
     early: bool,  # whether a rank asks for a checkpoint
