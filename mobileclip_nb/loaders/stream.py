@@ -6,7 +6,7 @@
 __all__ = ['ShardEntry', 'CHUNK', 'Piece', 'Chunk', 'Failure', 'Readers', 'BadSample', 'BadSamples', 'Shards', 'Stream']
 
 # %% ../../nbs/loaders/04_stream.ipynb #35c8e1d0
-import hashlib, json
+import copy, hashlib, json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..core.files import cache_dir, is_local, last_part, without_secrets
 from ..core.processes import end_with_parent
+from ..core.shared_rows import SharedRows
 from ..core.errors import Faulty
-from .batches import Batch, normalize_batch
+from .batches import Batch, Finish, RawBatch, finish_batch
 from .epoch_order import Mix, Order, Slot
 from .select import Example, StreamSpec, Transform, choose, read_sample, render
 from ..preprocessing.token_cache import TokenCache
@@ -35,6 +36,7 @@ class Chunk(NamedTuple):
     slots: list[Slot]  # of those that are good
     fields: dict[str, Tensor]  # of `Example`, one row a sample
     bad: list[tuple[Slot, str, str, str]]  # slot, key, reason, detail
+    block: int | None = None  # of `SharedRows` that has the images, where they do not stand here
 
 
 ShardEntry = tuple[int, str, int]  # number of the source, url of the shard, its samples
@@ -77,6 +79,7 @@ class Readers(Dataset):
         self.shards, self.sources, self.spec = shards, sources, spec
         self.memory, self.tokens = memory, tokens
         self.archives, self.transforms = None, []  # opened in the process that reads
+        self.rows = None  # `SharedRows` for images, where other processes read
 
     def _open(self) -> None:
         "Open what a process needs, once"
@@ -84,15 +87,25 @@ class Readers(Dataset):
         cache = TokenCache(self.spec.context, self.tokens)
         self.transforms = [Transform.of_stream(self.spec, s, cache) for s in self.sources]
 
-    def __getitem__(self, task: tuple[int, list[Slot]]) -> tuple[int, Chunk | Failure]:
-        "Read the samples of one group at some slots"
-        group, slots = task
+    def __getitem__(self, task: tuple[int, list[Slot], int | None]) -> tuple[int, Chunk | Failure]:
+        "Read the samples of one group at some slots; images go into a block if there is one"
+        group, slots, block = task
         if self.archives is None:
             self._open()
         try:
-            return group, self.chunk(group, slots)
+            chunk = self.chunk(group, slots)
         except OSError as e:
             return group, Failure(type(e).__name__, str(e))
+        if get_worker_info() is None or not chunk.slots:
+            return group, chunk
+        fields, block = self.rows.send(block, chunk.fields)
+        return group, chunk._replace(fields=fields, block=block)
+
+    def receive(self, chunk: Chunk | Failure) -> Chunk | Failure:
+        "Take a chunk out of its block, in the process that trains"
+        if isinstance(chunk, Failure) or not chunk.slots:
+            return chunk
+        return chunk._replace(fields=self.rows.receive(chunk.block, chunk.fields, len(chunk.slots)))
 
     def example(self, source: int, key: str, members: dict[str, bytes], epoch: int) -> Example:
         "Choose, read and render one sample, or raise Faulty"
@@ -418,6 +431,13 @@ class Stream(Shards):
         step: int = 0,  # the first that is wanted
     ) -> Iterator[Batch]:
         "Batches from a step on, without end; what comes before is not read"
+        return map(finish_batch, self.raw_since(step))
+
+    def raw_since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[RawBatch]:
+        "Batches from a step on, their images as bytes"
         sizes = [sum(n for *_, n in group) // self.ranks[1] + 1 for group in self.shards]
         drawn = self.mix.count(step * self.batch)
         orders, ahead = self.orders(), Ahead(self.memory)
@@ -448,19 +468,24 @@ class Stream(Shards):
     ) -> Iterator[tuple[int, Chunk | Failure]]:
         "What the readers make of tasks, in their order"
         if not self.workers:
-            return map(self.readers.__getitem__, tasks)
+            return map(self.readers.__getitem__, ((*task, None) for task in tasks))
+        blocks = 4 * self.workers + self.batch // CHUNK + 2 * len(self.shards)
+        rows = SharedRows(blocks, (CHUNK, self.spec.side, self.spec.side, 3))
+        self.readers.rows = rows
         loader = DataLoader(
             self.readers,
             None,
-            sampler=_Tasks(tasks),
+            sampler=_Tasks((*task, rows.take()) for task in tasks),
             num_workers=self.workers,
+            collate_fn=tuple,  # as it is; the default would make tensors of all arrays
             prefetch_factor=4,
             worker_init_fn=_begin,
         )
-        return iter(loader)
+        readers = copy.copy(self.readers)  # another pass may replace its rows
+        return ((group, readers.receive(chunk)) for group, chunk in loader)
 
-    def _join(self, groups: np.ndarray, parts: list[list[Piece]]) -> Batch:
-        "Put examples into the rows that they were drawn for, and normalize all images at once"
+    def _join(self, groups: np.ndarray, parts: list[list[Piece]]) -> RawBatch:
+        "Put examples into the rows that they were drawn for"
         pieces = [fields for part in parts for _, fields in part]
         fields = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         fields['index'] = self._indices(parts)
@@ -468,13 +493,13 @@ class Stream(Shards):
             rows = torch.from_numpy(np.argsort(np.argsort(groups, kind='stable')))
             fields = {name: x[rows] for name, x in fields.items()}
         self.skips.kept += self.batch
-        fields['image'] = normalize_batch(fields['image'], self.spec.mean, self.spec.std)
         if 'syn' not in fields:
             fields.pop('syn_label', None)
         for name in ('text', 'syn'):
             if name in fields:
                 fields[name] = fields[name].long()
-        return Batch(**fields)
+        finish = Finish(self.batch, self.spec.mean, self.spec.std)
+        return RawBatch(Batch(**fields), (finish,))
 
     def _indices(self, parts: list[list[Piece]]) -> Tensor:  # `(B,)`
         "Numbers of samples among all shards, in the order of the groups"

@@ -21,7 +21,8 @@ from ..core.files import atomic_write
 from ..models.weights import write_tensors
 from ..models.zoo import Record
 from .config import TrainSpec
-from .distributed import broadcast_bytes, current_ranks, gather_bytes, sync_norms
+from .distributed import broadcast_bytes, current_ranks, gather_bytes
+from .distributed import group_device, sync_norms
 from .optim import freeze, make_optimizer
 from mobileclip_nb.train.sharding import (
     fill_optimizer,
@@ -53,12 +54,14 @@ class EMA:
     ) -> None:
         "Move the average towards `model`"
         keep, new = min(self.decay, (1 + step) / (10 + step)), model.state_dict()
-        for name, old in self.model.state_dict().items():
-            old, now = own_part(old), own_part(new[name])
-            if old.is_floating_point():
-                old.lerp_(now, 1 - keep)
-            else:
-                old.copy_(now)
+        held = self.model.state_dict()
+        for floating in (True, False):
+            names = [k for k, old in held.items() if old.is_floating_point() == floating]
+            old, now = ([own_part(x[k]) for k in names] for x in (held, new))
+            if floating:
+                torch._foreach_lerp_(old, now, 1 - keep)
+            elif names:
+                torch._foreach_copy_(old, now)
 
 # %% ../../nbs/train/21_checkpoint.ipynb #b9975748
 @dataclass
@@ -448,7 +451,7 @@ def find_run(
             tmp.write_text(name, encoding='utf-8')
     if ranks.world == 1:
         return held
-    device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
+    device = group_device()
     file = broadcast_bytes((held or dict(file=''))['file'].encode(), ranks, device).decode()
     data = broadcast_bytes(data, ranks, device)
     return read_checkpoint(out / file, data) if file else None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Ranks', 'current_ranks', 'gather', 'gather_rows', 'check_same_size', 'mean_over_ranks', 'any_rank', 'broadcast_bytes',
-           'text_from_first', 'gather_bytes', 'do_once', 'sum_over_ranks', 'Moments', 'moments', 'SyncNorm1d',
-           'SyncNorm2d', 'sync_norms', 'replace_norms']
+           'group_device', 'mean_numbers', 'text_from_first', 'gather_bytes', 'do_once', 'sum_over_ranks', 'Moments',
+           'moments', 'SyncNorm1d', 'SyncNorm2d', 'sync_norms', 'replace_norms']
 
 # %% ../../nbs/train/02_distributed.ipynb #a9b07239
 from collections.abc import Callable
@@ -136,7 +136,23 @@ def broadcast_bytes(
     dist.broadcast(data, 0)
     return bytes(data.cpu().numpy())[: size.item()]
 
-# %% ../../nbs/train/02_distributed.ipynb #02f00011
+# %% ../../nbs/train/02_distributed.ipynb #dist0001
+def group_device() -> str:
+    "Where ranks exchange decisions: the CPU if the group communicates there, else the GPU"
+    return 'cpu' if 'cpu:' in str(dist.get_backend_config()) else 'cuda'
+
+
+def mean_numbers(
+    numbers: Tensor,  # on the CPU, the same shape on every rank
+    ranks: Ranks,
+) -> Tensor:  # the same shape and type, on the CPU
+    "The mean over ranks of numbers that are not on a GPU, in double precision"
+    if ranks.world == 1:
+        return numbers
+    mean = mean_over_ranks(numbers.double().to(group_device()), ranks)
+    return mean.to('cpu', numbers.dtype)
+
+
 def text_from_first(
     text: str,  # of the first rank; that of others is ignored
     ranks: Ranks,
@@ -144,8 +160,7 @@ def text_from_first(
     "Give every rank the first one's text, over the device of the process group"
     if ranks.world == 1:
         return text
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    return broadcast_bytes(text.encode(), ranks, device).decode()
+    return broadcast_bytes(text.encode(), ranks, group_device()).decode()
 
 # %% ../../nbs/train/02_distributed.ipynb #e1700002
 def gather_bytes(

@@ -30,7 +30,8 @@ def own_device(
     device = pick_device(wish)
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == 'cuda' else device
 
-
+# %% ../../nbs/train/34_process_group.ipynb #pgrp0001
+_BACKENDS = {True: 'cpu:gloo,cuda:nccl', False: 'gloo'}  # decisions do not wait for a GPU
 _LOST = ('onnection', 'gloo', 'NCCL', 'imed out')  # in messages of a broken group
 
 
@@ -47,7 +48,7 @@ def group(
     if cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=minutes))
+        dist.init_process_group(_BACKENDS[cuda], timeout=timedelta(minutes=minutes))
     except (RuntimeError, ValueError) as e:
         names = ('MASTER_ADDR', 'MASTER_PORT')
         where = ':'.join(os.environ.get(name, f'({name} is not set)') for name in names)
