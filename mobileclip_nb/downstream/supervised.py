@@ -36,6 +36,8 @@ from ..train.config import TrainSpec
 from ..train.cost import DataSize, Price, measure_rate
 from ..train.distributed import Ranks, current_ranks
 from ..train.loop import Trained, train
+from ..train.step_memory import PAIRS, Growth, LiveBytes, StepMemory
+from ..train.step_memory import hollow_copy, measure_state
 
 # %% ../../nbs/downstream/05_supervised.ipynb #5ca1000b
 TEACHER = 'regnety_160.deit_in1k'  # RegNetY-16GF in timm
@@ -327,7 +329,7 @@ def make_classifier(
         seed_all(spec.seed)
         return MCi(spec.encoder, num_classes=classes)
 
-
+# %% ../../nbs/downstream/05_supervised.ipynb #5ca10043
 class SupervisedRun(NamedTuple):
     "A run that is ready to start"
 
