@@ -99,3 +99,31 @@ def test_a_tensor_on_the_cpu_is_noticed():
 
     with pytest.raises(RuntimeError, match='device'):
         start_step(state, batch_of(spec), spec, forgetful, Readings(every=99))
+
+
+def test_table_of_gpu_checks(capsys, monkeypatch):
+    "Without a GPU the table says what stands in and what has not run; a check that fails is seen"
+    import gpu_checks
+
+    if gpu_checks.HAS_GPU:
+        pytest.skip('there is a GPU: `make test-gpu`')
+    monkeypatch.setattr(gpu_checks, 'RECIPES', ['nano-emoji-dr', 'mobileclip2_s0.dfndr2b'])
+
+    def small_check(device):
+        return gpu_checks.check_memory(device, 'mobileclip_nano', 8)
+
+    checks = [
+        (n, small_check if n == 'memory of a step' else c, *r) for n, c, *r in gpu_checks.CHECKS
+    ]
+    monkeypatch.setattr(gpu_checks, 'CHECKS', checks)
+    assert not gpu_checks.main()
+    told = capsys.readouterr().out
+    assert told.count('not on a GPU') == len(checks) - 1
+    assert 'compiled towers | not run' in told
+
+    def broken(device):
+        raise ValueError('no such thing')
+
+    monkeypatch.setattr(gpu_checks, 'CHECKS', [('broken', broken, 'cpu', '')])
+    assert gpu_checks.main()
+    assert 'FAILED: ValueError: no such thing' in capsys.readouterr().out
