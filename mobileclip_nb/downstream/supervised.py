@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from torch._subclasses import FakeTensorMode
 
 from ..core.config import SCALES
 from ..core.errors import suggest
@@ -29,7 +30,7 @@ from ..core.runtime import digest_keys, pick_device, seed_all
 from .classification import ClassifySpec, DROPS, classify_loss
 from .classification import evaluate_classifier, open_folders
 from ..loaders.batches import seeded
-from ..models.mci import MCI, MCi
+from ..models.mci import MCi
 from ..shards.safe_io import read_json
 from ..train.between_steps import LoopConfig
 from ..train.config import TrainSpec

@@ -89,5 +89,4 @@ def shared_lanes(
 ) -> int:  # the same on every rank; 0 where no run can go on
     "Read with how many ranks the run that goes on began"
     lanes = read_lanes(out) if out and resume and not ranks.rank else 0
-    device = 'cuda' if ranks.world > 1 and dist.get_backend() == 'nccl' else 'cpu'
-    return int(broadcast_bytes(str(lanes).encode(), ranks, device))
+    return int(text_from_first(str(lanes), ranks))
