@@ -350,7 +350,9 @@ def visiting(browser, url, **how):
 
 # --- panels in a page ----------------------------------------------------------------------------
 
-SHOWN = 'img[src^="data:image/png;base64,"]'
+PNG = 'img[src^="data:image/png;base64,"]'
+SHOWN = f'.mobileclip-panel {PNG}'  # of a live panel, not the picture that is stored behind it
+SAID = '.mobileclip-panel [role=alert]'
 
 
 def find_function(function):
@@ -400,7 +402,7 @@ def wait_for_picture(area, panel, seconds=SECONDS):
         if panel.shown and panel.shown in shown:
             return 1e3 * (time.perf_counter() - began)
         if not panel.shown and not shown:
-            said = area.locator('[role=alert]').all_inner_texts()
+            said = area.locator(SAID).all_inner_texts()
             if html.unescape(re.sub('<.*?>', '', panel.parts['message'].value)) in said:
                 return 1e3 * (time.perf_counter() - began)
         time.sleep(0.01)
@@ -465,24 +467,32 @@ def lab(tmp_path_factory):
         stop(server)
 
 
-@pytest.fixture(scope='session')
-def panels_page(lab, browser, places):
-    "A notebook with a panel a cell, run in JupyterLab"
-    url, token, folder = lab
+def write_notebook(path, rows, places):
+    "A notebook with a panel a cell"
     cells = ['import mobileclip_nb']
-    for _, function, arguments, _ in PANELS:
+    for _, function, arguments, _ in rows:
         module, name = find_function(function)
         given = ', '.join(repr(a.format(**places) if isinstance(a, str) else a) for a in arguments)
         cells.append(f'from {module} import {name}\n\n{name}({given})')
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     nb.metadata.kernelspec = dict(display_name='python3', language='python', name='python3')
-    nbformat.write(nb, folder / 'panels.ipynb')
+    nbformat.write(nb, path)
+
+
+def run_all(visit):
+    "Run all cells of the notebook of a page"
+    visit.page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=1000 * SECONDS)
+    visit.page.locator('text=/\\| Idle/').first.wait_for(timeout=1000 * SECONDS)
+    visit.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+
+
+@pytest.fixture(scope='session')
+def panels_page(lab, browser, places):
+    "A notebook with a panel a cell, run in JupyterLab"
+    url, token, folder = lab
+    write_notebook(folder / 'panels.ipynb', PANELS, places)
     with visiting(browser, f'{url}/doc/tree/panels.ipynb?token={token}') as visit:
-        visit.page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=1000 * SECONDS)
-        visit.page.locator('text=/\\| Idle/').first.wait_for(timeout=1000 * SECONDS)
-        visit.page.evaluate(
-            "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
-        )
+        run_all(visit)
         yield visit
 
 
@@ -559,7 +569,48 @@ def test_hands_on_the_map(panels_page, places):
     visit.must_be_quiet()
 
 
-STORED = sorted((ROOT / 'nbs' / 'widgets').glob('*.ipynb'))
+REOPENED = [row for row in PANELS if row[0] in ('parts', 'inspector', 'folding', 'map')]
+
+
+def test_reopened_after_its_kernel_ended(lab, browser, places):
+    "Run, saved, kernel ended, opened again: each panel is its picture; before, it is the widget"
+    url, token, folder = lab
+    path, count = 'reopened.ipynb', len(REOPENED)
+    write_notebook(folder / path, REOPENED, places)
+    address = f'{url}/doc/tree/{path}?token={token}'
+    with visiting(browser, address, height=4000) as visit:
+        run_all(visit)
+        visit.page.wait_for_function(
+            f"() => document.querySelectorAll('{SHOWN}').length == {count}",
+            timeout=3000 * SECONDS,
+        )
+        assert visit.page.locator(f'.mobileclip-static {PNG}').count() == count
+        assert visit.page.locator(f'.mobileclip-static {PNG}:visible').count() == 0
+        visit.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        visit.page.wait_for_timeout(1000)
+        visit.must_be_quiet()
+    stored = [o for c in nbformat.read(folder / path, 4).cells for o in c.get('outputs', ())]
+    assert sum('mobileclip-static' in o['data'].get('text/html', '') for o in stored) == count
+    for session in json.loads(ask(address, '/api/sessions', Authorization=f'token {token}')[1]):
+        if session['path'] == path:
+            way = f'/api/sessions/{session["id"]}'
+            assert ask(address, way, 'DELETE', Authorization=f'token {token}')[0] == 204
+    with visiting(browser, address, height=4000) as visit:
+        pictures = visit.page.locator(f'.mobileclip-static {PNG}:visible')
+        pictures.nth(count - 1).wait_for()
+        visit.page.locator('text=model not found').nth(count - 1).wait_for(state='attached')
+        assert pictures.count() == count
+        seen = visit.page.locator('.jp-Notebook').inner_text().lower()
+        assert 'model not found' not in seen
+        assert 'loading widget' not in seen
+        keep('reopened', visit.page)
+        assert all('not found' in error for error in visit.errors)  # JupyterLab's own words
+        assert visit.outside == []
+
+
+STORED = sorted((ROOT / 'nbs').glob('widgets/*.ipynb')) + sorted(
+    (ROOT / 'nbs').glob('apps/*.ipynb')
+)
 
 
 @pytest.mark.parametrize('path', STORED, ids=[path.stem for path in STORED])
@@ -575,7 +626,7 @@ def test_stored_notebook(path, lab, browser):
     (folder / path.name).write_bytes(path.read_bytes())
     with visiting(browser, f'{url}/doc/tree/{path.name}?token={token}', height=1400) as visit:
         visit.page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=1000 * SECONDS)
-        shown = visit.page.locator(f'.jp-OutputArea-output {SHOWN}, .jp-OutputArea-output{SHOWN}')
+        shown = visit.page.locator(f'.jp-OutputArea-output {PNG}, .jp-OutputArea-output{PNG}')
         visit.page.wait_for_function(
             f"() => document.querySelectorAll('.jp-OutputArea img').length >= {len(pictures)}",
             timeout=1000 * SECONDS,
