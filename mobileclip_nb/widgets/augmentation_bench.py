@@ -141,8 +141,8 @@ def _draw_original(fig: Any, image: Image.Image, views: Sequence[Augmented]) -> 
     ax.imshow(_boxed(image, views))
     gain = PICTURE_SIDE / max(image.size)
     for i, view in enumerate(views):
-        place = dict(color='white', fontsize=9, ha='left', va='top')
-        edge = dict(facecolor=color_of_view(i), edgecolor='none', pad=1)
+        place = dict(color='black', fontsize=9, ha='left', va='top')
+        edge = dict(facecolor='white', edgecolor=color_of_view(i), pad=1)
         ax.text(gain * view.box[0], gain * view.box[1], str(i), bbox=edge, **place)
     ax.set_axis_off()
     ax.set_title(f'original, {image.width}x{image.height}', fontsize=10)
