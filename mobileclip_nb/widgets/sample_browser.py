@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from ..augment.pipeline import DATACOMPDR, AugmentSpec, describe_params, unpack
 from ..core.errors import import_optional, printable
-from ..core.files import is_local, last_part, list_shards, without_secrets
+from ..core.files import is_local, last_part, list_shards, read_range, without_secrets
 from ..core.plots import COLORS, THEMES, png_of_image
 from ..inference.contact_sheet import GAP, LINE, fit_text, load_font
 from ..preprocessing.images import open_image
@@ -60,10 +60,15 @@ def _answer_within(seconds: float, call: Callable[[], Any], what: str) -> Any:
     return found['value']
 
 
+def _touch_first(place: str | Path) -> None:
+    "Read the first bytes of the first shard; an error if they do not come"
+    read_range(list_shards(place)[0], 0, 512)
+
+
 def _count_first(place: str | Path) -> int:  # at least 1
     "How many of the first shards are indexed without being asked"
     if not is_local(place):
-        _answer_within(_PATIENCE, lambda: list_shards(place), without_secrets(place))
+        _answer_within(_PATIENCE, lambda: _touch_first(place), without_secrets(place))
         return 1
     sizes = [Path(url).stat().st_size for url in list_shards(place)[:1000] if Path(url).exists()]
     return max(int(np.searchsorted(np.cumsum(sizes), _AT_ONCE, 'right')), 1)

@@ -206,7 +206,7 @@ def _describe(**asked: Any) -> str:  # the values of the panel
 
 
 def make_zeroshot_bench(
-    pictures: str = '🦊 🍎 🚗 🎸',  # as `find_pictures` takes it
+    pictures: str | Path = '🦊 🍎 🚗 🎸',  # as `find_pictures` takes it
     labels: str = 'fox\ncat\nred apple\nautomobile\nguitar\nflower',  # one a line
     models: Sequence[str] = ('mobileclip_nano', 'teacher_nano_a', 'teacher_nano_b'),
     *,
@@ -218,7 +218,7 @@ def make_zeroshot_bench(
     hint = 'emoji, path, folder or URL' if folder is None else 'emoji, or a path in the folder'
     upload = widgets.FileUpload(accept='image/*', multiple=True, description='upload')
     controls = dict(
-        pictures=widgets.Text(pictures, description='pictures', placeholder=hint, **late),
+        pictures=widgets.Text(str(pictures), description='pictures', placeholder=hint, **late),
         first=widgets.BoundedIntText(1, 1, 10**9, 8, description='first of a folder', **late),
         upload=upload,
         labels=widgets.Textarea(labels, description='labels', rows=6, **late),
