@@ -37,6 +37,10 @@ PANELS = dict(
 # controls that change nothing at the first values of the others, and why
 WITHOUT_EFFECT = {
     ('captions', 'top_k'): 'the method is top_p',
+    **dict.fromkeys(
+        [('captions', name) for name in ('method', 'top_p', 'repetition')],
+        'at temperature 1 the nano model is certain of its words',
+    ),
     ('frontier', 'record'): 'the view is of published points',
     ('frontier', 'runtime'): 'the view is of published points',
     ('frontier', 'threads'): 'the view is of published points',

@@ -31,6 +31,11 @@ def bare_sample(i):
     return make_sample(i % 60, 2, 2).bare().but(key=f'{i:08d}', uid=f'{i:08d}', image=None)
 
 
+needs_http = pytest.mark.skipif(
+    not find_spec('aiohttp') and os.environ.get('CI') != 'true', reason='needs aiohttp (apps)'
+)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def cache(tmp_path_factory):
     old = os.environ.get('MOBILECLIP_CACHE')
@@ -141,6 +146,18 @@ def test_secrets_are_not_stored(place, tmp_path):
     assert 'secret' not in str(where)
 
 
+@needs_http
+def test_secrets_are_not_in_the_files_of_a_table(served):
+    "A password is needed to read shards, and is not written down"
+    url = served[0].replace('http://', 'http://user:secret@') + '/00000.tar'
+    report = build_sample_table(url, progress=False)
+    files = [path for path in Path(report.table).rglob('*') if path.is_file()]
+    assert report.samples == 10
+    assert len(files) > 5
+    assert [path.name for path in files if b'secret' in path.read_bytes()] == []
+    assert 'secret' not in str(report)
+
+
 def test_corrupt_shards(place, tmp_path):
     "A cut tar, a file that is no tar, and a missing one are rows with a reason"
     shutil.copytree(place, tmp_path / 'set')
@@ -181,11 +198,6 @@ def test_long_path():
     panel = browse_samples('x' * 10_000)
     assert 'role="alert"' in panel.parts['message'].value
     assert len(panel.parts['message'].value) < 1500
-
-
-needs_http = pytest.mark.skipif(
-    not find_spec('aiohttp') and os.environ.get('CI') != 'true', reason='needs aiohttp (apps)'
-)
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
