@@ -132,7 +132,8 @@ def _draw_cells(ax: Any, names: Sequence[str], found: Sequence[Prediction], top:
     room, places, shares = int(92 / top), [], []
     for row, (name, prediction) in enumerate(zip(names, found)):
         quiet = dict(fontsize=8, va='top', parse_math=False)
-        ax.text(0, row + 0.27, printable(name, 100), **quiet)
+        has_letters = any(map(str.isalnum, name))  # an emoji is its own picture
+        ax.text(0, row + 0.27, printable(name, 100) if has_letters else '', **quiet)
         for rank, (label, p) in enumerate(zip(prediction.labels, prediction.probs)):
             words = label if len(label) <= room else f'{label[: room - 1]}…'
             weight = 'bold' if rank == 0 else 'normal'
