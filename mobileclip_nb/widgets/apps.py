@@ -166,7 +166,7 @@ def _fault_of(request: Any, kernels: int, pages: int) -> tuple[int, str] | None:
         return 404, 'There is no such file'
     return None
 
-
+# %% ../../nbs/widgets/13_apps.ipynb #379531c5
 def _gate(
     handler: type,  # of tornado
     is_local_only: bool,  # whether other host names are rejected

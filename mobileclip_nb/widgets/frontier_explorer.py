@@ -371,7 +371,7 @@ def _make_controls(record: str) -> dict[str, Any]:
         record=widgets.Text(record, description='record', continuous_update=False),
     )
 
-
+# %% ../../nbs/widgets/07_frontier_explorer.ipynb #dd906853
 def make_frontier(
     record: str | Path | None = None,  # of `write_record`; empty: none; None: `RECORD` if there
     *,

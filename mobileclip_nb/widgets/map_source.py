@@ -156,7 +156,7 @@ def save_map(
     with atomic_write(path) as tmp:
         _write_points(tmp, source, (axes.x, axes.y, np.arange(len(axes.x))), group)
 
-
+# %% ../../nbs/widgets/11_map_source.ipynb #184e0cab
 def link_chosen(
     source: MapSource,
     grid: PointGrid,

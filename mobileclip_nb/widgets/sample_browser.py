@@ -342,7 +342,7 @@ class _Browser:
         return _rows_of(self.shown.table, self.listing())
 
     def prepare(self) -> None:
-        "Limit the position to the list; a new list begins at 1; a new key is looked up, an old one cleared"
+        "Limit the position; a new list begins at 1; a new key is looked up, an old one cleared"
         position, rows = self.controls['position'], self.rows()
         position.max = len(rows)
         if self.listing() != self.asked:

@@ -81,7 +81,7 @@ def _folder_pictures(place: Path, first: int, folder: str | Path | None) -> Benc
     notes += [f'{more:,} more in the folder'] * bool(more)
     return BenchPictures(names, images, '; '.join(notes))
 
-
+# %% ../../nbs/widgets/09_zeroshot_bench.ipynb #546f1b44
 def find_pictures(
     pictures: str,  # emoji with spaces, the path or URL of an image, or a folder
     upload: Sequence[Mapping[str, Any]] = (),  # of `FileUpload`; these are taken if there are any
@@ -148,7 +148,7 @@ def _draw_cells(ax: Any, names: Sequence[str], found: Sequence[Prediction], top:
     ax.set(xlim=(0, top), ylim=(len(found) - 0.5, -0.5))
     ax.set_axis_off()
 
-
+# %% ../../nbs/widgets/09_zeroshot_bench.ipynb #b4fdd6f5
 def draw_zeroshot(
     pictures: BenchPictures,
     found: Sequence[Prediction],  # one a picture
