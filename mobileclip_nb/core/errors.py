@@ -82,7 +82,8 @@ def is_transient(
     status = getattr(error, 'status', None)
     if isinstance(status, int):
         return status in (408, 425, 429) or status >= 500
-    if isinstance(error, _PERMANENT) or 'Credentials' in type(error).__name__:
+    name = type(error).__name__
+    if isinstance(error, _PERMANENT) or 'Credentials' in name or 'Validation' in name:
         return False
     if isinstance(error, OSError):
         return error.errno not in _FULL

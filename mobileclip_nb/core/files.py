@@ -254,6 +254,12 @@ def find_store(
     url: str | Path,  # any location
 ) -> tuple[Any, str]:  # an fsspec filesystem, and the path within it
     "Find the filesystem of a location"
+    store, _, rest = str(url).partition('://')
+    if store in ('s3', 's3a', 'gs', 'gcs') and '@' in rest.partition('/')[0]:
+        raise ValueError(
+            f"{without_secrets(url)!r}: a bucket's address has no user and no password; "
+            "give them to the client, such as AWS_ACCESS_KEY_ID in the environment"
+        )
     with _without_secrets(url, 'reach'):
         try:
             return fsspec.core.url_to_fs(_path(url) if is_local(url) else str(url))
