@@ -2,6 +2,7 @@
 # make test       everything that must be true, tested (what CI runs)
 # make first-hour  time the first commands of a new user  -> results/first_hour.json
 # make test-export  conversions of all models of the zoo at their own width, and the homes of exports
+# make test-gpu    devices, precision, memory and feeding on a GPU; without one, what stands in
 # make test-browser  widgets and apps in a headless browser; screenshots -> runs/browser
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
@@ -10,12 +11,12 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ## ALL: for notebooks and tests; RUNTIMES: besides, for the runtimes and homes of exports
-ALL := emoji,train,finetune,eval,search,reinforce,export,coreml,openvino,lab,apps,dev
+ALL := emoji,train,finetune,eval,search,remote,reinforce,export,coreml,openvino,lab,apps,dense,dev
 RUNTIMES := coreai,executorch,litert,homes
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-browser test-export first-hour lab weights notebooks prepare bench clean
+.PHONY: help demo test test-browser test-export test-gpu first-hour lab weights notebooks prepare bench clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -43,6 +44,9 @@ test-browser: .venv/with-$(ALL)
 test-export: .venv/with-$(ALL),$(RUNTIMES)
 	if command -v npm > /dev/null; then cd tests/export/js && npm install --ignore-scripts --no-audit --no-fund --silent; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/export tests/test_notebooks.py::test_runtime_pages
+
+test-gpu: .venv/with-$(ALL)
+	$(BIN)/python tests/gpu_checks.py
 
 lab: .venv/with-$(ALL)
 	$(BIN)/jupyter lab --notebook-dir nbs

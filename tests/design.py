@@ -37,6 +37,7 @@ FORBIDDEN = {  # although they stand lower
 GUIDES = ['index', 'demo', 'tutorials/', 'ablations/', 'apps/', 'design']  # they export nothing
 GUIDES += ['export/09_homes', 'export/14_eight_bits']
 GUIDES += ['inference/08_approximate_index', 'inference/07_search_tried']  # they measure
+GUIDES += ['bench/08_feed', 'reinforce/08_reference_defects']
 LIMIT = dict(
     width=100,
     data_width=140,

@@ -181,6 +181,15 @@ def test_notebooks_are_clean(tmp_path):
     assert changed == []
 
 
+def test_every_name_is_defined():
+    "The library and its tests use no name that is defined nowhere; a merge can lose an import"
+    words = ['check', '--isolated', '--select', 'F821,F811', 'mobileclip_nb', 'tests', 'setup.py']
+    done = subprocess.run(
+        [sys.executable, '-m', 'ruff', *words], cwd=design.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def test_code_is_formatted():
     "`ruff format` would change nothing"
     command = [

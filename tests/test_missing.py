@@ -1,6 +1,7 @@
 "Packages that are not installed: one line that says how to install them and exit status 2, never a traceback; or done without."
 
-import os, subprocess, sys
+import ast, configparser, os, re, subprocess, sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,33 @@ def test_done_without(folder):
     ):
         done = lacking(folder, hidden, CLI, *words)
         assert done.returncode == 0, done.stderr[-1500:]
+
+
+def imported(tree):
+    "Packages that a module imports, at its top or in a function"
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import):
+            yield from (a.name for a in n.names)
+        elif isinstance(n, ast.ImportFrom) and not n.level:
+            yield n.module
+        elif isinstance(n, ast.Call) and ast.unparse(n.func) == 'import_optional':
+            yield ast.literal_eval(n.args[0])
+
+
+def spell(name):
+    return re.split(r'[^\w.-]', name)[0].lower().replace('_', '-')
+
+
+def test_workers_get_what_they_import():
+    "Every package that reinforcement imports is a requirement, or in an extra"
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / 'settings.ini')
+    lists = [v for k, v in settings['DEFAULT'].items() if k.endswith('requirements')]
+    known = {spell(word) for line in lists for word in line.split()}
+    assert {'ray', 'pyarrow', 'open-clip-torch'} <= known
+    homes = packages_distributions()
+    for package in ('preprocessing', 'augment', 'models', 'shards', 'reinforce'):
+        for module in (ROOT / 'mobileclip_nb' / package).glob('*.py'):
+            names = {name.split('.')[0] for name in imported(ast.parse(module.read_text()))}
+            for name in names - set(sys.stdlib_module_names) - {'mobileclip_nb'}:
+                assert known & {spell(d) for d in homes.get(name, [name])}, (module.name, name)

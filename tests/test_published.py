@@ -7,8 +7,10 @@ random weights that stand in a local cache of the hub under the published reposi
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
-from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from PIL import Image
+from stand_ins import Hub, narrow_configs, write_open_clip_folder, write_weights
 
 from mobileclip_nb.augment.pipeline import apply, unpack
 from mobileclip_nb.reinforce.captioner import (
@@ -32,7 +35,7 @@ from mobileclip_nb.models.weights import clean_tag, fetch_hub, hub_names
 from mobileclip_nb.cli.main import main
 from mobileclip_nb.train.paper_recipes import ROWS
 from mobileclip_nb.reinforce.recipe import RECIPES, find_reinforce_recipe
-from mobileclip_nb.shards.io import read_shard, write_shard
+from mobileclip_nb.shards.io import read_manifest, read_shard, write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.reinforce.teachers import TeacherSpec, check_gelu, load_teacher
 from mobileclip_nb.models.zoo import ZOO
@@ -198,53 +201,13 @@ def test_tags_of_our_own_models_are_spelled_as_open_clip_spells():
 # ---- a local hub ----
 
 
-def narrow(cfg, embed_dim):
-    "A configuration of open_clip with every width and depth made small, everything else kept"
-    cfg = deepcopy(cfg) | dict(embed_dim=embed_dim)
-    cfg['vision_cfg'] |= dict(layers=1, width=64)
-    for part in cfg.keys() & {'text_cfg', 'multimodal_cfg'}:
-        cfg[part] |= dict(layers=1, width=32, heads=2)
-    return cfg
-
-
-class Hub:
-    "A cache of the hub in a folder, in the layout of huggingface_hub"
-
-    revision = '0' * 40
-
-    def __init__(self, root):
-        self.root = root
-
-    def add(self, repo, file):
-        "The path of a file that is to be written"
-        folder = self.root / f"models--{repo.replace('/', '--')}"
-        path = folder / 'snapshots' / self.revision / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (folder / 'refs').mkdir(exist_ok=True)
-        (folder / 'refs/main').write_text(self.revision)
-        return path
-
-
-def write_weights(net, path):
-    "Weights under a published name, which may end in .bin, .pt or .safetensors"
-    if path.suffix == '.safetensors':
-        from safetensors.torch import save_file
-
-        save_file(net.state_dict(), path)
-    else:
-        torch.save(net.state_dict(), path)
-
-
 def write_teacher(hub, teacher):
     "Narrow weights of a teacher; where the repository is the model, with its configuration"
     model, repo = listed(teacher)[0], repository(teacher)
-    write_weights(open_clip.create_model(model), hub.add(repo, FILES[repo].file))
     if teacher.model.startswith('hf-hub:'):
-        preprocess = dict(
-            mean=[0.48, 0.46, 0.41], std=[0.27, 0.26, 0.28]
-        )  # not open_clip's defaults
-        config = dict(model_cfg=open_clip.get_model_config(model), preprocess_cfg=preprocess)
-        hub.add(repo, 'open_clip_config.json').write_text(json.dumps(config))
+        write_open_clip_folder(hub, repo, model, FILES[repo].file)
+    else:
+        write_weights(open_clip.create_model(model), hub.add(repo, FILES[repo].file))
 
 
 @pytest.fixture
@@ -254,10 +217,8 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    configs = open_clip.factory._MODEL_CONFIGS
-    widths = {'coca_ViT-L-14': 32, 'ViT-L-14-quickgelu': 24, 'ViT-L-14': 40}
-    for model, width in widths.items():
-        monkeypatch.setitem(configs, model, narrow(configs[model], width))
+    for model, cfg in narrow_configs().items():
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, cfg)
     hub = Hub(tmp_path / 'hub')
     torch.manual_seed(0)
     for name in RUNS:
@@ -349,6 +310,29 @@ def test_recipe_runs(name, file, hub, tmp_path, capsys):
         arrays = np.load(io.BytesIO(members(out / '00000000.tar', s.key)['npz']))
         assert sorted(arrays) == ['image_emb', 'text_emb']
         assert arrays['text_emb'].shape == (1 + 5, width)
+
+
+# The command line in a process of its own, with open_clip's models made narrow.
+NARROW = f"""import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import stand_ins
+from mobileclip_nb.cli.main import main
+stand_ins.narrow_open_clip()
+raise SystemExit(main())"""
+
+
+def test_command_starts_and_runs(hub, tmp_path):
+    "`mobileclip reinforce SHARDS OUT --recipe datacompdr-12m`, from a shell; again it has nothing to do"
+    (tmp_path / 'SHARDS').mkdir()
+    four_samples(tmp_path / 'SHARDS')
+    words = ['reinforce', 'SHARDS', 'OUT', '--recipe', 'datacompdr-12m']
+    how = dict(cwd=tmp_path, env=hub.env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, '-c', NARROW, *words], **how)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert '30 augmentations, 1 captioners, 2 teachers, in float32' in done.stderr
+    (entry,) = read_manifest(tmp_path / 'OUT').shards
+    assert (entry.shard, entry.num_uids) == ('00000000', 4)
+    assert [len(s.param_aug) for s in read_shard(tmp_path / 'OUT/00000000.tar')] == [30] * 4
 
 
 def test_layouts():

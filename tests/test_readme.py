@@ -1,16 +1,13 @@
 "The README as a new user types it: every block, in order, in one empty folder."
 
-import json, os, re, shlex, subprocess, sys, weakref
+import json, os, re, shlex, subprocess, sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'(?:<!-- needs: (?P<needs>.*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```', re.S)
@@ -200,8 +197,6 @@ def test_gpu_block_runs_small(tmp_path):
         '1',
         '--set',
         'stream.batch=8',
-        '--set',
-        'train.accumulate=2',
     ]
     line = [
         sys.executable,
@@ -225,85 +220,76 @@ def test_gpu_block_runs_small(tmp_path):
     assert (tmp_path / 'runs' / 's0' / 'state.pt').exists()
 
 
-class LiveBytes(TorchDispatchMode):
-    "Counts the bytes of the tensors that are alive"
-
-    def __init__(self):
-        super().__init__()
-        self.held, self.now, self.peak = {}, 0, 0
-
-    def drop(self, key, size):
-        "Forget a storage that is gone"
-        if self.held.pop(key, None) is not None:
-            self.now -= size
-
-    def add(self, tensor):
-        "Count a storage once"
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.held:
-            return
-        self.held[key] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.drop, key, size)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.add(t)
-        return out
-
-
-def step_bytes(r, pairs, parts, world):
-    "Peak bytes of one step of one rank, with `pairs` pairs in `parts` parts, by fake tensors"
-    from mobileclip_nb.loaders.batches import Batch
-    from mobileclip_nb.train.optim import make_optimizer
-    from mobileclip_nb.train import step
-    from mobileclip_nb.train.recipe import record_of
+def fitted_run(limit=80.0):
+    "The recipe of the line for several GPUs, its ranks, and how each carries out a step"
     from mobileclip_nb.models.zoo import build
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from mobileclip_nb.train.fit import fit_model
+    from mobileclip_nb.train.recipe import record_of
 
-    rec, spec = record_of(r), r.train.but(accumulate=parts)
-    width = sum(spec.loss.widths)
-    dist.init_process_group('fake', rank=0, world_size=world, store=FakeStore())
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-            model = build(rec).train()
-            opt = make_optimizer(model, spec)
-            empty = Batch(*[None] * len(Batch._fields))
-            teachers = {k: torch.zeros(pairs, width) for k in ('image_emb', 'text_emb', 'syn_emb')}
-            tokens = {
-                k: torch.zeros(pairs, rec.context_length, dtype=torch.int64)
-                for k in ('text', 'syn')
-            }
-            image = torch.zeros(pairs, 3, rec.pixels.side, rec.pixels.side)
-            batch = empty._replace(image=image, **tokens, **teachers)
-            sizes = [t.nbytes for t in batch if t is not None]
-            step.step(model, batch, opt, spec)
-    finally:
-        dist.destroy_process_group()
-    return live.peak, sum(sizes)
-
-
-def test_gpu_block_fits(monkeypatch):
-    "What the README says of memory: computed, and below what such a GPU has"
-    from mobileclip_nb.train import objective, step
-
-    monkeypatch.setattr(torch.nn.init, 'trunc_normal_', lambda x, *a, **k: x)  # fake numbers
-    monkeypatch.setattr(torch, 'isfinite', lambda x: True)  # have no values
-    monkeypatch.setattr(step, 'clamp_scale', lambda *a: None)
-    monkeypatch.setattr(objective, 'check_same_size', lambda *a: None)
     r, world = published_run()
-    pairs, parts = r.stream.batch // world, r.train.accumulate
-    part = pairs // parts
-    assert (pairs, part) == (8192, 256)
-    one_part, _ = step_bytes(r, pairs, 1, world)
-    two_parts, batch = step_bytes(r, 2 * part, 2, r.stream.batch // (2 * part))
-    waiting = batch // (2 * part) * (pairs - 2 * part)  # the rest of the batch
-    fits = (two_parts + waiting) / 1e9
+    model, synthetic = build(record_of(r), empty=True), bool(r.reader.synthetic)
+    return (
+        r,
+        world,
+        model,
+        fit_model(model, r.train, r.stream.batch // world, world, synthetic, limit),
+    )
+
+
+def test_gpu_block_fits():
+    "What the README says of memory: computed, and a real step of eight simulated ranks holds it"
+    from mobileclip_nb.train import step
+    from mobileclip_nb.train.fit import with_fit
+    from mobileclip_nb.train.memory import checkpoint_activations
+    from mobileclip_nb.train.optim import make_optimizer
+    from mobileclip_nb.train.step_memory import (
+        LiveBytes,
+        empty_batch,
+        hollow_copy,
+        measure_state,
+        simulate_ranks,
+    )
+
+    r, world, model, fitted = fitted_run()
+    spec, pairs = with_fit(r.train, fitted.fit), r.stream.batch // world
+    assert (pairs, world) == (8192, 8)
+    assert fitted.memory.total < 0.9 * 80e9
+    live, mode = LiveBytes(), FakeTensorMode()
+    with mode, simulate_ranks(world), torch.random.fork_rng():
+        twin = hollow_copy(model, spec)
+        opt = make_optimizer(twin, spec)
+        batch = empty_batch(model.record, pairs, spec.loss.widths, True)
+        with checkpoint_activations(twin, spec.checkpointing), live:
+            for t in [*twin.parameters(), *twin.buffers(), *(t for t in batch if t is not None)]:
+                live.add(t)
+            step.step(twin, batch, opt, spec)
+    one, held = measure_state(model, spec), fitted.memory
+    extra = held.parameters + held.buffers + held.gradients - one.parameters - one.buffers
+    waiting = held.batches - sum(t.nbytes for t in batch if t is not None)
+    estimate = held.total - (extra - one.gradients) - waiting  # one rank, without DDP's copies
+    later = one.gradients + one.optimizer  # counted at every moment, made in the first step
+    assert -0.01 * estimate < estimate - sum(live.peak) < later + 0.01 * estimate
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert f'about {fits:.0f} GB on each GPU' in text
-    assert f'about {one_part / 1e9:,.0f} GB' in text
-    assert fits < 80
+    assert f'about {held.total / 1e9:.0f} GB' in text
+    assert f'{fitted.fit.parts} parts' in text
+
+
+def test_gpu_block_on_eight_ranks(tmp_path):
+    "The line for several GPUs on eight processes with the smallest towers, and little memory"
+    from test_recipes import write_published
+
+    shards = write_published(tmp_path / 'DFNDR-2B')
+    start, rest = torchrun_words()
+    small = '--scale smoke --steps 1 --memory 0.06 --set model=mobileclip_nano'
+    small += ' --set stream.batch=64 --device cpu --quiet --workers 0'
+    line = [sys.executable, '-m', 'torch.distributed.run', '--standalone', *start]
+    line += ['mobileclip_nb.train', *rest, *small.split(), '--data', str(shards)]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'ranks 8' in done.stdout
+    assert 'memory of a step on each of 8 ranks' in done.stderr
+    chosen = json.loads((tmp_path / 'runs' / 's0' / 'memory.json').read_text())
+    assert chosen['limit'] == 0.06
+    assert chosen['fit']['checkpointing']
+    assert sum(chosen['memory'].values()) < 0.9 * 0.06e9

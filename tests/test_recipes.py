@@ -4,9 +4,11 @@ import io, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
+from stand_ins import Hub, published_records, write_released
 
 from mobileclip_nb.blocks.reparam import count_parameters
 from mobileclip_nb.models.clip import CLIP
@@ -16,13 +18,14 @@ from mobileclip_nb.shards.io import write_shard
 from mobileclip_nb.shards.sample import Sample, StoreSpec
 from mobileclip_nb.models.text_repmixer import TextRepMixer
 from mobileclip_nb.models.text_transformer import TextSpec
+from mobileclip_nb.train.finetune import METHODS
 from mobileclip_nb.train.loop import train
 from mobileclip_nb.train.cost import price, published_data
 from mobileclip_nb.train.recipe import learner, recipe, record_of
 from mobileclip_nb.train.release import from_run
 from mobileclip_nb.train.run import run as run_recipe
 from mobileclip_nb.train.source import Opening, open_run, source
-from mobileclip_nb.models.zoo import build
+from mobileclip_nb.models.zoo import build, find_record
 
 RUN = [sys.executable, '-c', 'from mobileclip_nb.cli.main import main; raise SystemExit(main())']
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
@@ -103,6 +106,75 @@ def test_published_recipe(name, shards):
         and cost.stored > 5e11
         and 'Table 4d' in str(cost)
     )
+
+
+# ---- on two ranks
+
+
+def run_on_ranks(shards, at):
+    "What every published recipe and every fine-tuning ends with, on each of two ranks"
+    hub = Hub(at / 'hub')
+    write_released(hub)
+    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    script = Path(__file__).with_name('recipes_on_ranks.py')
+    done = subprocess.run(
+        [sys.executable, *start, str(script), str(shards), str(at)],
+        env=hub.env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((at / f'{rank}.json').read_text()) for rank in range(2)]
+
+
+def check_ranks(name, first, second):
+    "Both ranks took two finite steps together, with their share of the batch, to the same weights"
+    for one in (first, second):
+        assert one['ranks'] == 2, name
+        assert one['pairs'] == 2, name
+        assert np.isfinite(one['losses']).tolist() == [True, True], name
+    assert first['losses'] == second['losses'], name
+    assert first['weights'] == second['weights'], name
+
+
+def test_published_names_on_two_ranks(shards, tmp_path):
+    """Under torchrun, with a narrow model of the same kind in the place of its own: each published recipe by its
+    name, and fine-tuning of each released model by its name, its weights found in its repository
+    """
+    first, second = run_on_ranks(shards, tmp_path)
+    assert list(first['train']) == list(ROWS)
+    for name, row in ROWS.items():
+        one = first['train'][name]
+        check_ranks(name, one, second['train'][name])
+        assert one['record'] == row.model
+        assert one['teachers'] == [*row.weights, list(row.scales)]
+    assert list(first['tune']) == [r.name for r in published_records()]
+    for name, one in first['tune'].items():
+        check_ranks(name, one, second['tune'][name])
+        assert one['record'] == name
+    assert {one['method'] for one in first['tune'].values()} == set(METHODS)
+
+
+def test_released_models_are_built():
+    "At their own widths, without memory"
+    for record in published_records():
+        with torch.device('meta'):
+            model = build(find_record(record.name), empty=True)
+        assert count_parameters(model) > 50e6, record.name
+
+
+def test_names_of_finetuning_are_those_of_open_clip():
+    "Tags and repositories are open_clip's where it has the model; four it does not have"
+    listed = {}
+    for model, tag in open_clip.list_pretrained():
+        if 'MobileCLIP' in model:
+            repo = open_clip.get_pretrained_cfg(model, tag)['hf_hub'].strip('/')
+            listed[find_record(model, tag).name] = {tag: f'hf-hub:{repo}'}
+    ours = {r.name: r.weights for r in published_records()}
+    assert {name: ours[name] for name in listed} == listed
+    absent = {'mobileclip_s0', 'mobileclip_s3', 'mobileclip_s4', 'mobileclip_l14'}
+    assert set(ours) - set(listed) == absent
 
 
 def test_real_model_of_a_published_recipe(shards, tmp_path):

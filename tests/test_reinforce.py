@@ -1,14 +1,17 @@
 "Reinforcement under fire: other workers, a cluster, kill -9, bad shards, bad samples, full disks; the bytes stay the same."
 
-import hashlib, io, json, os, random, resource, signal, subprocess, sys, time
+import hashlib, io, json, os, random, re, resource, signal, subprocess, sys, threading, time
 from pathlib import Path
 
+import design
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mobileclip_nb.augment.pipeline import DATACOMPDR
+from mobileclip_nb.augment.pipeline import DATACOMPDR, apply, unpack
+from mobileclip_nb.cli.main import main
+from mobileclip_nb.models.precision import ComputeSpec
 from mobileclip_nb.reinforce.captioner import CaptionerSpec
 from mobileclip_nb.core.files import read_bytes, write_bytes
 from mobileclip_nb.reinforce.run_local import reinforce
@@ -533,3 +536,220 @@ def test_an_interrupt(shards, undisturbed, tmp_path):
         reinforce(shards, tmp_path / 'out', TOY, load=toys, progress=False).ok
         and made(tmp_path / 'out') == undisturbed
     )
+
+
+# ---- precision
+
+
+def test_precision_is_in_recipe_manifest_and_rows(tmp_path, capsys):
+    "`--precision bfloat16`: another id, recorded, rows near those of float32 and not equal to them"
+    write_shard(tmp_path / 'in/0.tar', plain(0, 6), StoreSpec())
+    words = ['--recipe', 'nano-emoji', '--augmentations', '2', '--store', 'float32']
+    half = ['--precision', 'bfloat16', '--channels-last']
+    rows, ids = {}, {}
+    for name, more in (('exact', []), ('half', half)):
+        out = tmp_path / name
+        assert main(['reinforce', str(tmp_path / 'in'), str(out), *words, *more]) == 0
+        rows[name] = np.concatenate([s.image_emb for s in read_shard(out / '0.tar')])
+        about = read_manifest(out).about
+        ids[name] = about['recipe_id']
+        assert about['recipe'] == json.loads((out / 'recipe.json').read_text())['recipe']
+    compute = dict(precision='bfloat16', channels_last=True, compile=False)
+    assert about['recipe']['compute'] == compute
+    assert ids['half'] != ids['exact']
+    cosines = (rows['exact'] * rows['half']).sum(1) / 2  # two teachers
+    assert 0.99 < cosines.min()
+    assert not np.array_equal(rows['exact'], rows['half'])
+    capsys.readouterr()
+    assert main(['reinforce', str(tmp_path / 'in'), str(tmp_path / 'half'), *words]) == 2
+    assert "compute.precision: 'bfloat16' there, 'float32' here" in capsys.readouterr().err
+
+
+def test_sets_of_earlier_versions_go_on(tmp_path):
+    "A folder whose recipe says nothing of a precision is continued, and its manifest keeps its words"
+    for i in range(2):
+        write_shard(tmp_path / f'in/{i}.tar', plain(4 * i, 4), StoreSpec())
+    src, out = tmp_path / 'in', tmp_path / 'out'
+    assert reinforce(src, out, TOY, load=toys, progress=False).done == 2
+    earlier = json.loads((out / 'recipe.json').read_text())
+    del earlier['recipe']['compute']
+    (out / 'recipe.json').write_text(json.dumps(earlier))
+    (out / '1.tar').unlink()
+    assert reinforce(src, out, TOY, load=toys, progress=False).done == 1
+    assert read_manifest(out).about['recipe'] == earlier['recipe']
+    half = TOY.but(compute=ComputeSpec('float16'))
+    with pytest.raises(ValueError, match="compute.precision: 'float32' there, 'float16' here"):
+        reinforce(src, out, half, load=never)
+
+
+# ---- defects of the public generator (nbs/reinforce/08_reference_defects)
+
+
+def replayed(sample, spec=TOY):
+    "What the toy teachers make of a sample's stored parameters, row by row"
+    image = Image.open(io.BytesIO(sample.image)).convert('RGB')
+    views = [apply(spec.augment, image, unpack(spec.augment, p)) for p in sample.param_aug]
+    return torch.cat(list(Toys().image(views).values()), 1).numpy()
+
+
+EXACT = TOY.but(store=StoreSpec(form='float32'))
+
+
+def test_rows_beyond_the_first_batch(tmp_path):
+    "Seven samples, three in a batch: every image row is that of the view which its parameters replay, every text row that of its text"
+    write_shard(tmp_path / 'in/0.tar', plain(0, 7), StoreSpec())
+    assert reinforce(tmp_path / 'in', tmp_path / 'out', EXACT, load=toys, progress=False).ok
+    samples = list(read_shard(tmp_path / 'out/0.tar'))
+    assert len(samples) == 7
+    for s in samples:
+        np.testing.assert_allclose(s.image_emb, replayed(s), atol=1e-6)
+        for key, texts in dict(text=s.captions, **s.synthetic).items():
+            rows = torch.cat(list(Toys().text(list(texts)).values()), 1).numpy()
+            np.testing.assert_allclose(s.text_emb[key], rows, atol=1e-6)
+
+
+def test_a_text_that_fails(tmp_path):
+    "A sample whose text a teacher cannot embed is dropped after its image was embedded; its neighbors keep their rows"
+
+    class Stumbler(Toys):
+        def text(self, texts):
+            if 'pattern number 2' in texts:
+                raise ValueError('no such word')
+            return super().text(texts)
+
+    def load(spec, device):
+        return Models((Namer(),), Stumbler(), dict(toys='1'))
+
+    write_shard(tmp_path / 'in/0.tar', plain(0, 7), StoreSpec())
+    report = reinforce(tmp_path / 'in', tmp_path / 'out', EXACT, load=load, progress=False)
+    assert report.ok
+    assert report.dropped == dict(model=1)
+    samples = list(read_shard(tmp_path / 'out/0.tar'))
+    assert [s.key for s in samples] == [f'{i:06}' for i in (0, 1, 3, 4, 5, 6)]
+    for s in samples:
+        np.testing.assert_allclose(s.image_emb, replayed(s), atol=1e-6)
+
+
+def test_a_batch_without_an_image(tmp_path):
+    "A whole batch of samples without a usable image, in the middle of a shard"
+    good = plain(0, 6)
+    bad = [good[0].but(key=f'bad{i}', image=b'no picture') for i in range(TOY.batch)]
+    write_shard(tmp_path / 'in/0.tar', [*good[:3], *bad, *good[3:]], StoreSpec())
+    report = reinforce(tmp_path / 'in', tmp_path / 'out', TOY, load=toys, progress=False)
+    assert report.ok
+    assert (report.samples, report.dropped) == (6, dict(image=TOY.batch))
+
+
+@pytest.mark.parametrize('layout', ['current', 'legacy'])
+def test_several_true_captions(tmp_path, layout):
+    "A list of true captions is written, embedded row by row and read again"
+    true = ('a fox', 'a red fox', 'an animal')
+    write_shard(tmp_path / 'in/0.tar', [plain(0, 1)[0].but(captions=true)], StoreSpec())
+    spec = TOY.but(store=StoreSpec(form='float32', layout=layout))
+    assert reinforce(tmp_path / 'in', tmp_path / 'out', spec, load=toys, progress=False).ok
+    (s,) = read_shard(tmp_path / 'out/0.tar')
+    assert s.captions == true
+    assert {k: len(rows) for k, rows in s.text_emb.items()} == dict(text=3, syn_text=2)
+    rows = torch.cat(list(Toys().text(list(true)).values()), 1).numpy()
+    np.testing.assert_allclose(s.text_emb['text'], rows, atol=1e-6)
+
+
+def test_names_that_hold_emb(tmp_path):
+    "Keys of captions and fields of metadata with `emb` in them are what they are, also in a second run"
+    source = plain(0, 2)[0].but(meta=dict(member_id='m1', embargo=True))
+    write_shard(tmp_path / 'in/0.tar', [source], StoreSpec())
+    key = 'syn_text_emb_b'
+    spec = TOY.but(captioners=(CaptionerSpec(key=key),))
+    assert reinforce(tmp_path / 'in', tmp_path / 'one', spec, load=toys, progress=False).ok
+    assert reinforce(tmp_path / 'one', tmp_path / 'two', TOY, load=toys, progress=False).ok
+    (s,) = read_shard(tmp_path / 'two/0.tar')
+    assert s.meta == source.meta
+    assert set(s.synthetic) == {key, 'syn_text'}
+    assert {k: len(rows) for k, rows in s.text_emb.items()} == {'text': 1, key: 2, 'syn_text': 2}
+
+
+def test_written_and_not_marked(shards, undisturbed, tmp_path):
+    "A shard that was written before its worker died is written again under its own name, with the same bytes"
+    out = tmp_path / 'out'
+    assert reinforce(shards, out, TOY, load=toys, progress=False).ok
+    (out / '.done/01/00000004.tar.json').unlink()
+    assert reinforce(shards, out, TOY, load=toys, progress=False).done == 1
+    assert made(out) == undisturbed
+
+
+def test_names_that_begin_alike(tmp_path):
+    "A shard whose name begins another's is not taken for it"
+    for i, name in enumerate(('1.tar', '10.tar', '1.tar.tar')):
+        write_shard(tmp_path / f'in/{name}', plain(4 * i, 4), StoreSpec())
+    for src, done in (('in/10.tar', 1), ('in/1.tar.tar', 1), ('in', 1)):
+        report = reinforce(tmp_path / src, tmp_path / 'out', TOY, load=toys, progress=False)
+        assert report.ok
+        assert report.done == done
+    assert [p.name for p in sorted((tmp_path / 'out').glob('*.tar'))] == [
+        '1.tar',
+        '1.tar.tar',
+        '10.tar',
+    ]
+
+
+def test_stages_overlap(shards, monkeypatch, tmp_path):
+    "While the models compute the first shard, the second one is already read"
+    from mobileclip_nb.reinforce import run_local
+
+    second = threading.Event()
+
+    def read(url, *words, **more):
+        if url.endswith('00000001.tar'):
+            second.set()
+        return read_shard(url, *words, **more)
+
+    class Patient(Toys):
+        seen = []
+
+        def image(self, images):
+            self.seen.append(second.wait(60))
+            return super().image(images)
+
+    monkeypatch.setattr(run_local, 'read_shard', read)
+    place = f'{shards}/00/{{00000000..00000001}}.tar'
+    report = reinforce(
+        place,
+        tmp_path / 'out',
+        TOY,
+        load=lambda s, d: Models((Namer(),), Patient(), dict(toys='1')),
+        progress=False,
+    )
+    assert report.done == 2
+    assert Patient.seen[0]
+
+
+def test_no_credential_is_written(tmp_path, monkeypatch, caplog, capfd):
+    "Credentials of the environment and of a URL stand in no log, no message and no file"
+    monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'hunter2')
+    caplog.set_level('DEBUG')
+    write_shard(tmp_path / 'in/0.tar', plain(0, 3), StoreSpec())
+    report = reinforce(tmp_path / 'in', tmp_path / 'out', TOY, load=toys, progress=False)
+    assert report.ok
+    with pytest.raises(Exception) as e:
+        reinforce('s3://me:hunter2@nowhere.invalid/in?key=hunter2', tmp_path / 'x', TOY, load=never)
+    said = [str(report), str(e.value), caplog.text, *capfd.readouterr()]
+    assert not [text for text in said if 'hunter2' in text]
+    files = [p for p in tmp_path.rglob('*') if p.is_file()]
+    assert len(files) > 4
+    assert not [p.name for p in files if b'hunter2' in p.read_bytes()]
+
+
+def test_reference_defects_name_their_tests():
+    "Each of the 22 defects has a test, and every test that the table names exists"
+    nb = next(n for n in design.notebooks() if n.name == 'reinforce/08_reference_defects')
+    table = next(c.source for c in nb.prose if '| # |' in c.source)
+    rows = [line.split('|')[1:-1] for line in table.splitlines() if re.match(r'\| *\d', line)]
+    assert [int(row[0]) for row in rows] == list(range(1, 23))
+    cells = {f'{n.name}#{c.id}' for n in design.notebooks() for c in n.code}
+    for row in rows:
+        named = re.findall(r'`([^`]+)`', row[-1])
+        assert named, row
+        for name in named:
+            file, _, test = name.partition('::')
+            text = (design.ROOT / file).read_text(encoding='utf-8') if test else ''
+            assert name in cells or f'\ndef {test}(' in text, name

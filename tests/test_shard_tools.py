@@ -8,9 +8,11 @@ from tqdm import tqdm
 from mobileclip_nb.augment.pipeline import DATACOMPDR, pack, rng_for, sample as draw
 from mobileclip_nb.datasets.emoji import write_folder
 from mobileclip_nb.core.files import list_shards
+from mobileclip_nb.reinforce.filter import FilterSpec, filter_shards
 from mobileclip_nb.shards.build import build_shards, inspect_image
 from mobileclip_nb.shards.io import read_shard, write_shard
 from mobileclip_nb.shards.join import join_shards
+from mobileclip_nb.shards.sample import Sample
 from mobileclip_nb.shards.verify import show_sample, verify_shards
 
 
@@ -148,3 +150,30 @@ def test_two_processes_one_hash_seed_each(folder, tmp_path):
             env=os.environ | dict(PYTHONHASHSEED=seed, OMP_NUM_THREADS='1'),
         )
     assert contents(tmp_path / '1') == contents(tmp_path / '2')
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+def test_a_killed_filter(tmp_path):
+    "Killed at random moments while it scores and while it copies: the same bytes in the end"
+    rng = random.Random(1)
+    for k in range(12):
+        samples = [
+            Sample(f'{k:02}{i:03}', captions=('a',), meta=dict(score=rng.randrange(50)))
+            for i in range(300)
+        ]
+        write_shard(tmp_path / f'pool/{k:08d}.tar', samples)
+    spec = FilterSpec('score', keep=0.3)
+
+    def work(out):
+        return filter_shards(tmp_path / 'pool', tmp_path / out, spec, progress=False)
+
+    start = time.perf_counter()
+    assert work('whole').samples == 1080
+    took, kills = time.perf_counter() - start, 0
+    for _ in range(6):
+        kills += killed(lambda: work('killed'), rng.uniform(0, took))
+    assert work('killed').samples == 1080
+    for name in ('whole', 'killed'):
+        (tmp_path / name / '.lock').unlink(missing_ok=True)
+    assert contents(tmp_path / 'killed') == contents(tmp_path / 'whole')
+    assert kills > 0

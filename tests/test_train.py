@@ -248,16 +248,16 @@ def test_a_shard_that_vanishes(tmp_path, monkeypatch):
         return Stream(place, STREAM.but(batch=12, context=8, rows=False), memory=tmp_path / memory)
 
     whole = train(small(), stream('a'), spec, progress=False)
-    broken, seen = stream('b'), Stream.since
+    broken, seen = stream('b'), Stream.raw_since
 
-    def since(self, step=0):
+    def raw_since(self, step=0):
         for k, b in enumerate(seen(self, step), step):
             yield b
             if k == 1:
                 for f in (tmp_path / 's').glob('*.tar'):
                     f.rename(f.with_suffix('.gone'))
 
-    monkeypatch.setattr(Stream, 'since', since)
+    monkeypatch.setattr(Stream, 'raw_since', raw_since)
     with pytest.raises(FileNotFoundError, match='.tar') as told:
         train(small(), broken, spec, tmp_path / 'run', progress=False)
     at = load_run(tmp_path / 'run')['step']

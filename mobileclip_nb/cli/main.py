@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FILES', 'DEMO_NEEDS', 'SHELLS', 'PATHS', 'FOLDERS', 'NAMES_OR_PATHS', 'OWN', 'DEMO_COMMAND',
-           'COMPLETION', 'COMMANDS', 'list_all', 'split_labels', 'label_pictures', 'embed_report', 'embed_pictures',
-           'folder_splits', 'unknown_line', 'split_scores', 'shared_line', 'score_line', 'open_model', 'evaluate_model',
-           'demo_notebook', 'claim_for_demo', 'live', 'page_of', 'run_demo', 'candidate_names', 'names_or_path',
-           'add_candidates', 'write_completion', 'VersionAction', 'SuggestingParser', 'parser', 'main']
+           'COMPLETION', 'COMMANDS', 'list_all', 'split_labels', 'label_pictures', 'folder_splits', 'unknown_line',
+           'split_scores', 'shared_line', 'score_line', 'open_model', 'evaluate_model', 'demo_notebook',
+           'claim_for_demo', 'live', 'page_of', 'run_demo', 'candidate_names', 'names_or_path', 'add_candidates',
+           'write_completion', 'VersionAction', 'SuggestingParser', 'parser', 'main']
 
 # %% ../../nbs/cli/09_main.ipynb #70a823cd
 import argparse, json, logging, os, re, sys
@@ -39,7 +39,7 @@ from .app_command import APP
 from .eval_sets import CHOICE_SETS, NAMED_SETS, evaluate_sets, is_data_set
 from .eval_sets import make_eval_model, split_members
 from .export_command import EXPORT, FORMATS
-from .search_commands import COMMANDS as SEARCH_COMMANDS, format_report
+from .search_commands import COMMANDS as SEARCH_COMMANDS, EMBED
 from .shard_commands import COMMANDS as SHARD_COMMANDS
 from .train_commands import COMMANDS as TRAIN_COMMANDS
 from .bench_commands import COMMANDS as BENCH_COMMANDS
@@ -106,41 +106,6 @@ def label_pictures(
     for path, why in found.skipped:
         say(f'{path}: {why}')
     return status_of(len(found), len(found.skipped))
-
-# %% ../../nbs/cli/09_main.ipynb #f9625b0d
-def embed_report(
-    before: Any,  # a `Table`, or None
-    done: Any,  # a `Table`
-) -> Any:  # an `IndexReport`
-    "What a run of `embed` changed in its table"
-    from mobileclip_nb.inference.index import IndexReport
-
-    seen = before.seen if before else {}
-    changed = sum(seen.get(p, done.seen[p]) != done.seen[p] for p in done.paths)
-    unchanged = sum(seen.get(p) == done.seen[p] for p in done.paths)
-    removed = len(set(before.paths if before else ()) - set(done.paths))
-    n = len(done.paths)
-    counts = dict(changed=changed, removed=removed, unchanged=unchanged)
-    return IndexReport(n, n - unchanged, **counts, skipped=len(done.skipped))
-
-
-def embed_pictures(
-    args: argparse.Namespace,  # `folder`, `out`, `batch`, and those of `model_of`
-) -> int:  # exit status
-    "Embed a folder of pictures"
-    from mobileclip_nb.inference.embed import embed, load_table
-
-    model, out = model_of(args), Path(args.out)
-    before = load_table(out) if out.is_file() else None
-    done = embed(args.folder, args.out, model=model, batch=args.batch, progress=True)
-    report = embed_report(before, done)
-    fields = ('images', 'embedded', 'changed', 'removed', 'unchanged')
-    counts = {k: getattr(report, k) for k in fields}
-    result = dict(out=str(args.out)) | counts | dict(skipped=done.skipped)
-    answer(result, f'{args.out}: {format_report(report)}', args.json)
-    for path, why in done.skipped.items():
-        say(f'{path}: {why}')
-    return status_of(len(done.paths), len(done.skipped))
 
 # %% ../../nbs/cli/09_main.ipynb #8937b72d
 def folder_splits(
@@ -483,10 +448,7 @@ OWN = [
         MODEL, WEIGHTS,
         ('--top', dict(type=int, default=5, help='labels to show')),
         DEVICE, THREADS, BATCH)),
-    Command('embed', embed_pictures, (
-        ('folder', dict(help='pictures, in subfolders too')),
-        ('--out', dict(required=True, help='a .npz or .parquet file, new or of this folder')),
-        MODEL, WEIGHTS, DEVICE, THREADS, BATCH)),
+    EMBED,
     Command('eval', evaluate_model, (
         ('model', MODEL[1] | dict(nargs='?', help=f'{MODEL[1]["help"]}, open_clip:NAME/TAG, or several as one: A+B, 2*A+B')),
         WEIGHTS,

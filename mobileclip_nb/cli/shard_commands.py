@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'reported', 'build_command', 'join_command', 'verify_command', 'show_command', 'table_command',
-           'caption_command', 'reinforcement_of', 'reinforce_command', 'tune_command']
+           'caption_command', 'reinforcement_of', 'reinforce_command', 'filter_command', 'tune_command']
 
 # %% ../../nbs/cli/01_shard_commands.ipynb #2af97ac2
 import argparse, json
@@ -15,8 +15,10 @@ from mobileclip_nb.cli.console import (
     BATCH,
     Command,
     DEVICE,
+    ENGINE,
     THREADS,
     answer,
+    engine_of,
     flag,
     positive,
     ready_to_compute,
@@ -65,12 +67,20 @@ def build_command(
 
 # %% ../../nbs/cli/01_shard_commands.ipynb #927b4e25
 def join_command(
-    args: argparse.Namespace,  # `images`, `metadata`, `out`, `shallow`
+    args: argparse.Namespace,  # `images`, `metadata`, `out`, `shallow`, those of `engine_of`
 ) -> int:  # exit status
     "Join published metadata to images, by uid and sha256; what does not match is listed"
+    engine, places = engine_of(args), (args.images, args.metadata, args.out)
+    if engine.name == 'ray':
+        from mobileclip_nb.shards.join_ray import join_on_ray
+
+        how = dict(workers=engine.workers, config=engine.config)
+        return reported(join_on_ray(*places, deep=not args.shallow, **how), args)
+    if engine.workers > 1:
+        raise ValueError('--workers: a join on this machine has one; more belong to --engine ray')
     from mobileclip_nb.shards.join import join_shards
 
-    return reported(join_shards(args.images, args.metadata, args.out, deep=not args.shallow), args)
+    return reported(join_shards(*places, deep=not args.shallow), args)
 
 
 def verify_command(
@@ -161,7 +171,7 @@ def _read_reinforcement(
 
 
 def reinforcement_of(
-    args: argparse.Namespace,  # `recipe`, `captioner`, `augmentations`, `store`, `bits`, `seed`
+    args: argparse.Namespace,  # `recipe` and what replaces parts of it, such as `store`
 ) -> Any:  # a `ReinforceSpec`
     "Read a recipe by name or from a file, and change what the options say"
     spec = _read_reinforcement(str(args.recipe))
@@ -177,27 +187,30 @@ def reinforcement_of(
     if args.bits is not None and (args.store or spec.store.form) != 'compact':
         raise ValueError('--bits belongs to --store compact')
     store = dict(form=args.store, bits=args.bits)
-    return spec.but(store=spec.store.but(**{k: v for k, v in store.items() if v is not None}))
+    spec = spec.but(store=spec.store.but(**{k: v for k, v in store.items() if v is not None}))
+    compute = dict(precision=args.precision, channels_last=args.channels_last, compile=args.compile)
+    return spec.but(compute=spec.compute.but(**{k: v for k, v in compute.items() if v}))
 
 # %% ../../nbs/cli/01_shard_commands.ipynb #b701510e
 def reinforce_command(
     args: argparse.Namespace,  # `source`, `out`, `engine`, ..., and those of `reinforcement_of`
 ) -> int:  # exit status
     "Add captions, augmentations and teachers' embeddings to shards; the same command again goes on"
+    from mobileclip_nb.models.precision import check_compute
+
     spec = reinforcement_of(args)
     device = pick_device(args.device)  # a missing one is an error before anything is made
+    check_compute(spec.compute, device)
     say(
         f'{spec.name} ({spec.id}): {spec.n_augmentations} augmentations, '
-        f'{len(spec.captioners)} captioners, {len(spec.teachers)} teachers'
+        f'{len(spec.captioners)} captioners, {len(spec.teachers)} teachers, '
+        f'in {spec.compute.precision}'
     )
-    job = (args.source, args.out, spec, args.workers)
-    if args.engine == 'ray':
-        from mobileclip_nb.reinforce.run_ray import RayConfig, reinforce_on_ray
+    job, engine = (args.source, args.out, spec, args.workers), engine_of(args, device, args.threads)
+    if engine.name == 'ray':
+        from mobileclip_nb.reinforce.run_ray import reinforce_on_ray
 
-        config = RayConfig(args.address, device, args.threads)
-        return reported(reinforce_on_ray(*job, config, deep=args.deep), args)
-    if args.address:
-        raise ValueError('--address belongs to --engine ray')
+        return reported(reinforce_on_ray(*job, engine.config, deep=args.deep), args)
     from mobileclip_nb.reinforce.run_local import reinforce as run
 
     return reported(run(*job, device, args.threads, deep=args.deep), args)
@@ -236,6 +249,22 @@ def _read_teachers(
     if not spec.teachers:
         raise ValueError(f'the recipe {words[0]} has no teachers')
     return spec, list(spec.teachers)
+
+# %% ../../nbs/cli/01_shard_commands.ipynb #00e00012
+def filter_command(
+    args: argparse.Namespace,  # `source`, `out`, `by`, `model`, `keep`, `min`, `device`, engine
+) -> int:  # exit status
+    "Keep the samples whose image and caption fit best; the same command again goes on"
+    from mobileclip_nb.reinforce.filter import CLIP_SCORE, FilterSpec, filter_shards
+
+    if (args.keep is None) == (args.min is None):
+        raise ValueError('give --keep SHARE, such as --keep 0.3, or --min SCORE')
+    if args.by == CLIP_SCORE and not args.model:
+        raise ValueError(f'--by {CLIP_SCORE} needs --model, such as open_clip:ViT-L-14/openai')
+    teacher = _read_teacher(args.model) if args.model else None
+    spec = FilterSpec(args.by, teacher, args.keep, args.min)
+    engine = engine_of(args, pick_device(args.device))
+    return reported(filter_shards(args.source, args.out, spec, engine), args)
 
 # %% ../../nbs/cli/01_shard_commands.ipynb #02b96fff
 def _open_pairs(
@@ -390,9 +419,10 @@ _REINFORCE: Options = (
     ('--store', flag("how embeddings are written, instead of the recipe's", choices=['float32', 'bf16', 'compact'])),
     ('--bits', flag('bits a number in the compact store', type=int, choices=range(2, 9))),
     ('--seed', flag("instead of the recipe's", type=int)),
-    ('--engine', dict(default='local', choices=['local', 'ray'], help='this machine, or a Ray cluster')),
-    ('--address', flag('address of a Ray cluster; without one Ray starts here', type=str)),
-    ('--workers', dict(type=int, default=1, help='processes, or actors of the cluster (1)')),
+    ('--precision', flag('of captioners and teachers; a part of the recipe', choices=['float32', 'tf32', 'bfloat16', 'float16'])),
+    ('--channels-last', flag('images and convolutions with the channels side by side; a part of the recipe')),
+    ('--compile', flag('the towers through torch.compile; a part of the recipe')),
+    *ENGINE,
     ('--threads', dict(type=int, default=1, help='threads a worker that augment at once (1)')),
     ('--device', dict(default='cpu', help='cpu (the default, so that the bytes do not depend on the machine), auto, cuda, cuda:N, mps')),
     ('--deep', flag('compare the hashes of finished shards, not only their sizes')),
@@ -409,6 +439,21 @@ _TUNE: Options = (
 )
 # fmt: on
 
+# %% ../../nbs/cli/01_shard_commands.ipynb #00e00014
+# fmt: off
+_FILTER: Options = (
+    ('source', _PLACE),
+    ('out', dict(help='folder; output shards are named after input shards')),
+    ('--by', dict(default='clip-score', help='clip-score (the default), or a column of numbers in the json of the samples')),
+    ('--model', flag('that scores: a name of `mobileclip models`, a file of weights, open_clip:NAME/TAG, '
+                     'hf-hub:ORG/REPO, local-dir:PATH', type=str)),
+    ('--keep', flag('share of the scored samples that is kept: 0.3', type=float)),
+    ('--min', flag('the smallest score that is kept, in place of a share', type=float)),
+    *ENGINE,
+    ('--device', dict(default='cpu', help='cpu (the default, so that the scores do not depend on the machine), auto, cuda, cuda:N, mps')),
+)
+# fmt: on
+
 # %% ../../nbs/cli/01_shard_commands.ipynb #58db0621
 # fmt: off
 COMMANDS = [
@@ -420,7 +465,9 @@ COMMANDS = [
         ('images', dict(help='shards with images and captions')),
         ('metadata', dict(help='shards with everything else, as DataCompDR publishes them')),
         ('out', dict(help='folder to write to')),
-        ('--shallow', flag('do not open the embeddings')))),
+        ('--shallow', flag('do not open the embeddings')),
+        *ENGINE)),
+    Command('shards filter', filter_command, _FILTER),
     Command('shards verify', verify_command, (
         ('place', _PLACE),
         ('--shallow', flag('do not decode the images')),

@@ -35,22 +35,17 @@ from mobileclip_nb.train.options import (
 
 # %% ../../nbs/cli/02_train_commands.ipynb #71fe5a59
 def show_price(
-    args: argparse.Namespace,  # `data`, `rate`, and those of `OPTIONS`
+    args: argparse.Namespace,  # `data`, `rate`, `ranks`, and those of `OPTIONS`
     r: Any,  # a `Recipe` at its size
     device: str,  # where it will be trained, and is timed
 ) -> int:  # exit status
     "Print what a run would cost; published data need not be here"
-    from mobileclip_nb.train.cost import measured_price, price_alone
-    from mobileclip_nb.train.recipe import learner
-    from mobileclip_nb.train.source import captions_of, open_run
+    from mobileclip_nb.train.cost import price_run
+    from mobileclip_nb.train.fit import device_memory
 
-    if args.data is None:
-        cost = price_alone(r, args.rate, device)
-    else:
-        data = open_run(r, args.data, opening_of(args, say=say))
-        r, found = data.recipe, data.source
-        model = None if args.rate else learner(r, captions_of(found), data.record)
-        cost = measured_price(r, found, model, device, args.rate)
+    limit = device_memory(device) if args.memory is None else args.memory
+    how = opening_of(args, say=say)
+    cost = price_run(r, args.data, how, device, args.rate, limit, args.ranks)
     answer(cost._asdict(), str(cost), args.json)
     return 0
 
@@ -65,7 +60,7 @@ def price_line(
     from mobileclip_nb.train.cost import measured_price
 
     timed = None if data.note else model
-    cost = measured_price(data.recipe, data.source, timed, device, args.rate)
+    cost = measured_price(data.recipe, data.source, timed, device, args.rate, data.fitted)
     return f'{cost}\non {device}'
 
 # %% ../../nbs/cli/02_train_commands.ipynb #c6b502d5
@@ -283,6 +278,7 @@ _TRAIN: Options = (
     ('--recipe', dict(default='nano-emoji', help='a recipe by name')),
     ('--out', flag('folder of the run', type=str)),
     ('--price', flag('print what it would cost, and stop')),
+    ('--ranks', flag("GPUs that share the batch, for --price without data (a published recipe's own)", type=int)),
     *_RUN,
 )
 _FINETUNE: Options = (

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['MOST_NAMES', 'atomic_write', 'atomic_folder', 'sha256', 'cache_dir', 'is_local', 'without_secrets', 'last_part',
-           'join_url', 'exists', 'open_for_reading', 'read_bytes', 'read_range', 'open_for_writing', 'write_bytes',
-           'remove', 'list_folder', 'remove_partial', 'make_writable', 'check_writable', 'lock_folder', 'expand_braces',
-           'list_shards']
+           'join_url', 'find_store', 'ask_store', 'exists', 'open_for_reading', 'read_bytes', 'read_range', 'FileState',
+           'stat_file', 'open_for_writing', 'write_bytes', 'remove', 'list_folder', 'remove_partial', 'make_writable',
+           'check_writable', 'lock_folder', 'split_outside_braces', 'expand_braces', 'list_shards']
 
 # %% ../../nbs/core/02_files.ipynb #3b74c1cf
 import errno, glob, hashlib, os, posixpath, re, secrets, shutil, tempfile, time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 from filelock import FileLock, Timeout
+
+from .errors import is_transient, retry_transient
 
 # %% ../../nbs/core/02_files.ipynb #9c787473
 @contextmanager
@@ -236,7 +238,8 @@ def _without_secrets(
     except ImportError as e:
         raise ModuleNotFoundError(
             f"Cannot {what} {without_secrets(url)!r}: "
-            f"its kind of store needs a package that is not installed ({e})"
+            f"its kind of store needs a package that is not installed ({e}); "
+            "pip install 'mobileclip_nb[remote]' brings those for s3, gs and http"
         ) from None
     except Exception as e:
         if is_local(url):
@@ -247,7 +250,7 @@ def _without_secrets(
         ) from None
 
 # %% ../../nbs/core/02_files.ipynb #1f52f4e8
-def _store(
+def find_store(
     url: str | Path,  # any location
 ) -> tuple[Any, str]:  # an fsspec filesystem, and the path within it
     "Find the filesystem of a location"
@@ -263,17 +266,37 @@ def _store(
     )
 
 # %% ../../nbs/core/02_files.ipynb #6928ce71
+def ask_store(
+    url: str | Path,  # of a store
+    what: str,  # the operation: `read`, `list`, ...
+    call: Callable[[], Any],
+) -> Any:  # what the call returns
+    "Ask a store, again after transient errors"
+    with _without_secrets(url, what):
+        return retry_transient(call)
+
+
+def _is_there(fs: Any, path: str) -> bool:
+    "Whether a store has a file or folder; a store that is busy is an error, not an absence"
+    try:
+        fs.info(path)
+    except FileNotFoundError as e:
+        if is_transient(e):
+            raise
+        return False
+    return True
+
+
 def exists(
     url: str | Path,  # any location
 ) -> bool:
     "Tell whether a file or folder exists"
     if is_local(url):
         return os.path.exists(_path(url))
-    fs, path = _store(url)
-    with _without_secrets(url, 'look at'):
-        return fs.exists(path)
+    fs, path = find_store(url)
+    return ask_store(url, 'look at', lambda: _is_there(fs, path))
 
-
+# %% ../../nbs/core/02_files.ipynb #e16a0041
 @contextmanager
 def open_for_reading(
     url: str | Path,  # a file
@@ -285,8 +308,9 @@ def open_for_reading(
         with f:
             yield f
         return
-    fs, path = _store(url)
-    with _without_secrets(url, 'read'), fs.open(path, 'rb') as f:
+    fs, path = find_store(url)
+    file = ask_store(url, 'read', lambda: fs.open(path, 'rb'))
+    with _without_secrets(url, 'read'), file as f:
         yield f
 
 
@@ -294,8 +318,11 @@ def read_bytes(
     url: str | Path,  # a file
 ) -> bytes:
     "Read a whole file"
-    with open_for_reading(url) as f:
-        return f.read()
+    if is_local(url):
+        with open_for_reading(url) as f:
+            return f.read()
+    fs, path = find_store(url)
+    return ask_store(url, 'read', lambda: fs.cat_file(path))
 
 # %% ../../nbs/core/02_files.ipynb #02f11e02
 def read_range(
@@ -308,10 +335,28 @@ def read_range(
         with open_for_reading(url) as f:
             f.seek(first)
             return f.read(length)
-    fs, path = _store(url)
-    with _without_secrets(url, 'read'):
-        data = fs.cat_file(path, start=first, end=first + length)
+    fs, path = find_store(url)
+    data = ask_store(url, 'read', lambda: fs.cat_file(path, start=first, end=first + length))
     return data if len(data) <= length else data[first : first + length]  # a server without ranges
+
+# %% ../../nbs/core/02_files.ipynb #e16a0022
+class FileState(NamedTuple):
+    "What a store says about a file"
+
+    size: int | None  # bytes; None if the store does not say
+    version: str = ''  # ETag or time of change; empty if the store does not say
+    ranges: bool = True  # whether a part can be asked for
+
+
+def stat_file(
+    url: str | Path,  # a file
+) -> FileState:
+    "Ask for the size and version of a file, without its content"
+    fs, path = find_store(url)
+    info = ask_store(url, 'look at', lambda: fs.info(path))
+    marks = ('ETag', 'etag', 'Last-Modified', 'LastModified', 'mtime', 'created')
+    version = next((str(info[mark]) for mark in marks if info.get(mark)), '')
+    return FileState(info.get('size'), version, info.get('partial', True) is not False)
 
 # %% ../../nbs/core/02_files.ipynb #c0d54406
 @contextmanager
@@ -323,7 +368,7 @@ def open_for_writing(
         with atomic_write(_path(url)) as temporary:
             yield temporary
         return
-    fs, path = _store(url)
+    fs, path = find_store(url)
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / 'whole'
         yield temporary
@@ -347,7 +392,7 @@ def remove(
     if is_local(url):
         Path(_path(url)).unlink(missing_ok=True)
     elif exists(url):
-        fs, path = _store(url)
+        fs, path = find_store(url)
         with _without_secrets(url, 'delete'):
             fs.rm_file(path)
 
@@ -358,13 +403,12 @@ def list_folder(
     "List a folder"
     if is_local(url):
         return sorted(os.listdir(_path(url))) if os.path.isdir(_path(url)) else []
-    fs, path = _store(url)
-    with _without_secrets(url, 'list'):
-        if not fs.isdir(path):
-            return []
-        fs.invalidate_cache(path)
-        names = {posixpath.basename(p.rstrip('/')) for p in fs.ls(path, detail=False)}
-        return sorted(names - {''})
+    fs, path = find_store(url)
+    if not ask_store(url, 'list', lambda: fs.isdir(path)):
+        return []
+    fs.invalidate_cache(path)
+    found = ask_store(url, 'list', lambda: fs.ls(path, detail=False))
+    return sorted({posixpath.basename(p.rstrip('/')) for p in found} - {''})
 
 # %% ../../nbs/core/02_files.ipynb #b0e6f3d9
 def remove_partial(
@@ -436,46 +480,85 @@ def lock_folder(out: str) -> Iterator[None]:
         lock.release()
 
 # %% ../../nbs/core/02_files.ipynb #4e4dee6c
-_BRACE = re.compile(r'\{([^{}]*)\}')
 MOST_NAMES = 1_000_000
 
 
+def split_outside_braces(
+    text: str,  # `a,{b,c}`
+) -> list[str]:  # `['a', '{b,c}']`
+    "Divide a text at the commas that stand in no braces"
+    pieces, depth = [''], 0
+    for c in text:
+        depth += (c == '{') - (c == '}')
+        if c == ',' and not depth:
+            pieces.append('')
+        else:
+            pieces[-1] += c
+    return pieces
+
+
 def _alternatives(
-    brace: str,  # `{0000..0003}` or `{a,b}`
+    inside: str,  # `0000..0003`, `a,b`, or choices that hold braces themselves
 ) -> list[str]:  # the texts it stands for
-    "Expand one pair of braces"
-    inside = brace[1:-1]
+    "Expand what stands in one pair of braces"
     if limits := re.fullmatch(r'(\d+)\.\.(\d+)', inside):
         first, last = int(limits[1]), int(limits[2])
         if last < first or last - first >= MOST_NAMES:
             names = 'nothing' if last < first else f'more than {MOST_NAMES:,} shards'
-            raise ValueError(f"{brace} names {names}; write it {{first..last}}")
+            raise ValueError(f"{{{inside}}} names {names}; write it {{first..last}}")
         return [f'{i:0{len(limits[1])}d}' for i in range(first, last + 1)]
-    if ',' in inside:
-        return inside.split(',')
-    raise ValueError(f"{brace} is neither a range {{0000..0003}} nor a choice {{a,b}}")
+    choices = split_outside_braces(inside)
+    if len(choices) > 1:
+        return [name for choice in choices for name in expand_braces(choice)]
+    raise ValueError(f"{{{inside}}} is neither a range {{0000..0003}} nor a choice {{a,b}}")
+
+# %% ../../nbs/core/02_files.ipynb #e16a0012
+def _closing(
+    pattern: str,
+    start: int,  # of an opening brace
+) -> int:  # of the brace that closes it; -1 if there is none
+    "Find the partner of a brace"
+    depth = 0
+    for i in range(start, len(pattern)):
+        depth += (pattern[i] == '{') - (pattern[i] == '}')
+        if not depth:
+            return i
+    return -1
 
 
 def expand_braces(
-    pattern: str,  # `{0000..0003}.tar`, `{a,b}/x.tar`, several braces
+    pattern: str,  # `{0000..0003}.tar`, `{a,b}/x.tar`, `{{00..64}/{000..999},65/{000..535}}.tar`
 ) -> list[str]:  # in order
-    "Expand braces as a shell does; numbers keep their leading zeros"
-    match = _BRACE.search(pattern)
-    if not match:
-        if '{' in pattern or '}' in pattern:
-            raise ValueError(
-                f"A brace without its partner in {without_secrets(pattern)!r}; "
-                "write for example shards/{00000000..00000015}.tar"
-            )
+    "Expand braces as a shell does, nested ones too; numbers keep their leading zeros"
+    start, first_end = pattern.find('{'), pattern.find('}')
+    if start < 0 and first_end < 0:
         return [pattern]
-    head = pattern[: match.start()]
-    middles = _alternatives(match[0])
-    tails = expand_braces(pattern[match.end() :])
+    end = _closing(pattern, start) if start >= 0 else -1
+    if end < 0 or first_end < start:
+        raise ValueError(
+            f"A brace without its partner in {without_secrets(pattern)!r}; "
+            "write for example shards/{00000000..00000015}.tar"
+        )
+    middles = _alternatives(pattern[start + 1 : end])
+    tails = expand_braces(pattern[end + 1 :])
     if len(middles) * len(tails) > MOST_NAMES:
         raise ValueError(f"{without_secrets(pattern)!r} names more than {MOST_NAMES:,} shards")
-    return [head + middle + tail for middle in middles for tail in tails]
+    return [pattern[:start] + middle + tail for middle in middles for tail in tails]
 
 # %% ../../nbs/core/02_files.ipynb #6c2a570a
+def _find_tars(
+    fs: Any,  # of `find_store`
+    path: str,  # a folder, a glob or a file
+) -> tuple[list[str], str]:  # files, and the folder below which no part may be hidden
+    "List the tars of a store by one request, or as few as it needs"
+    is_literal = 'file' in fs.protocol and os.path.exists(path)
+    if any(c in path for c in '*?[') and not is_literal:
+        return fs.glob(path), re.split(r'[*?[]', path)[0].rpartition('/')[0]
+    if path.endswith('.tar') and not fs.isdir(path):
+        return ([path] if _is_there(fs, path) else []), path
+    return [file for file in fs.find(path) if file.endswith('.tar')], path
+
+
 def list_shards(
     place: str | Path,  # a folder (with subfolders), a glob, braces or one file; local or remote
 ) -> list[str]:  # paths or URLs, sorted; braces keep their own order
@@ -483,16 +566,8 @@ def list_shards(
     text = _path(place) if is_local(place) else str(place)
     if '{' in text or '}' in text:
         return expand_braces(text)
-    fs, path = _store(text)
-    top = path  # parts below it must not be hidden
-    with _without_secrets(text, 'list'):
-        if fs.isdir(path):
-            found = [file for file in fs.find(path) if file.endswith('.tar')]
-        elif fs.exists(path):
-            found = [path]
-        else:
-            found = fs.glob(path) if any(c in text for c in '*?[') else []
-            top = re.split(r'[*?[]', path)[0].rpartition('/')[0]
+    fs, path = find_store(text)
+    found, top = ask_store(text, 'list', lambda: _find_tars(fs, path))
     found = [file for file in found if '/.' not in '/' + file[len(top) :]]
     if not found:
         raise FileNotFoundError(

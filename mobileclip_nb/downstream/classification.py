@@ -24,6 +24,22 @@ from ..datasets.emoji import attribution, concepts, draw_all
 from ..models.mci import MCI, MCiSpec
 from ..core.config import Spec
 
+# %% ../../nbs/downstream/00_classification.ipynb #3e34f556
+def _check(spec: Any) -> None:
+    "Raise `ValueError` for a `ClassifySpec` that is no run"
+    if spec.model not in MCI:
+        raise ValueError(
+            f"No model {spec.model!r}.{suggest(spec.model, MCI)} There are {', '.join(MCI)}."
+        )
+    if not 0 <= spec.teach <= 1:
+        raise ValueError(f"teach={spec.teach} is not a weight of 0 to 1")
+    if spec.warmth <= 0:
+        raise ValueError(f"warmth={spec.warmth} is not a temperature above 0")
+    if spec.precision not in ('float32', 'bfloat16'):
+        raise ValueError(f"precision={spec.precision!r} is neither 'float32' nor 'bfloat16'")
+    if spec.warmup > spec.epochs:
+        raise ValueError(f"warmup={spec.warmup} epochs do not fit into epochs={spec.epochs}")
+
 # %% ../../nbs/downstream/00_classification.ipynb #3e34f557
 @dataclass(frozen=True, repr=False)
 class ClassifySpec(Spec, id_name='ClassifySpec'):
@@ -54,18 +70,7 @@ class ClassifySpec(Spec, id_name='ClassifySpec'):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.model not in MCI:
-            raise ValueError(
-                f"No model {self.model!r}.{suggest(self.model, MCI)} There are {', '.join(MCI)}."
-            )
-        if not 0 <= self.teach <= 1:
-            raise ValueError(f"teach={self.teach} is not a weight of 0 to 1")
-        if self.warmth <= 0:
-            raise ValueError(f"warmth={self.warmth} is not a temperature above 0")
-        if self.precision not in ('float32', 'bfloat16'):
-            raise ValueError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
-        if self.warmup > self.epochs:
-            raise ValueError(f"warmup={self.warmup} epochs do not fit into epochs={self.epochs}")
+        _check(self)
 
     @property
     def encoder(self) -> MCiSpec:

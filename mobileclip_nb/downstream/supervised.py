@@ -6,7 +6,7 @@
 __all__ = ['TEACHER', 'SUPERVISED', 'WEIGHTS_OF_RUN', 'IMAGENET', 'supervised_recipe', 'train_spec_of', 'seeded_draws',
            'ClassBatch', 'FolderBatches', 'ImageTeacher', 'ClassLoss', 'classify_objective', 'save_classifier',
            'load_classifier', 'Classified', 'make_classifier', 'SupervisedRun', 'open_supervised', 'ClassifyConfig',
-           'train_classifier', 'classify_price', 'measured_classify_price']
+           'train_classifier', 'classify_price', 'with_classify_memory', 'measured_classify_price', 'classify_memory']
 
 # %% ../../nbs/downstream/05_supervised.ipynb #5ca10007
 import json, random
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from torch._subclasses import FakeTensorMode
 
 from ..core.config import SCALES
 from ..core.errors import suggest
@@ -29,13 +30,15 @@ from ..core.runtime import digest_keys, pick_device, seed_all
 from .classification import ClassifySpec, DROPS, classify_loss
 from .classification import evaluate_classifier, open_folders
 from ..loaders.batches import seeded
-from ..models.mci import MCI, MCi
+from ..models.mci import MCi
 from ..shards.safe_io import read_json
 from ..train.between_steps import LoopConfig
 from ..train.config import TrainSpec
 from ..train.cost import DataSize, Price, measure_rate
 from ..train.distributed import Ranks, current_ranks
 from ..train.loop import Trained, train
+from ..train.step_memory import PAIRS, Growth, LiveBytes, StepMemory
+from ..train.step_memory import hollow_copy, measure_state
 
 # %% ../../nbs/downstream/05_supervised.ipynb #5ca1000b
 TEACHER = 'regnety_160.deit_in1k'  # RegNetY-16GF in timm
@@ -216,7 +219,12 @@ class ImageTeacher(nn.Module):
         super().__init__()
         given = dict(checkpoint_path=str(weights)) if weights else dict(pretrained=True)
         more = dict(num_classes=classes) if weights else {}
-        net = timm.create_model(name, **given, **more)
+        try:
+            net = timm.create_model(name, **given, **more)
+        except RuntimeError as e:
+            raise ValueError(
+                f"{str(weights)!r} holds no weights of {name!r} for {classes:,} classes: {e}"
+            ) from e
         if net.num_classes != classes:
             raise ValueError(
                 f"The teacher {name!r} knows {net.num_classes:,} classes and the folder has "
@@ -322,7 +330,7 @@ def make_classifier(
         seed_all(spec.seed)
         return MCi(spec.encoder, num_classes=classes)
 
-
+# %% ../../nbs/downstream/05_supervised.ipynb #5ca10043
 class SupervisedRun(NamedTuple):
     "A run that is ready to start"
 
@@ -418,6 +426,17 @@ def classify_price(
     return Price(steps, spec.batch, images, passes, held.bytes, read, rate, hours, origin)
 
 
+def with_classify_memory(
+    cost: Price,
+    spec: ClassifySpec,
+    classes: int = 1000,
+    world: int = 8,  # ranks; the paper trains on eight
+) -> Price:
+    "Add the memory of a step to a price"
+    memory = classify_memory(spec, classes, world)._asdict()
+    return cost._replace(ranks=world, memory=memory, fit=f'{spec.batch // world} images each')
+
+
 def measured_classify_price(
     run: SupervisedRun,
     rate: float | None = None,  # images a second, assumed instead of measured
@@ -428,3 +447,42 @@ def measured_classify_price(
         return classify_price(run.spec, rate, held, 'assumed: --rate')
     rate = measure_rate(run.model, run.source, run.asked, 1, objective=run.objective)
     return classify_price(run.spec, rate, held)
+
+# %% ../../nbs/downstream/05_supervised.ipynb #5ca10041
+def classify_memory(
+    spec: ClassifySpec,
+    classes: int = 1000,
+    world: int = 1,  # ranks
+) -> StepMemory:
+    "Bytes of a step on one rank; activations are those of a prime number of images, scaled"
+    model, asked = make_classifier(spec, classes), train_spec_of(spec, 1)
+    mode, each = FakeTensorMode(allow_non_fake_inputs=True), spec.batch // world
+    with mode:
+        twin = hollow_copy(model, asked)
+        for p in twin.parameters():
+            p.grad = torch.empty_like(p)
+        shape = (PAIRS, 3, spec.side, spec.side)
+        image = torch.empty(shape).to(memory_format=torch.channels_last)
+        batch = ClassBatch(image, torch.empty(PAIRS, classes), torch.empty(PAIRS).long())
+    known = [*twin.parameters(), *twin.buffers(), *(p.grad for p in twin.parameters()), *batch]
+    live = LiveBytes(known, PAIRS)
+    with torch.random.fork_rng(), mode, live:
+        classify_objective(spec.but(teacher=''))(twin, batch, asked).total.backward()
+    activations = Growth(live.peak[0], live.peak[1] / PAIRS).at(each)
+    state, images = measure_state(model, asked, world), each * image[0].nbytes
+    return state._replace(
+        parameters=state.parameters + _teacher_bytes(spec),
+        activations=activations,
+        batches=2 * images,
+    )
+
+
+def _teacher_bytes(spec: ClassifySpec) -> int:
+    "Bytes of the teacher's weights"
+    if not spec.teacher:
+        return 0
+    import timm
+
+    with torch.device('meta'):
+        net = timm.create_model(spec.teacher, pretrained=False)
+    return sum(p.nbytes for p in net.parameters())

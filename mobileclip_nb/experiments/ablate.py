@@ -296,7 +296,7 @@ def _serve_ray(
     jobs: Sequence[RunJob], cpus: int, address: str | None, arguments: tuple
 ) -> Iterator[Event]:
     "Make runs on a Ray cluster; ledger and folder are paths that all nodes share"
-    from mobileclip_nb.reinforce.run_ray import start_cluster
+    from mobileclip_nb.core.ray import start_cluster
 
     start, ledger, scale, folder, until = arguments
     place = str(Path(ledger).absolute()), scale, str(Path(folder).absolute())

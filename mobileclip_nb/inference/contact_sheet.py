@@ -67,7 +67,7 @@ class PictureReader:
         if (url := self.urls.get(f'{shard}.tar')) is None:
             raise LookupError(f"The shard {shard}.tar is not at the place of the index any more")
         if url not in self.numbers:
-            self.numbers[url] = {k: i for i, k in enumerate(self.archives[url][0].keys)}
+            self.numbers[url] = {k: i for i, k in enumerate(self.archives.keys(url))}
         if key not in self.numbers[url]:
             raise LookupError(f"The shard {shard}.tar has no sample {key!r} any more")
         _, members = self.archives.read(url, self.numbers[url][key])

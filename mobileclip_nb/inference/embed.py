@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PART', 'Table', 'fingerprint_model', 'save_table', 'load_table', 'read_file_state', 'check_same_folder',
-           'list_states', 'embed']
+           'list_states', 'EmbedJob', 'begin_embedding', 'batch_tables', 'finish_embedding', 'embed']
 
 # %% ../../nbs/inference/01_embed.ipynb #5c83f2e0
 import hashlib, json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -136,6 +136,7 @@ def _joined(tables: list[Table]) -> Table:  # sorted by path
     width = max(t.rows.shape[-1] for t in tables)  # Parquet has no width for an empty table
     stacked = np.array([rows[p] for p in paths], np.float32).reshape(len(paths), width)
     seen = {p: seen[p] for p in paths}
+    skipped = dict(sorted(skipped.items()))  # parts may come in any order
     return Table(paths, stacked, skipped, tables[0].model, seen, tables[0].folder)
 
 # %% ../../nbs/inference/01_embed.ipynb #60b5d2f8
@@ -230,20 +231,34 @@ def list_states(folder: Path) -> dict[str, str]:  # relative path to state
     return states
 
 
-def _earlier(
-    out: Path, parts: Path, folder: Path, states: dict[str, str]
-) -> tuple[Table | None, list[Table]]:  # the table, and the parts of an unfinished run
+class EmbedJob(NamedTuple):
+    "The images of a folder, and what earlier runs embedded of them"
+
+    folder: Path
+    out: Path  # ends in .npz or .parquet
+    parts: Path  # folder of the parts of an unfinished run
+    states: dict[str, str]  # of the folder's files
+    before: Table | None  # what is in `out`
+    unfinished: list[Table]  # the parts
+
+
+def begin_embedding(
+    folder: Path,
+    out: Path,  # ends in .npz or .parquet
+) -> EmbedJob:
     "Read what earlier runs wrote and check that it belongs to the folder"
+    _check_output(out)
+    states, parts = list_states(folder), out.with_name(f'.{out.name}.parts')
     before = load_table(out) if out.exists() else None
     if before is not None:
         check_same_folder(before, folder, states, str(out))
     unfinished = _read_parts(parts)
     for table in unfinished:
         check_same_folder(table, folder, states, str(parts))
-    return before, unfinished
+    return EmbedJob(folder, out, parts, states, before, unfinished)
 
 # %% ../../nbs/inference/01_embed.ipynb #a81f5e36
-def _batch_tables(
+def batch_tables(
     batches: Iterable,  # what `embed_in_batches` yields
     folder: Path,
     states: dict[str, str],  # of the folder's files
@@ -261,6 +276,30 @@ def _is_new(table: Table, before: Table | None) -> bool:
     "Whether a table differs from the one on disk"
     fields = ('paths', 'skipped', 'seen', 'folder')
     return before is None or any(getattr(before, f) != getattr(table, f) for f in fields)
+
+
+def finish_embedding(
+    job: EmbedJob,
+    model: str,  # fingerprint
+    run: Callable[[list[tuple[str, Path]]], Iterator[Table]],  # names and files to tables
+) -> Table:
+    "Embed what is not embedded yet, with any engine, and write the table"
+    earlier = job.unfinished if job.before is None else [job.before, *job.unfinished]
+    if other := next((t.model for t in earlier if t.model != model), None):
+        raise ValueError(
+            f"{job.out.name!r} holds embeddings of the model {other}, not of {model}; "
+            f"choose another file, or remove it and {job.parts.name!r}"
+        )
+    current = [_current(t, job.states) for t in earlier]
+    done = {path for t in current for path in t.paths}
+    todo = [(path, job.folder / path) for path in job.states if path not in done]
+    with closing(run(todo)) as tables:
+        written = _write_parts(tables, job.parts)
+    table = _joined([*current, *written])._replace(folder=str(job.folder.resolve()))
+    if _is_new(table, job.before):
+        save_table(table, job.out)
+    _remove_parts(job.parts)
+    return table
 
 # %% ../../nbs/inference/01_embed.ipynb #9eb3a6f1
 def _embed_list(
@@ -292,26 +331,14 @@ def embed(
         return _embed_list(images, load_for_inference(model, weights, device), batch, progress)
     if not isinstance(images, (str, Path)):
         raise TypeError("A table holds the images of a folder; give a folder, or leave out `out`")
-    folder, out = Path(images), Path(out)
-    _check_output(out)
     if device is not None:
         pick_device(device)
-    states, parts = list_states(folder), out.with_name(f'.{out.name}.parts')
-    before, unfinished = _earlier(out, parts, folder, states)
+    job = begin_embedding(Path(images), Path(out))
     net = load_for_inference(model, weights, device)
-    name, earlier = fingerprint_model(net), unfinished if before is None else [before, *unfinished]
-    if other := next((t.model for t in earlier if t.model != name), None):
-        raise ValueError(
-            f"{out.name!r} holds embeddings of the model {other}, not of {name}; "
-            f"choose another file, or remove it and {parts.name!r}"
-        )
-    current = [_current(t, states) for t in earlier]
-    done = {path for t in current for path in t.paths}
-    todo = [(path, folder / path) for path in states if path not in done]
-    with closing(embed_in_batches(net, todo, batch, 'skip', progress)) as batches:
-        written = _write_parts(_batch_tables(batches, folder, states, name), parts)
-    table = _joined([*current, *written])._replace(folder=str(folder.resolve()))
-    if _is_new(table, before):
-        save_table(table, out)
-    _remove_parts(parts)
-    return table
+    name = fingerprint_model(net)
+
+    def run(todo: list[tuple[str, Path]]) -> Iterator[Table]:
+        with closing(embed_in_batches(net, todo, batch, 'skip', progress)) as batches:
+            yield from batch_tables(batches, job.folder, job.states, name)
+
+    return finish_embedding(job, name, run)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PairData', 'decode_images', 'pair_data', 'from_pairs', 'ImageFiles', 'files_of_pairs', 'seeded', 'BatchSpec', 'Batch',
-           'Texts', 'tokenize_captions', 'pick_captions', 'normalize_batch', 'as_input', 'hash_batches', 'stream_id',
-           'BatchChoice', 'Batches']
+           'Texts', 'tokenize_captions', 'pick_captions', 'normalize_batch', 'as_input', 'Finish', 'RawBatch',
+           'finish_batch', 'slice_batch', 'has_raw', 'read_raw', 'hash_batches', 'stream_id', 'BatchChoice', 'Batches']
 
 # %% ../../nbs/loaders/01_batches.ipynb #be3eff14
 import hashlib, json, zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..datasets.pairs import Pairs
 from ..preprocessing.images import open_image
 from ..preprocessing.transform import center_square
 from ..augment.fast_operations import look_up_values
+from ..augment.range_augment import RangeDraws, apply_ranged
 from mobileclip_nb.augment.jitter import (
     STILL,
     Jitter,
@@ -224,29 +225,145 @@ def pick_captions(
     return texts.first[index] + (fraction * texts.count[index]).long()
 
 # %% ../../nbs/loaders/01_batches.ipynb #49eba108
+def _constants(values: Sequence[float], device: torch.device) -> Tensor:  # `(n,)` float32
+    "Numbers on a device, without a copy that waits for it"
+    return torch.stack([torch.full((), v, device=device) for v in values])
+
+
+def _normalize(
+    x: Tensor,  # float `(B, 3, S, S)`, 0–1; changed in place
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    "Subtract the mean and divide by the standard deviation"
+    mean, std = (_constants(v, x.device)[:, None, None] for v in (mean, std))
+    return x.sub_(mean).div_(std)
+
+
+def _to_floats(images: Tensor) -> Tensor:  # uint8 `(B, S, S, 3)` to float `(B, 3, S, S)`, 0–1
+    "Divide bytes by 255, rounded alike on every device"
+    return images.permute(0, 3, 1, 2).float().div_(_constants((255,), images.device)[0])
+
+
 def normalize_batch(
-    images: Tensor,  # uint8 `(B, S, S, 3)`
+    images: Tensor,  # uint8 `(B, S, S, 3)`, on any device
     mean: Sequence[float],  # of images of 0–1, a number a channel
     std: Sequence[float],  # likewise
-) -> Tensor:  # float `(B, 3, S, S)`, channels last in memory
-    "Normalize images through a table of the 256 values; raises ValueError"
+) -> Tensor:  # float `(B, 3, S, S)`, channels last in memory; the same bits on every device
+    "Normalize images, on a CPU through a table of the 256 values; raises ValueError"
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean={mean} and std={std} must have three numbers each, one a channel")
+    if images.device.type != 'cpu':
+        return _normalize(_to_floats(images), mean, std)
     table = ((torch.arange(256) / 255)[:, None] - torch.tensor(mean)) / torch.tensor(std)
     return torch.from_numpy(look_up_values(images.numpy(), table.numpy())).permute(0, 3, 1, 2)
 
-
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0006
 def as_input(
     images: Tensor,  # uint8 `(B, S, S, 3)`
-    spec: BatchSpec,  # its mean and std
+    spec: 'BatchSpec | Finish',  # its mean and std
     jitter: JitterParams | None,  # None changes nothing
 ) -> Tensor:  # float `(B, 3, S, S)`, normalized
     "Augment and normalize a batch of images"
     if jitter is None:
         return normalize_batch(images, spec.mean, spec.std)
-    x = apply_jitter(images.permute(0, 3, 1, 2) / 255, jitter)
-    mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-    return x.sub_(mean[:, None, None]).div_(std[:, None, None])
+    return _normalize(apply_jitter(_to_floats(images), jitter), spec.mean, spec.std)
+
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0002
+class Finish(NamedTuple):
+    "How some consecutive rows of a batch become the model's input: numbers only"
+
+    rows: int
+    mean: tuple[float, ...]  # subtracted from images of 0–1
+    std: tuple[float, ...]  # divided by
+    jitter: JitterParams | None = None  # None changes nothing
+    noise: RangeDraws | None = None  # of RangeAugment, after the jitter; None changes nothing
+
+    def part(
+        self,
+        rows: slice,  # with a start and a stop, within its rows
+    ) -> 'Finish':
+        "The finish of some of its rows"
+        jitter = self.jitter and JitterParams(*(t[rows] for t in self.jitter))
+        noise = self.noise and self.noise.part(rows)
+        return self._replace(rows=rows.stop - rows.start, jitter=jitter, noise=noise)
+
+
+class RawBatch(NamedTuple):
+    "A batch whose images are still bytes"
+
+    batch: Batch  # its images are uint8 `(B, S, S, 3)`
+    finish: tuple[Finish, ...]  # of consecutive rows
+
+    @property
+    def index(self) -> Tensor:
+        "Numbers of the images in the data"
+        return self.batch.index
+
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0003
+def _finish_rows(images: Tensor, finish: Finish) -> Tensor:  # uint8 to float `(B, 3, S, S)`
+    "Augment and normalize some rows where they stand"
+    jitter, device = finish.jitter, images.device
+    if jitter is not None:
+        jitter = JitterParams(*(t.to(device, non_blocking=True) for t in jitter))
+    if finish.noise is None:
+        return as_input(images, finish, jitter)
+    if jitter is not None:
+        moved = apply_jitter(_to_floats(images), jitter).mul_(255).round_()
+        images = moved.permute(0, 2, 3, 1).byte()
+    return normalize_batch(apply_ranged(images, finish.noise), finish.mean, finish.std)
+
+
+def finish_batch(
+    raw: RawBatch | Batch,  # a `Batch` is finished already
+    device: torch.device | str | None = None,  # where to; None leaves it where it is
+) -> Batch:  # images float `(B, 3, S, S)`, normalized
+    "Move a batch to a device, and make the model's input of its images there"
+    batch = raw.batch if isinstance(raw, RawBatch) else raw
+    if device is not None:
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in batch)
+        batch = type(batch)(*moved)
+    if not isinstance(raw, RawBatch):
+        return batch
+    images = batch.image.split([finish.rows for finish in raw.finish])
+    finished = [_finish_rows(x, finish) for x, finish in zip(images, raw.finish)]
+    return batch._replace(image=finished[0] if len(finished) == 1 else torch.cat(finished))
+
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0008
+def slice_batch(
+    raw: RawBatch | Batch,
+    rows: slice,  # with a start and a stop
+) -> RawBatch | Batch:
+    "Some consecutive rows of a batch"
+    batch = raw.batch if isinstance(raw, RawBatch) else raw
+    part = type(batch)(*(None if t is None else t[rows] for t in batch))
+    if not isinstance(raw, RawBatch):
+        return part
+    kept, first = [], 0
+    for finish in raw.finish:
+        start, stop = max(rows.start - first, 0), min(rows.stop - first, finish.rows)
+        if start < stop:
+            kept.append(finish.part(slice(start, stop)))
+        first += finish.rows
+    return RawBatch(part, tuple(kept))
+
+# %% ../../nbs/loaders/01_batches.ipynb #r16b0005
+def has_raw(
+    source: Any,  # with `since`
+) -> bool:
+    "Whether a source gives raw batches; a subclass that only overrides `since` does not"
+    for kind in type(source).__mro__:
+        if 'raw_since' in vars(kind) or 'since' in vars(kind):
+            return 'raw_since' in vars(kind)
+    return False
+
+
+def read_raw(
+    source: Any,  # with `since`
+    step: int = 0,  # the first that is wanted
+) -> Iterator[RawBatch | Batch]:
+    "Raw batches of a source where it gives them, else its finished ones"
+    return source.raw_since(step) if has_raw(source) else source.since(step)
 
 # %% ../../nbs/loaders/01_batches.ipynb #9d09f197
 def hash_batches(
@@ -350,11 +467,20 @@ class Batches:
         choice = self.choose(step)
         return self.render(self.read(choice), choice)
 
+    def raw_since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[RawBatch]:
+        "Batches from a step on, their images as bytes, without end"
+        while True:
+            choice = self.choose(step)
+            finish = Finish(self.batch, self.spec.mean, self.spec.std, choice.jitter)
+            yield RawBatch(self.read(choice), (finish,))
+            step += 1
+
     def since(
         self,
         step: int = 0,  # the first that is wanted
     ) -> Iterator[Batch]:
         "Batches from a step on, without end"
-        while True:
-            yield self.batch_at(step)
-            step += 1
+        return map(finish_batch, self.raw_since(step))

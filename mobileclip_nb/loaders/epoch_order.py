@@ -74,6 +74,9 @@ class Layout:
 class Order(Layout):
     "An endless order over shards for one rank; every epoch visits each good sample once"
 
+    def enter(self, epoch: int, number: int) -> None:
+        "Called when a window begins; replaced by who wants to know"
+
     def bad_positions(self, epoch: int) -> np.ndarray:  # sorted
         "Positions of the known bad samples in this rank's slice of an epoch"
         order, starts = self.layout(epoch)
@@ -112,6 +115,7 @@ class Order(Layout):
             if n >= good:
                 n -= good
                 continue
+            self.enter(epoch, number)
             for slot in self.window_slots(epoch, number, low, high):
                 if self.bad and self.bad.get(slot[:2], epoch + 1) <= epoch:
                     continue
@@ -119,6 +123,36 @@ class Order(Layout):
                     n -= 1
                 else:
                     yield slot
+
+    def window_shards(self, epoch: int, number: int) -> list[int]:
+        "Numbers of the shards that a window touches, in order; none past the end of the slice"
+        start, end = self.span
+        low = start + number * self.window
+        if low >= end:
+            return []
+        order, starts = self.layout(epoch)
+        first = int(np.searchsorted(starts, low, 'right')) - 1
+        last = int(np.searchsorted(starts, min(low + self.window, end) - 1, 'right'))
+        return order[first:last].tolist()
+
+    def coming_shards(
+        self,
+        epoch: int,
+        number: int,  # of a window, from 0
+        more: int = 2,  # shards beyond those of the window
+    ) -> list[int]:  # numbers of shards, in the order in which they are needed
+        "The shards of a window and the next ones"
+        shards = dict.fromkeys(self.window_shards(epoch, number))
+        enough, last = len(shards) + more, epoch + 1
+        while len(shards) < enough:
+            number += 1
+            following = self.window_shards(epoch, number)
+            if not following:
+                epoch, number = epoch + 1, -1
+                if epoch > last:
+                    break
+            shards |= dict.fromkeys(following)
+        return list(shards)
 
     def window_slots(self, epoch: int, number: int, low: int, high: int) -> list[Slot]:
         "The slots of one window, shuffled"

@@ -9,13 +9,11 @@ __all__ = ['Ranged']
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ..augment.pipeline import rng_for
-from ..augment.range_augment import RangeAugment
-from .batches import Batch
+from ..augment.range_augment import RangeAugment, RangeDraws, join_draws
+from .batches import Batch, Finish, RawBatch, finish_batch, read_raw
 
 # %% ../../nbs/loaders/07_ranged.ipynb #61881e86
 class Ranged:
@@ -32,7 +30,7 @@ class Ranged:
         ranks: tuple[int, int] = (0, 1),  # this rank, and how many there are
     ):
         self.inner, self.range, self.steps, self.seed = inner, RangeAugment(psnr=psnr), steps, seed
-        self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+        self.mean, self.std = tuple(mean), tuple(std)
         self.rank, self.world = ranks
         self.batch, self.id = inner.batch, f'{inner.id}-{self.range.id}'
 
@@ -41,21 +39,37 @@ class Ranged:
             return object.__getattribute__(self, name)
         return getattr(self.inner, name)
 
+    def draw(self, step: int, images: int) -> RangeDraws:
+        "Draw what happens to the images of a step, numbered over all steps and ranks"
+        target, first = self.range.scheduled(step, self.steps), (step * self.world + self.rank)
+        rngs = (rng_for(self.seed, 'ranged', first * images + i) for i in range(images))
+        return join_draws(self.range, [self.range.sample(rng, target) for rng in rngs])
+
+    def raw_since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[RawBatch]:
+        "Batches from a step on, each with the draws of its step"
+        for k, batch in enumerate(read_raw(self.inner, step), step):
+            raw = batch if isinstance(batch, RawBatch) else self._to_bytes(batch)
+            draws, finish, start = self.draw(k, len(raw.index)), [], 0
+            for part in raw.finish:
+                rows = slice(start, start + part.rows)
+                finish.append(part._replace(noise=draws.part(rows)))
+                start = rows.stop
+            yield RawBatch(raw.batch, tuple(finish))
+
     def since(
         self,
         step: int = 0,  # the first that is wanted
     ) -> Iterator[Batch]:
         "Batches from a step on, each at the strength of its step"
-        for k, batch in enumerate(self.inner.since(step), step):
-            target = self.range.scheduled(k, self.steps)
-            pixels = (batch.image * self.std + self.mean).mul(255).round().clamp(0, 255).byte()
-            pixels = pixels.permute(0, 2, 3, 1).numpy()
-            first = (k * self.world + self.rank) * len(pixels)
-            changed = [self._change(x, first + i, target) for i, x in enumerate(pixels)]
-            image = torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).float() / 255
-            yield batch._replace(image=(image - self.mean) / self.std)
+        return map(finish_batch, self.raw_since(step))
 
-    def _change(self, pixels: np.ndarray, number: int, target: float) -> np.ndarray:
-        "An image with the noise of its number, counted over all steps and ranks"
-        params = self.range.sample(rng_for(self.seed, 'ranged', number), target)
-        return np.asarray(self.range.apply(Image.fromarray(pixels), params))
+    def _to_bytes(self, batch: Batch) -> RawBatch:
+        "Undo the normalization of a finished batch"
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        pixels = (batch.image * std + mean).mul(255).round().clamp(0, 255).byte()
+        pixels = pixels.permute(0, 2, 3, 1).contiguous()
+        finish = Finish(len(pixels), self.mean, self.std)
+        return RawBatch(batch._replace(image=pixels), (finish,))

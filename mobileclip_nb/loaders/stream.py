@@ -6,26 +6,28 @@
 __all__ = ['ShardEntry', 'CHUNK', 'Piece', 'Chunk', 'Failure', 'Readers', 'BadSample', 'BadSamples', 'Shards', 'Stream']
 
 # %% ../../nbs/loaders/04_stream.ipynb #35c8e1d0
-import hashlib, json
+import copy, hashlib, json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..core.files import cache_dir, is_local, last_part, without_secrets
 from ..core.processes import end_with_parent
+from ..core.shared_rows import SharedRows
 from ..core.errors import Faulty
-from .batches import Batch, normalize_batch
+from .batches import Batch, Finish, RawBatch, finish_batch
 from .epoch_order import Mix, Order, Slot
 from .select import Example, StreamSpec, Transform, choose, read_sample, render
 from ..preprocessing.token_cache import TokenCache
-from ..shards.index import Archives, Index, file_stamp, load_index
+from ..shards.index import Ahead, Archives, Index, file_stamp
 from ..shards.io import Skips
-from ..shards.sources import Source, source_of
+from ..shards.sources import Source, count_samples, source_of
 
 # %% ../../nbs/loaders/04_stream.ipynb #17134f9a
 class Chunk(NamedTuple):
@@ -34,6 +36,7 @@ class Chunk(NamedTuple):
     slots: list[Slot]  # of those that are good
     fields: dict[str, Tensor]  # of `Example`, one row a sample
     bad: list[tuple[Slot, str, str, str]]  # slot, key, reason, detail
+    block: int | None = None  # of `SharedRows` that has the images, where they do not stand here
 
 
 ShardEntry = tuple[int, str, int]  # number of the source, url of the shard, its samples
@@ -76,6 +79,7 @@ class Readers(Dataset):
         self.shards, self.sources, self.spec = shards, sources, spec
         self.memory, self.tokens = memory, tokens
         self.archives, self.transforms = None, []  # opened in the process that reads
+        self.rows = None  # `SharedRows` for images, where other processes read
 
     def _open(self) -> None:
         "Open what a process needs, once"
@@ -83,15 +87,25 @@ class Readers(Dataset):
         cache = TokenCache(self.spec.context, self.tokens)
         self.transforms = [Transform.of_stream(self.spec, s, cache) for s in self.sources]
 
-    def __getitem__(self, task: tuple[int, list[Slot]]) -> tuple[int, Chunk | Failure]:
-        "Read the samples of one group at some slots"
-        group, slots = task
+    def __getitem__(self, task: tuple[int, list[Slot], int | None]) -> tuple[int, Chunk | Failure]:
+        "Read the samples of one group at some slots; images go into a block if there is one"
+        group, slots, block = task
         if self.archives is None:
             self._open()
         try:
-            return group, self.chunk(group, slots)
+            chunk = self.chunk(group, slots)
         except OSError as e:
             return group, Failure(type(e).__name__, str(e))
+        if get_worker_info() is None or not chunk.slots:
+            return group, chunk
+        fields, block = self.rows.send(block, chunk.fields)
+        return group, chunk._replace(fields=fields, block=block)
+
+    def receive(self, chunk: Chunk | Failure) -> Chunk | Failure:
+        "Take a chunk out of its block, in the process that trains"
+        if isinstance(chunk, Failure) or not chunk.slots:
+            return chunk
+        return chunk._replace(fields=self.rows.receive(chunk.block, chunk.fields, len(chunk.slots)))
 
     def example(self, source: int, key: str, members: dict[str, bytes], epoch: int) -> Example:
         "Choose, read and render one sample, or raise Faulty"
@@ -109,9 +123,9 @@ class Readers(Dataset):
             if found is None:
                 bad.append((slot, '', *_why_absent(index, count)))
                 continue
-            if slot.i == 0 and len(index.keys) > count:
+            if slot.i == 0 and len(index) > count:
                 raise OSError(
-                    f"{last_part(url)!r} has {len(index.keys)} samples and its manifest says "
+                    f"{last_part(url)!r} has {len(index)} samples and its manifest says "
                     f"{count}. Write the manifest again"
                 )
             key, members = found
@@ -127,7 +141,7 @@ def _why_absent(index: Index, count: int) -> tuple[str, str]:  # reason, detail
     "Why a sample that the manifest lists is not in a shard's index"
     skipped = index.skips['counts']
     reason = max(skipped, key=skipped.get, default='missing')
-    return reason, f'the manifest lists {count} samples, and {len(index.keys)} can be read'
+    return reason, f'the manifest lists {count} samples, and {len(index)} can be read'
 
 
 def _begin(worker: int) -> None:
@@ -160,6 +174,7 @@ class BadSamples:
     ):
         self.path, self.skips = path, skips
         self.bad = [{} for _ in range(groups)]  # of each group: (shard, number) to epoch
+        self.found = {}  # (group, shard, number) to what was found first
         try:
             lines = path.read_text(encoding='utf-8').splitlines()
         except OSError:
@@ -176,6 +191,7 @@ class BadSamples:
         known = group.get(place)
         group[place] = sample.epoch if known is None else min(known, sample.epoch)
         if known is None:
+            self.found[sample[:3]] = sample
             self.skips.add(sample.reason, sample.name, sample.key, sample.detail)
         if not write or (known is not None and known <= sample.epoch):
             return
@@ -185,6 +201,14 @@ class BadSamples:
                 file.write(json.dumps(list(sample)) + '\n')
         except OSError:
             pass  # a folder that is not writable; a checkpoint may keep `Stream.state`
+
+    def to_list(self) -> list[list[Any]]:
+        "What a checkpoint keeps, as JSON"
+        samples = []
+        for (group, *place), sample in sorted(self.found.items()):
+            epoch = self.bad[group][tuple(place)]
+            samples.append(list(sample._replace(epoch=epoch)))
+        return samples
 
     def is_good(self, group: int, slot: Slot) -> bool:
         "Whether a slot holds no sample known to be bad in its epoch"
@@ -283,21 +307,12 @@ class _Tasks:
         return self.tasks
 
 
-def _group_shards(
-    sources: Sequence[Source], spec: StreamSpec, memory: str, skips: Skips
-) -> list[list[ShardEntry]]:
+def _group_shards(sources: Sequence[Source], spec: StreamSpec) -> list[list[ShardEntry]]:
     "The shards of each group: one a source where weights mix them, else one of all together"
     groups = []
     for number, source in enumerate(sources):
-        entries = []
-        for url, count in zip(source.shards, source.counts):
-            if count is None:
-                index = load_index(url, memory)
-                count = len(index.keys)
-                skips.merge(Skips.from_dict(index.skips))
-            if count:
-                entries.append((number, url, count))
-        groups.append(entries)
+        entries = zip(source.shards, source.counts, strict=True)
+        groups.append([(number, url, count) for url, count in entries if count])
     if spec.weights:
         return groups
     return [[entry for entries in groups for entry in entries]]
@@ -330,7 +345,8 @@ class Shards:
         self.spec, self.batch, self.ranks, self.workers = spec, spec.batch, tuple(ranks), workers
         self.memory, self.skips = str(memory or cache_dir('stream')), Skips()
         _check_sources(self.sources, spec)
-        self.shards = _group_shards(self.sources, spec, self.memory, self.skips)
+        self.sources = [count_samples(s, self.memory, self.skips) for s in self.sources]
+        self.shards = _group_shards(self.sources, spec)
         if not all(self.shards):
             raise ValueError(f"No sample in {', '.join(s.place for s in self.sources)}")
         self.total = sum(count for group in self.shards for *_, count in group)
@@ -338,8 +354,7 @@ class Shards:
         self.readers = Readers(self.shards, self.sources, spec, self.memory, tokens)
         name = f'{self.id}-{_hash_files(self.shards)}-{self.ranks[0]}.jsonl'
         self.bad = BadSamples(Path(self.memory) / 'bad' / name, len(self.shards), self.skips)
-        for sample in (state or {}).get('bad', ()):
-            self.bad.add(BadSample(*sample))
+        self.restore(state or {})
         self.orders()
 
     @property
@@ -358,12 +373,15 @@ class Shards:
 
     def state(self) -> dict[str, Any]:
         "What a checkpoint may keep, as JSON: the bad samples that this rank has found"
-        samples = []
-        for group, bad in enumerate(self.bad.bad):
-            for (shard, i), epoch in sorted(bad.items()):
-                why = '', 'missing', 'known from a checkpoint'
-                samples.append([group, shard, i, epoch, self._name(group, shard), *why])
-        return dict(bad=samples)
+        return dict(bad=self.bad.to_list())
+
+    def restore(
+        self,
+        state: dict[str, Any],  # of `state`
+    ) -> None:
+        "Take over what a checkpoint kept"
+        for sample in state.get('bad', ()):
+            self.bad.add(BadSample(*sample))
 
     def orders(self) -> list[Order]:
         "The order of each group"
@@ -413,9 +431,19 @@ class Stream(Shards):
         step: int = 0,  # the first that is wanted
     ) -> Iterator[Batch]:
         "Batches from a step on, without end; what comes before is not read"
+        return map(finish_batch, self.raw_since(step))
+
+    def raw_since(
+        self,
+        step: int = 0,  # the first that is wanted
+    ) -> Iterator[RawBatch]:
+        "Batches from a step on, their images as bytes"
         sizes = [sum(n for *_, n in group) // self.ranks[1] + 1 for group in self.shards]
         drawn = self.mix.count(step * self.batch)
-        feeds = [order.since(int(n)) for order, n in zip(self.orders(), drawn)]
+        orders, ahead = self.orders(), Ahead(self.memory)
+        for group, order in enumerate(orders):
+            order.enter = partial(self._fetch, ahead, group, order)
+        feeds = [order.since(int(n)) for order, n in zip(orders, drawn)]
         data = _Pass(feeds, self.mix, self.bad, sizes)
         chunks = self._read(data.tasks(step * self.batch))
         try:
@@ -428,25 +456,36 @@ class Stream(Shards):
                 yield self._join(groups, [queue.take(k) for queue, k in zip(data.queues, need)])
         finally:
             del chunks
+            ahead.close()
+
+    def _fetch(self, ahead: Ahead, group: int, order: Order, epoch: int, number: int) -> None:
+        "Copy the shards of a window and the next ones, where they are remote"
+        shards = order.coming_shards(epoch, number)
+        ahead.want(self.shards[group][shard][1] for shard in shards)
 
     def _read(
         self, tasks: Iterator[tuple[int, list[Slot]]]
     ) -> Iterator[tuple[int, Chunk | Failure]]:
         "What the readers make of tasks, in their order"
         if not self.workers:
-            return map(self.readers.__getitem__, tasks)
+            return map(self.readers.__getitem__, ((*task, None) for task in tasks))
+        blocks = 4 * self.workers + self.batch // CHUNK + 2 * len(self.shards)
+        rows = SharedRows(blocks, (CHUNK, self.spec.side, self.spec.side, 3))
+        self.readers.rows = rows
         loader = DataLoader(
             self.readers,
             None,
-            sampler=_Tasks(tasks),
+            sampler=_Tasks((*task, rows.take()) for task in tasks),
             num_workers=self.workers,
+            collate_fn=tuple,  # as it is; the default would make tensors of all arrays
             prefetch_factor=4,
             worker_init_fn=_begin,
         )
-        return iter(loader)
+        readers = copy.copy(self.readers)  # another pass may replace its rows
+        return ((group, readers.receive(chunk)) for group, chunk in loader)
 
-    def _join(self, groups: np.ndarray, parts: list[list[Piece]]) -> Batch:
-        "Put examples into the rows that they were drawn for, and normalize all images at once"
+    def _join(self, groups: np.ndarray, parts: list[list[Piece]]) -> RawBatch:
+        "Put examples into the rows that they were drawn for"
         pieces = [fields for part in parts for _, fields in part]
         fields = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         fields['index'] = self._indices(parts)
@@ -454,13 +493,13 @@ class Stream(Shards):
             rows = torch.from_numpy(np.argsort(np.argsort(groups, kind='stable')))
             fields = {name: x[rows] for name, x in fields.items()}
         self.skips.kept += self.batch
-        fields['image'] = normalize_batch(fields['image'], self.spec.mean, self.spec.std)
         if 'syn' not in fields:
             fields.pop('syn_label', None)
         for name in ('text', 'syn'):
             if name in fields:
                 fields[name] = fields[name].long()
-        return Batch(**fields)
+        finish = Finish(self.batch, self.spec.mean, self.spec.std)
+        return RawBatch(Batch(**fields), (finish,))
 
     def _indices(self, parts: list[list[Piece]]) -> Tensor:  # `(B,)`
         "Numbers of samples among all shards, in the order of the groups"

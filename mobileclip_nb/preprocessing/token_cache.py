@@ -6,7 +6,7 @@
 __all__ = ['rust', 'fast_clean', 'rust_ids', 'TokenCache']
 
 # %% ../../nbs/preprocessing/04_token_cache.ipynb #26e98da7
-import importlib.util, os
+import importlib.util, os, sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -77,9 +77,11 @@ class TokenCache:
         self,
         context: int = 77,  # tokens in a sequence, padding included
         tokens: Callable[[list[str], int], Tensor] | None = None,  # another tokenizer; None: CLIP's
-        most: int = 200_000,  # sequences kept; 77 numbers of four bytes each
+        most: int = 200_000,  # sequences kept
+        most_bytes: int = 32 << 20,  # of all that is kept, of this process
     ):
         self.context, self.tokens, self.most, self.rows = context, tokens, most, {}
+        self.most_bytes, self.bytes = most_bytes, 0
         self.ids = rust_ids if importlib.util.find_spec('tokenizers') else encode
 
     def __getitem__(self, text: str) -> np.ndarray:  # `(T,)` int32, read-only by convention
@@ -87,10 +89,16 @@ class TokenCache:
         row = self.rows.get(text)
         if row is None:
             row = self._tokenize(text)
-            if len(self.rows) >= self.most:
-                self.rows.clear()
             self.rows[text] = row
+            self.bytes += self._size(text, row)
+            while len(self.rows) > self.most or self.bytes > self.most_bytes:
+                oldest = next(iter(self.rows))
+                self.bytes -= self._size(oldest, self.rows.pop(oldest))
         return row
+
+    def _size(self, text: str, row: np.ndarray) -> int:  # bytes
+        "What a caption takes: text, sequence, and its place in the dictionary"
+        return sys.getsizeof(text) + sys.getsizeof(row) + row.nbytes * (row.base is not None) + 100
 
     def _tokenize(self, text: str) -> np.ndarray:
         "Tokenize a caption that is not in the cache"

@@ -49,8 +49,9 @@ def load_models(
     device: str = 'cpu',  # or `cuda:0`, ...
 ) -> Models:
     "Load the captioners and teachers of a recipe"
-    captioners = tuple(load_captioner(c, device=device) for c in spec.captioners)
-    ensemble = load_ensemble(spec.teachers, device=device) if spec.teachers else None
+    how = dict(device=device, compute=spec.compute)
+    captioners = tuple(load_captioner(c, **how) for c in spec.captioners)
+    ensemble = load_ensemble(spec.teachers, **how) if spec.teachers else None
     nets = {c.key: loaded.model for c, loaded in zip(spec.captioners, captioners)}
     if ensemble:
         nets |= {t.name: t.net for t in ensemble.teachers}

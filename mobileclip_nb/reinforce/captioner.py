@@ -30,6 +30,7 @@ from mobileclip_nb.reinforce.caption_sampling import (
 )
 from ..models.weights import ABOUT, clean_tag, complaint, is_place, locate, read_state
 from ..core.runtime import pick_device
+from ..models.precision import ComputeSpec, check_compute, computing, prepare_inference
 from ..core.files import atomic_write
 from ..core.errors import suggest
 from ..preprocessing.transform import OPENAI_MEAN, OPENAI_STD, Pixels
@@ -142,8 +143,9 @@ class CachedCoca:
         self.text, self.decoder = check_coca(model).text, model.text_decoder
         self.own = [*self.text.transformer.resblocks, *self.decoder.resblocks]  # causal blocks
         self.cross = [keys_values(b.attn, b.ln_1_kv(embs)) for b in self.decoder.cross_attn]
-        a = self.own[0].attn
-        self.past = embs.new_empty(len(self.own), 2, len(embs) * n, a.num_heads, length, a.head_dim)
+        a, first = self.own[0].attn, self.cross[0][0]  # keys in the precision of their products
+        size = len(self.own), 2, len(embs) * n, a.num_heads, length, a.head_dim
+        self.past = first.new_empty(size)
         self.n, self.at = n, 0
 
     def _causal(self, i: int, x: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class CachedCoca:
             queries = x.view(-1, self.n, x.shape[-1])  # the captions of an image
             x = attend_block(block, queries, k, v).reshape(x.shape)
         self.at += 1
-        return (self.decoder.ln_final(x) @ self.decoder.text_projection)[:, 0]
+        return (self.decoder.ln_final(x) @ self.decoder.text_projection)[:, 0].float()
 
     def follow(
         self,
@@ -258,6 +260,7 @@ class Captioner:
     spec: CaptionerSpec = CaptionerSpec()
     cfg: dict[str, Any] = field(default_factory=dict)  # of `build_coca`, to save it again
     attribution: str = ''  # of the data that it was trained on
+    compute: ComputeSpec = ComputeSpec()  # how it is run
 
     @property
     def context(self) -> int:
@@ -277,11 +280,13 @@ class Captioner:
                 f"length={s.length} is more than the {self.context} tokens of {self.spec.model}; "
                 f"use Sampling(length={self.context}) or less"
             )
-        with torch.inference_mode():
-            embs = self.model._encode_image(images.to(self.model.logit_scale.device))[1]
-        if s.method == 'beam':
-            return beam_search(self.model, embs, self.vocab, s)
-        return sample_captions(self.model, embs, keys, self.vocab, s)
+        device = self.model.logit_scale.device
+        images = images.to(device, memory_format=self.compute.layout)
+        with computing(self.compute, device):
+            embs = self.model._encode_image(images)[1]
+            if s.method == 'beam':
+                return beam_search(self.model, embs, self.vocab, s)
+            return sample_captions(self.model, embs, keys, self.vocab, s)
 
     def captions(
         self,
@@ -435,12 +440,15 @@ def load_captioner(
     spec: CaptionerSpec | str = 'coca_nano',  # or the name of a model
     weights: str | Path | None = None,  # with a name: tag, path or `hf-hub:ORG/REPO[/FILE]`
     device: str | None = 'cpu',  # None takes the best there is
-) -> Captioner:  # in eval mode, float32
+    compute: ComputeSpec = ComputeSpec(),  # how it is run
+) -> Captioner:  # in eval mode, weights in float32
     "Load a captioner; every tensor is accounted for, or one error lists all that are not"
     if isinstance(spec, str):
         spec = CaptionerSpec(
             model=spec, weights=str(weights or list(weight_places(spec).values())[-1])
         )
+    device = pick_device(device)
+    check_compute(compute, device)
     path = locate(find_weights(spec))
     state, meta = read_state(path)
     about = json.loads(meta[ABOUT]) if ABOUT in meta else {}
@@ -450,5 +458,6 @@ def load_captioner(
         inferred = ' (whose configuration is inferred)' if spec.model in MOBILECLIP2 else ''
         raise ValueError(f"{path.name!r} does not fill {spec.model}{inferred}:\n{faults}")
     model.load_state_dict(state)
-    model = model.float().eval().requires_grad_(False).to(pick_device(device))
-    return Captioner(model, vocab, pixels, spec, cfg, about.get('attribution', ''))
+    model = model.float().eval().requires_grad_(False).to(device)
+    model = prepare_inference(model, compute)
+    return Captioner(model, vocab, pixels, spec, cfg, about.get('attribution', ''), compute)

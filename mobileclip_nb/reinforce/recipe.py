@@ -13,6 +13,7 @@ from typing import Any, Self
 from ..augment.pipeline import AugmentSpec, DATACOMPDR
 from ..core.config import Spec
 from ..core.errors import suggest
+from ..models.precision import ComputeSpec
 from .captioner import CaptionerSpec
 from .teachers import TeacherSpec
 from ..shards.sample import StoreSpec
@@ -30,6 +31,7 @@ class ReinforceSpec(Spec, id_name='ReinforceSpec'):
     store: StoreSpec = StoreSpec()  # how embeddings are written
     batch: int = 64  # images, or captions, in one forward pass at most
     seed: int = 0  # of the augmentations
+    compute: ComputeSpec = ComputeSpec()  # how captioners and teachers are run
 
     def __post_init__(self) -> None:
         if self.batch < 1:

@@ -21,6 +21,7 @@ from torch import nn, Tensor
 from ..core.config import Spec
 from ..core.errors import suggest
 from ..models.factory import create_model
+from ..models.precision import ComputeSpec, check_compute, computing, prepare_inference
 from ..models.weights import is_place
 from ..models.zoo import find_record
 from ..preprocessing.tokenizer import tokenize
@@ -132,14 +133,18 @@ def check_gelu(
     )
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #41a6a327
-@torch.inference_mode()
 def _rows(
-    tower: Callable[[Tensor], Tensor], x: Tensor, device: torch.device, batch: int
+    tower: Callable[[Tensor], Tensor],
+    x: Tensor,
+    device: torch.device,
+    batch: int,
+    compute: ComputeSpec,
 ) -> Tensor:  # `(B, D_k)` unit vectors, float32, on the CPU
     "Embed a batch in parts"
-    return torch.cat(
-        [F.normalize(tower(b.to(device)).float(), dim=-1).cpu() for b in x.split(batch)]
-    )
+    layout = compute.layout if x.ndim == 4 else torch.contiguous_format
+    with computing(compute, device):
+        parts = (tower(b.to(device, memory_format=layout)).float() for b in x.split(batch))
+        return torch.cat([F.normalize(part, dim=-1).cpu() for part in parts])
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #7dde3c0e
 @dataclass(frozen=True, eq=False)
@@ -151,6 +156,7 @@ class Teacher:
     pixels: Pixels  # its preprocessing
     tokens: Callable[[list[str]], Tensor]  # texts to token ids
     width: int  # D_k
+    compute: ComputeSpec = ComputeSpec()  # how it is run
 
     @property
     def name(self) -> str:
@@ -180,7 +186,8 @@ class Teacher:
         "Embed preprocessed images"
         if not len(x):
             return torch.zeros(0, self.width)
-        rows = _rows(self.net.encode_image, x, self.net.logit_scale.device, batch)
+        device = self.net.logit_scale.device
+        rows = _rows(self.net.encode_image, x, device, batch, self.compute)
         return rows.clone()  # outside of inference mode, so a loss may use it
 
     def image(
@@ -201,8 +208,8 @@ class Teacher:
             raise TypeError(f"text takes a list of texts; write [{texts[:20]!r}]")
         if not len(texts):
             return torch.zeros(0, self.width)
-        ids = self.tokens(list(texts))
-        return _rows(self.net.encode_text, ids, self.net.logit_scale.device, batch).clone()
+        ids, device = self.tokens(list(texts)), self.net.logit_scale.device
+        return _rows(self.net.encode_text, ids, device, batch, self.compute).clone()
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #2d0050d4
 def _zoo(
@@ -273,18 +280,20 @@ def _guest(
             "Check name and connection, or download the weights and give their path"
         ) from e
 
-
+# %% ../../nbs/reinforce/02_teachers.ipynb #02ld0001
 def load_teacher(
     spec: TeacherSpec,  # its config
     device: str = 'cpu',  # where it computes; embeddings are returned on the CPU
-) -> Teacher:  # in eval mode
+    compute: ComputeSpec = ComputeSpec(),  # how it is run
+) -> Teacher:  # in eval mode, weights in float32
     "Load a teacher"
+    check_compute(compute, device)
     ours = not spec.model.startswith((*HOMES, 'open_clip:'))
     net, pixels, tokens = (_zoo if ours else _guest)(spec, device)
     net = net.eval().requires_grad_(False)
     with torch.inference_mode():
         width = net.encode_text(tokens(['a']).to(net.logit_scale.device)).shape[-1]
-    return Teacher(spec, net, pixels, tokens, width)
+    return Teacher(spec, prepare_inference(net, compute), pixels, tokens, width, compute)
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #ae672c03
 class Ensemble:
@@ -332,9 +341,10 @@ class Ensemble:
 def load_ensemble(
     specs: Sequence[TeacherSpec],  # in the order of the joined columns
     device: str = 'cpu',  # where they compute
+    compute: ComputeSpec = ComputeSpec(),  # how they are run
 ) -> Ensemble:
     "Load teachers as an ensemble"
-    return Ensemble([load_teacher(s, device) for s in specs])
+    return Ensemble([load_teacher(s, device, compute) for s in specs])
 
 # %% ../../nbs/reinforce/02_teachers.ipynb #6a04cc9e
 def join_embeddings(

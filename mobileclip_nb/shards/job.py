@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 import fsspec
 
 from mobileclip_nb.core.files import (
@@ -350,6 +350,13 @@ class ShardJob:
         remove_partial(out)
         if had is None:
             write_bytes(place, as_line(job))
+
+    @classmethod
+    def begun(cls, verb: str, out: str | Path) -> Self:
+        "The job of a folder that another process has claimed; nothing is checked"
+        job = cls.__new__(cls)
+        job.verb, job.out, job.lines, job.names, job.kept = verb, str(out), [], [], 0
+        return job
 
     def leave(self, reason: str, name: str, detail: str = '') -> None:
         "Append a line on a sample that is left out"

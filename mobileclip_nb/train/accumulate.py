@@ -176,6 +176,8 @@ def warn_of_parts(
         f"of about {pairs // parts} pairs and not from all {pairs}, so the gradient is not that of "
         "one pass (nbs/train/12_accumulate.ipynb measures how far off it is); "
         "train.frozen_norm=true makes the two equal, for weights that are trained already; "
-        "fewer and larger parts bring them nearer; "
-        "train.sync_norm does not help, since it joins ranks and not parts"
+        "train.checkpointing=true in place of parts keeps the statistics whole, where it fits "
+        "(embeddings are cached and the encoders recomputed either way); "
+        "train.sync_norm=true takes them from the same part of all ranks; "
+        "fewer and larger parts bring them nearer"
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['refresh_model', 'Refresher', 'evaluate_state', 'mark_best', 'is_due', 'first_save_due', 'Saver', 'Evaluator',
-           'LoopConfig']
+           'LoopConfig', 'fetch_interval']
 
 # %% ../../nbs/train/23_between_steps.ipynb #1c3de040
 import json, time
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..loaders.batches import Batches
+from ..loaders.batches import Batches, read_raw
 from ..core.errors import suggest
 from .distributed import current_ranks
 from ..core.config import Spec
@@ -45,7 +45,7 @@ def refresh_model(
 ) -> Recomputed:
     "Copy a run's model, with normalization statistics over the batches that it learned from last"
     n = min(n, step)
-    last = (place_batch(batch, model, spec.channels_last) for batch in batches.since(step - n))
+    last = (place_batch(batch, model, spec.channels_last) for batch in read_raw(batches, step - n))
     return recompute_statistics(model, last, spec, n)
 
 # %% ../../nbs/train/23_between_steps.ipynb #c59fe839
@@ -224,6 +224,7 @@ class LoopConfig(Spec, id_name='LoopConfig'):
     best: str | None = None  # a metric, higher is better; its best checkpoint stays as `best.pt`
     statistics: bool | None = None  # recompute those of normalization to evaluate; None: if short
     objective: Callable[..., Any] = plain  # what is minimized
+    log_every: int | None = None  # steps whose losses leave the device at once; None chooses
     progress: bool = True  # draw a progress bar
     watch: tuple[str, ...] | list[str] | None = None  # of `SINKS`; None: TensorBoard if installed
     say: Callable[[str], None] = lambda text: None  # receives messages, one or more lines each
@@ -232,3 +233,13 @@ class LoopConfig(Spec, id_name='LoopConfig'):
     )
     ledger: str | Path | None = None  # a `.jsonl` file for the finished run
     name: str = 'train'  # of the run in the ledger
+
+# %% ../../nbs/train/23_between_steps.ipynb #log00002
+def fetch_interval(
+    every: int | None,  # steps, as asked for; None chooses
+    device: torch.device,  # of the model
+) -> int:  # steps between two copies of losses from the device
+    "How often losses leave the device: each step on a CPU, where it costs nothing, else every 10"
+    if every is not None and every < 1:
+        raise ValueError(f"log_every={every} steps; use 1 or more")
+    return every or (1 if device.type == 'cpu' else 10)

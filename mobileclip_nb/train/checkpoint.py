@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEST', 'EMA', 'State', 'find_nonfinite', 'link_file', 'checkpoints', 'check_vacant', 'remove_old_checkpoints',
-           'write_run_weights', 'save_state', 'read_checkpoint', 'load_run', 'find_best', 'step_of', 'restore_best',
-           'OtherBatches', 'restore', 'find_run', 'start_run', 'trained_model']
+           'collect_sampler', 'follow_batches', 'write_run_weights', 'save_state', 'read_checkpoint', 'load_run',
+           'read_lanes', 'find_best', 'step_of', 'restore_best', 'OtherBatches', 'restore', 'find_run', 'start_run',
+           'trained_model']
 
 # %% ../../nbs/train/21_checkpoint.ipynb #84289ab4
 import copy, errno, io, json, math, os, shutil, warnings
@@ -20,7 +21,8 @@ from ..core.files import atomic_write
 from ..models.weights import write_tensors
 from ..models.zoo import Record
 from .config import TrainSpec
-from .distributed import broadcast_bytes, current_ranks, sync_norms
+from .distributed import broadcast_bytes, current_ranks, gather_bytes
+from .distributed import group_device, sync_norms
 from .optim import freeze, make_optimizer
 from mobileclip_nb.train.sharding import (
     fill_optimizer,
@@ -52,12 +54,14 @@ class EMA:
     ) -> None:
         "Move the average towards `model`"
         keep, new = min(self.decay, (1 + step) / (10 + step)), model.state_dict()
-        for name, old in self.model.state_dict().items():
-            old, now = own_part(old), own_part(new[name])
-            if old.is_floating_point():
-                old.lerp_(now, 1 - keep)
-            else:
-                old.copy_(now)
+        held = self.model.state_dict()
+        for floating in (True, False):
+            names = [k for k, old in held.items() if old.is_floating_point() == floating]
+            old, now = ([own_part(x[k]) for k in names] for x in (held, new))
+            if floating:
+                torch._foreach_lerp_(old, now, 1 - keep)
+            elif names:
+                torch._foreach_copy_(old, now)
 
 # %% ../../nbs/train/21_checkpoint.ipynb #b9975748
 @dataclass
@@ -74,6 +78,17 @@ class State:
     net: nn.Module | None = None  # what is called in the model's place; None is the model
     plain: nn.Module | None = None  # the caller's model, where it is not the one that learns
     skips: dict[str, Any] = field(default_factory=dict)  # samples skipped so far, by reason
+    earlier: dict[str, float] = field(default_factory=dict)  # sums over rows not in `history`
+    batches: Any = None  # the source, whose state a checkpoint keeps
+    sampler: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that was loaded
+
+    def trim(self, most: int = 10_000) -> None:
+        "Leave the last rows in `history`, and add the others up; they all stand in `log.jsonl`"
+        for row in self.history[:-most]:
+            row = dict(steps=1, waits='wait' in row) | row
+            for name in ('steps', 'seconds', 'wait', 'waits'):
+                self.earlier[name] = self.earlier.get(name, 0) + row.get(name, 0)
+        del self.history[:-most]
 
 
 def find_nonfinite(
@@ -147,19 +162,54 @@ def remove_old_checkpoints(
             old.unlink(missing_ok=True)
 
 # %% ../../nbs/train/21_checkpoint.ipynb #ced52ae6
+def collect_sampler(
+    batches: Any,  # the source of this rank
+) -> dict[str, Any]:  # `lanes`, and the `states` by lane; every rank must call it
+    "Collect what the sources of all ranks have to remember"
+    ranks = current_ranks()
+    own = batches.state() if hasattr(batches, 'state') else {}
+    if not hasattr(batches, 'lanes'):
+        own = dict(lanes={str(ranks.rank): own} if own else {})
+    device = 'cpu'
+    if ranks.world > 1 and torch.distributed.get_backend() == 'nccl':
+        device = 'cuda'
+    states = {}
+    for said in gather_bytes(json.dumps(own['lanes']).encode(), ranks, device):
+        states |= json.loads(said)
+    return dict(lanes=getattr(batches, 'lanes', ranks.world), states=states)
+
+
+def follow_batches(
+    state: State,  # new, or loaded
+    batches: Any,  # the source of this rank
+) -> None:
+    "Give a source what the checkpoint kept for it, and remember it for the next checkpoint"
+    state.batches, states = batches, state.sampler.get('states', {})
+    if hasattr(batches, 'restore'):
+        own = dict(lanes=states) if hasattr(batches, 'lanes') else None
+        batches.restore(own or states.get(str(current_ranks().rank), {}))
+    counted = getattr(getattr(batches, 'skips', None), 'counts', None) or {}
+    left = {reason: n - counted.get(reason, 0) for reason, n in state.skips.items()}
+    state.skips = {reason: n for reason, n in left.items() if n > 0}
+
+# %% ../../nbs/train/21_checkpoint.ipynb #e1900002
 def _contents(
     state: State,
     spec: TrainSpec,
     data: str,  # the batches' id
+    sampler: dict[str, Any] | None = None,  # of `collect_sampler`
 ) -> dict[str, Any]:  # of a checkpoint; every rank must call it
     "Collect what a checkpoint holds"
-    log = json.dumps(dict(history=state.history, judged=state.judged, skips=state.skips))
+    state.trim()
+    rows = dict(history=state.history, judged=state.judged, skips=state.skips)
+    log = json.dumps(rows | (dict(earlier=state.earlier) if state.earlier else {}))
     return dict(
         format=1,
         spec=spec.to_dict(),
         data=data,
         step=state.step,
         log=log,
+        sampler=json.dumps(sampler or {}),
         world=current_ranks().world,
         model=whole_state(state.model.state_dict()),
         opt=whole_state(state.opt.state_dict()),
@@ -199,7 +249,8 @@ def save_state(
     whatever: bool = False,  # save values that are not finite, too, for debugging
 ) -> None:
     "Write a checkpoint atomically; the previous one gets the name of its step"
-    path, held = Path(path), _contents(state, spec, data)
+    sampler = {} if whatever else collect_sampler(state.batches)
+    path, held = Path(path), _contents(state, spec, data, sampler)
     if current_ranks().rank:
         state.saved = state.step
         return
@@ -252,7 +303,8 @@ def read_checkpoint(
         raise ValueError(
             f"{path.name!r} is not a checkpoint of a run (format 1); are these weights alone?"
         )
-    parsed = dict(spec=TrainSpec.from_dict(held['spec']), file=path.name)
+    sampler = json.loads(held.get('sampler', '{}'))  # an earlier version kept none
+    parsed = dict(spec=TrainSpec.from_dict(held['spec']), file=path.name, sampler=sampler)
     return held | json.loads(held['log']) | parsed
 
 # %% ../../nbs/train/21_checkpoint.ipynb #55e10013
@@ -277,6 +329,19 @@ def load_run(
             )
         return held
     raise bad[0]
+
+
+def read_lanes(
+    out: str | Path,  # the run's folder
+) -> int:  # 0: there is no run that can be read
+    "Read with how many ranks a run began, without reading its weights"
+    for path in checkpoints(out):
+        try:
+            held = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            return json.loads(held.get('sampler', '{}')).get('lanes') or held.get('world', 1)
+        except Exception:
+            continue  # `load_run` takes the next one as well, and says so
+    return 0
 
 # %% ../../nbs/train/21_checkpoint.ipynb #9548eed2
 BEST = 'best.pt'
@@ -327,6 +392,7 @@ def _check_same_run(
     held: dict[str, Any],  # of `load_run`
     spec: TrainSpec,  # what is asked for now
     data: str,  # the batches' id now
+    lanes: int,  # of the batches now
 ) -> None:
     "Raise `ValueError` if a checkpoint belongs to another run, `OtherBatches` for other data"
     was = held['spec'].diff(spec)
@@ -341,11 +407,11 @@ def _check_same_run(
             f"The run in this folder was trained on other batches ({held['data']}, now {data}). "
             "Use those, or another folder"
         )
-    ranks = held.get('world', 1)
-    if ranks != current_ranks().world:
+    began = held.get('sampler', {}).get('lanes') or held.get('world', 1)
+    if began != lanes:
         raise ValueError(
-            f"The run in this folder was started with {ranks} ranks and now there are "
-            f"{current_ranks().world}. Use as many, or another folder"
+            f"The run in this folder was started with {began} ranks and now there are "
+            f"{lanes}. Use as many; or `run`, or `Lanes`, which keep the order of the first start"
         )
 
 # %% ../../nbs/train/21_checkpoint.ipynb #5b117a07
@@ -354,15 +420,17 @@ def restore(
     held: dict[str, Any],  # of `load_run`
     spec: TrainSpec,  # what is asked for now
     data: str,  # the batches' id now
+    lanes: int = 0,  # ranks whose order the batches have; 0: those of now
 ) -> State:  # the same object
     "Load a checkpoint of the same run into a state"
-    _check_same_run(held, spec, data)
+    _check_same_run(held, spec, data, lanes or current_ranks().world)
     fill_shared_state(state.model, held['model'])
     fill_optimizer(state.opt, held['opt'])
     if state.ema:
         fill_shared_state(state.ema.model, held['ema'])
     state.step, state.history, state.judged = held['step'], held['history'], held['judged']
-    state.skips = held.get('skips', {})
+    state.skips, state.earlier = held.get('skips', {}), held.get('earlier', {})
+    state.sampler = held.get('sampler', {})
     state.saved = held['step'] if held.get('file') == 'state.pt' else None
     return state
 
@@ -383,7 +451,7 @@ def find_run(
             tmp.write_text(name, encoding='utf-8')
     if ranks.world == 1:
         return held
-    device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
+    device = group_device()
     file = broadcast_bytes((held or dict(file=''))['file'].encode(), ranks, device).decode()
     data = broadcast_bytes(data, ranks, device)
     return read_checkpoint(out / file, data) if file else None
@@ -411,6 +479,7 @@ def start_run(
     data: str,  # the batches' id
     out: Path | None = None,  # the run's folder
     resume: bool = False,  # resume the folder's run, if there is one
+    lanes: int = 0,  # ranks whose order the batches have; 0: those of now
 ) -> State:
     "Make the first state of a run, or load its last; on one rank or as one of many"
     ranks = current_ranks()
@@ -429,7 +498,7 @@ def start_run(
     net = work if cut else wrap_ddp(work, ranks, static=spec.accumulate == 1)
     state = State(work, opt, ema, net=net, plain=None if work is model else model)
     held = find_run(out, resume, spec.id) if out else None
-    return restore(state, held, spec, data) if held else state
+    return restore(state, held, spec, data, lanes) if held else state
 
 # %% ../../nbs/train/21_checkpoint.ipynb #5cdd31e3
 def trained_model(

@@ -21,6 +21,7 @@ from ..loaders.compose import parts, shares
 from ..datasets.pairs import LEAST, default_share, hold_out, read_pairs
 from ..preprocessing.transform import Pixels
 from ..preprocessing.tokenizer import encode
+from ..shards.sources import Source
 
 # %% ../../nbs/train/29_data.ipynb #8a1b881b
 EMOJI = {
@@ -83,6 +84,7 @@ class Loaded(NamedTuple):
     data: PairData | None = None  # to train on; None for shards, which are read as a stream
     held: PairData | None = None  # kept out of training
     share: float = 0.0  # of the pictures that is kept out
+    shards: Source | None = None  # what is known of shards; None: they are not listed yet
 
 
 def load_parts(

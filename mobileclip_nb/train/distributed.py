@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['Ranks', 'current_ranks', 'gather', 'gather_rows', 'check_same_size', 'mean_over_ranks', 'any_rank', 'broadcast_bytes',
-           'sum_over_ranks', 'Moments', 'moments', 'SyncNorm1d', 'SyncNorm2d', 'sync_norms', 'replace_norms']
+           'group_device', 'mean_numbers', 'text_from_first', 'gather_bytes', 'do_once', 'sum_over_ranks', 'Moments',
+           'moments', 'SyncNorm1d', 'SyncNorm2d', 'sync_norms', 'replace_norms']
 
 # %% ../../nbs/train/02_distributed.ipynb #a9b07239
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -132,6 +135,73 @@ def broadcast_bytes(
         data = torch.empty(max(size.item(), 1), dtype=torch.uint8, device=device)
     dist.broadcast(data, 0)
     return bytes(data.cpu().numpy())[: size.item()]
+
+# %% ../../nbs/train/02_distributed.ipynb #dist0001
+def group_device() -> str:
+    "Where ranks exchange decisions: the CPU if the group communicates there, else the GPU"
+    return 'cpu' if 'cpu:' in str(dist.get_backend_config()) else 'cuda'
+
+
+def mean_numbers(
+    numbers: Tensor,  # on the CPU, the same shape on every rank
+    ranks: Ranks,
+) -> Tensor:  # the same shape and type, on the CPU
+    "The mean over ranks of numbers that are not on a GPU, in double precision"
+    if ranks.world == 1:
+        return numbers
+    mean = mean_over_ranks(numbers.double().to(group_device()), ranks)
+    return mean.to('cpu', numbers.dtype)
+
+
+def text_from_first(
+    text: str,  # of the first rank; that of others is ignored
+    ranks: Ranks,
+) -> str:  # the same on every rank
+    "Give every rank the first one's text, over the device of the process group"
+    if ranks.world == 1:
+        return text
+    return broadcast_bytes(text.encode(), ranks, group_device()).decode()
+
+# %% ../../nbs/train/02_distributed.ipynb #e1700002
+def gather_bytes(
+    own: bytes,  # of this rank
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the process group communicates
+) -> list[bytes]:  # of every rank, in their order
+    "Collect bytes of all ranks, of any length"
+    if ranks.world == 1:
+        return [own]
+    sizes = gather(torch.tensor([len(own)], device=device), ranks, grad=False).tolist()
+    padded = bytearray(own.ljust(max(*sizes, 1), b' '))
+    data = torch.frombuffer(padded, dtype=torch.uint8).to(device)
+    rows = gather(data[None], ranks, grad=False).cpu().numpy()
+    return [row.tobytes()[:size] for row, size in zip(rows, sizes)]
+
+
+def do_once(
+    work: Callable[[], bytes],  # called on the first rank
+    ranks: Ranks,
+    device: torch.device | str = 'cpu',  # where the process group communicates
+    patience: float = 60,  # seconds between two signs of life
+) -> bytes:  # the result, on every rank; an error of the first rank is raised on every rank
+    "Do something on the first rank, however long it takes, and give the result to all"
+    if ranks.world == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(work) if ranks.rank == 0 else None
+        sign = b'wait'
+        while sign == b'wait':
+            if task:
+                done, _ = wait([task], patience)
+                sign = b'wait' if not done else b'fail' if task.exception() else b'done'
+            sign = broadcast_bytes(sign, ranks, device)
+    if sign == b'done':
+        return broadcast_bytes(task.result() if task else b'', ranks, device)
+    if task:
+        raise task.exception()
+    raise ConnectionError(
+        f"Rank {ranks.rank} stops because the first rank failed, whose own message says why"
+    )
 
 # %% ../../nbs/train/02_distributed.ipynb #6d93be89
 class _Sum(torch.autograd.Function):

@@ -160,6 +160,17 @@ def _in_order(
         lines.append(dict(step=row['step'], judged=numbers))
     return sorted(lines, key=lambda line: line['step'] - ('judged' in line) / 2)
 
+
+def _earlier_rows(
+    path: Path,  # of the file of lines
+    rows: Sequence[dict[str, float]],  # that a checkpoint kept
+) -> list[dict[str, Any]]:
+    "Rows of the file before the first one that the checkpoint kept"
+    if not rows or not rows[0]['step'] or not path.is_file():
+        return []
+    lines = (json.loads(line) for line in path.read_text(encoding='utf-8').splitlines())
+    return [row for row in lines if 'judged' not in row and row['step'] < rows[0]['step']]
+
 # %% ../../nbs/train/20_log.ipynb #55b10003
 class Log:
     "The sinks of a run; a context manager"
@@ -177,9 +188,12 @@ class Log:
         self.pace, self.sinks = pace, []
         if out is None:
             return
-        self.sinks = [Lines(out / 'log.jsonl', _in_order(rows, judged))]
+        path = out / 'log.jsonl'
+        lines = _in_order([*_earlier_rows(path, rows), *rows], judged)
+        self.sinks = [Lines(path, lines)]
         if 'tensorboard' in wanted:
-            self.sinks.append(Board(out / 'tensorboard', len(rows)))
+            start = rows[-1]['step'] + 1 if rows else 0
+            self.sinks.append(Board(out / 'tensorboard', start))
         if 'wandb' in wanted:
             self.sinks.append(Wandb(out, settings))
 

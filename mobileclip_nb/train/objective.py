@@ -30,7 +30,6 @@ from ..reinforce.teachers import Ensemble, TeacherSpec, join_embeddings, load_en
 from .config import LossSpec
 from mobileclip_nb.train.distributed import (
     Ranks,
-    check_same_size,
     current_ranks,
     gather,
     gather_rows,
@@ -106,7 +105,6 @@ def gather_features(
     Gathered, dict[str, CaptionBatch], Gathered | None
 ]:  # images, captions by kind, teachers' image rows
     "Gather each tower's embeddings with gradient, and teacher embeddings without"
-    check_same_size(len(features.image), ranks, features.image.device)
     image = gather_rows(features.image, ranks)
     text, syn = _gather_columns([features.text, features.syn], ranks, True)
     image_emb, text_emb, syn_emb = None, None, None

@@ -90,6 +90,9 @@ OPTIONS: Options = (
         '(a tenth, at most 1,000; none of fewer than 64); 0 trains on all')),
     ('--threads', dict(type=int, help=
         "that an operation computes on, a process (torch's choice); on as many a run repeats to the bit")),
+    ('--memory', dict(type=float, metavar='GB', help=
+        'of a device, a rank: chooses activation checkpointing, parts and rows of logits that fit '
+        "and keep the batch (a GPU's own; no limit on a CPU)")),
     ('--workers', dict(type=int, help=
         'processes that read shards ahead, a rank; batches do not depend on it '
         '(by default what the cores leave, at most 8; none in short runs)')),
@@ -105,7 +108,7 @@ LAUNCH_OPTIONS: Options = (
 )
 # fmt: on
 
-
+# %% ../../nbs/train/43_options.ipynb #43f00011
 def option_names(
     options: Options,
 ) -> list[str]:  # as the parsed arguments have them: `held_out`
@@ -278,6 +281,13 @@ def _changes(was: Any, r: Any, data: str, how: Any, start: str) -> list[str]:
     return out
 
 
+def _fitted(r: Any, out: Path) -> Any:
+    "The recipe that is asked for, with the parts that a folder's run has chosen for its device"
+    from mobileclip_nb.train.fit import read_fit, recipe_to_run
+
+    return r if r is None else recipe_to_run(r, read_fit(out))
+
+
 def _run_name(r: Any, data: str, start: str) -> str:
     "A run in an error: recipe, data, start"
     return f'{r.name} on {data}' + (f' from {start}' if start else '')
@@ -307,6 +317,7 @@ def check_folder(
             "wrote it. Choose another folder, or move that away"
         )
     place = str(data or (r.data if r is not None else ''))
+    r = _fitted(r, out)
     if was is not None and r is not None and (other := _changes(was, r, place, how, start)):
         old, new = _run_name(was.recipe, was.data, was.start), _run_name(r, place, start)
         raise ValueError(
