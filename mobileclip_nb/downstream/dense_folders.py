@@ -71,7 +71,7 @@ class DenseFolder(NamedTuple):
     names: tuple[str, ...]  # of images
     read: Callable[[int], DenseScene]  # number of an image to its answers, of any size
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f800pb
 def _blank(image: np.ndarray) -> DenseScene:
     "An image without answers"
     h, w = image.shape[:2]
@@ -81,7 +81,7 @@ def _blank(image: np.ndarray) -> DenseScene:
         image, classes, masks, boxes, np.zeros(0, np.int64), np.zeros((h, w), np.float32)
     )
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f800qb
 def _find(place: str | Path, pattern: str, layout: str) -> list[Path]:
     "Files of a layout; a `FileNotFoundError` that says what the layout is"
     found = sorted(Path(place).glob(pattern))
@@ -89,7 +89,7 @@ def _find(place: str | Path, pattern: str, layout: str) -> list[Path]:
         raise FileNotFoundError(f"No {pattern} in {str(place)!r}. The layout is {layout}")
     return found
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f800rb
 def open_ade20k(
     place: str | Path,  # `ADEChallengeData2016`
     part: str = 'training',  # or `validation`
@@ -116,7 +116,7 @@ def open_coco(
     place: str | Path,
     part: str = 'train2017',  # or `val2017`
 ) -> DenseFolder:
-    "COCO: boxes and masks of 80 classes, numbered from 1 in the order of its ids; crowds are left out"
+    "COCO: boxes and masks of 80 classes, from 1 in the order of its ids; crowds are left out"
     api = import_optional('pycocotools.coco', extra='dense').COCO
     layout = 'train2017/X.jpg and annotations/instances_train2017.json, and val2017 likewise'
     (path,) = _find(place, f'annotations/instances_{part}.json', layout)
@@ -137,14 +137,14 @@ def open_coco(
 
     return DenseFolder(tuple(i['file_name'] for i in images), read)
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f800pc
 def _silence() -> object:
     "Keep pycocotools from printing"
     import contextlib, io
 
     return contextlib.redirect_stdout(io.StringIO())
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f800qc
 def open_nyuv2(
     place: str | Path,
     part: str = 'train',  # or `test`
@@ -164,7 +164,7 @@ def open_nyuv2(
 
     return DenseFolder(tuple(f'{p.parent.name}/{p.name}' for p in paths), read)
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f800rc
 DENSE_SETS = dict(
     ade20k=(open_ade20k, ('training', 'validation')),
     coco=(open_coco, ('train2017', 'val2017')),

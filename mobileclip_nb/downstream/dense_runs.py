@@ -22,7 +22,7 @@ from ..core.config import Spec
 from ..core.ledger import append, record_run
 from ..core.runtime import pick_device, seed_all
 from ..datasets.dense_scenes import DenseScene, DenseSpec, render_dense
-from .features import Features, decayed_groups
+from .features import FeatureMaps, decayed_groups
 from ..loaders.batches import seeded
 from ..models.factory import create_model
 from ..models.zoo import build, find_record
@@ -113,7 +113,7 @@ class DenseBatches:
             index = list(range(start, min(start + self.batch, self.count)))
             yield stack_scenes([self.scene(i, 0) for i in index], index)
 
-
+# %% ../../nbs/downstream/02_dense_runs.ipynb #d0f200pc
 def scene_batches(
     spec: DenseSpec,
     count: int,  # different scenes, drawn once
@@ -133,7 +133,7 @@ class DenseRun(Spec, id_name='DenseRun'):
     model: str = 'mobileclip_nano'  # of `list_models()`
     weights: str = ''  # a tag; empty for random ones
     frozen: bool = False  # the tower does not learn
-    levels: tuple[int, ...] = ()  # of `Features`; empty for all
+    levels: tuple[int, ...] = ()  # of `FeatureMaps`; empty for all
     layer_decay: float = 1.0  # factor of the learning rate from a layer to the one before
     channels: int = 64  # of the head
     batch: int = 8  # images a step
@@ -147,11 +147,11 @@ class DenseRun(Spec, id_name='DenseRun'):
         steps=400, warmup=20, lr=1e-3, decay=0.05, beta2=0.999, clip=1.0, ema=0.99
     )
 
-
+# %% ../../nbs/downstream/02_dense_runs.ipynb #d0f200pf
 class DenseTask(Protocol):
     "What a task brings"
 
-    def make_head(self, features: Features, channels: int) -> nn.Module:
+    def make_head(self, features: FeatureMaps, channels: int) -> nn.Module:
         "The layers above the maps"
         ...
 
@@ -163,13 +163,13 @@ class DenseTask(Protocol):
         "Metrics of a model in eval mode"
         ...
 
-
+# %% ../../nbs/downstream/02_dense_runs.ipynb #d0f200qf
 class DenseModel(nn.Module):
     "A backbone and a head"
 
     def __init__(
         self,
-        backbone: Features,
+        backbone: FeatureMaps,
         head: nn.Module,
         layer_decay: float = 1.0,
     ):
@@ -194,11 +194,11 @@ def make_dense_model(
         seed_all(run.train.seed)
         whole = create_model(run.model, run.weights) if run.weights else None
         tower = (build(find_record(run.model)) if whole is None else whole).image
-        features = Features(tower.requires_grad_(True), run.levels or None, run.frozen)
+        features = FeatureMaps(tower.requires_grad_(True), run.levels or None, run.frozen)
         head = task.make_head(features, run.channels)
         return DenseModel(features, head, run.layer_decay).train()
 
-
+# %% ../../nbs/downstream/02_dense_runs.ipynb #d0f200p1
 class DenseResult(NamedTuple):
     "A run that has ended"
 
@@ -210,7 +210,7 @@ class DenseResult(NamedTuple):
         "Of the last evaluation"
         return {k: v for k, v in self.run.judged[-1].items() if k != 'step'}
 
-
+# %% ../../nbs/downstream/02_dense_runs.ipynb #d0f200q1
 def train_dense(
     run: DenseRun,
     task: DenseTask,

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from ..datasets.dense_scenes import FARTHEST
 from .dense_runs import DenseBatch
-from .features import Features
+from .features import FeatureMaps
 
 # %% ../../nbs/downstream/07_depth.ipynb #d0f70009
 def silog(
@@ -55,7 +55,7 @@ class DepthHead(nn.Module):
 
     def __init__(
         self,
-        features: Features,  # the last map is read
+        features: FeatureMaps,  # the last map is read
         channels: int = 32,
         farthest: float = FARTHEST,  # metres
     ):
@@ -94,7 +94,7 @@ class DepthLoss(NamedTuple):
 class Depth:
     "The task: head, loss and metric (MobileCLIP2 Table 12)"
 
-    def make_head(self, features: Features, channels: int) -> nn.Module:
+    def make_head(self, features: FeatureMaps, channels: int) -> nn.Module:
         "The decoder, with random weights"
         return DepthHead(features, channels)
 

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.errors import import_optional, suggest
 from ..datasets.dense_scenes import CLASSES
 from .dense_runs import DenseBatch
-from .features import Features, FPNBackbone
+from .features import FeatureMaps, FPNBackbone
 
 # %% ../../nbs/downstream/04_detection.ipynb #d0f40009
 def targets_of(
@@ -35,13 +35,13 @@ def _image_list(image: Tensor) -> Any:
     module = import_optional('torchvision.models.detection.image_list', extra='dense')
     return module.ImageList(image, [tuple(image.shape[2:])] * len(image))
 
-
+# %% ../../nbs/downstream/04_detection.ipynb #d0f400pc
 class MaskRCNNHead(nn.Module):
     "Mask R-CNN (1703.06870) of torchvision above the maps, with small heads"
 
     def __init__(
         self,
-        features: Features,
+        features: FeatureMaps,
         channels: int = 64,  # of the pyramid and the heads
         classes: int = len(CLASSES),  # with the background
         proposals: int = 64,  # of an image that are judged
@@ -86,19 +86,19 @@ class MaskRCNNHead(nn.Module):
             d['masks'] = paste.paste_masks_in_image(d['masks'], d['boxes'], tuple(image.shape[2:]))
         return detections
 
-
+# %% ../../nbs/downstream/04_detection.ipynb #d0f400qc
 def _pooler(names: list[str], size: int) -> Any:
     "What cuts regions out of the maps"
     ops = import_optional('torchvision.ops', extra='dense')
     return ops.MultiScaleRoIAlign(featmap_names=names, output_size=size, sampling_ratio=2)
 
-
+# %% ../../nbs/downstream/04_detection.ipynb #d0f400rc
 class FCOSHead(nn.Module):
     "FCOS (1904.01355) of torchvision above the maps; boxes without masks"
 
     def __init__(
         self,
-        features: Features,
+        features: FeatureMaps,
         channels: int = 64,  # of the pyramid and the heads, divisible by 32
         classes: int = len(CLASSES),  # with the background
     ):
@@ -127,7 +127,7 @@ class FCOSHead(nn.Module):
         anchors = [list(a.split(counts)) for a in anchors]
         return self.net.postprocess_detections(split, anchors, images.image_sizes)
 
-
+# %% ../../nbs/downstream/04_detection.ipynb #d0f400sc
 DETECTORS = dict(mask_rcnn=MaskRCNNHead, fcos=FCOSHead)
 
 # %% ../../nbs/downstream/04_detection.ipynb #d0f4000f
@@ -136,7 +136,7 @@ class DetectionLoss(NamedTuple):
 
     total: Tensor
 
-
+# %% ../../nbs/downstream/04_detection.ipynb #d0f400pf
 class Detection:
     "The task: head, loss and metric (MobileCLIP2 Tables 10 and 14)"
 
@@ -150,7 +150,7 @@ class Detection:
             raise ValueError(f"No detector {head!r}.{suggest(head, DETECTORS)} Known: {known}")
         self.head, self.classes = DETECTORS[head], tuple(classes)
 
-    def make_head(self, features: Features, channels: int) -> nn.Module:
+    def make_head(self, features: FeatureMaps, channels: int) -> nn.Module:
         "The detector, with random weights"
         return self.head(features, channels, len(self.classes))
 

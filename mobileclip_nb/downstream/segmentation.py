@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from ..core.errors import import_optional, suggest
 from ..datasets.dense_scenes import CLASSES
 from .dense_runs import DenseBatch
-from .features import Features
+from .features import FeatureMaps
 
 # %% ../../nbs/downstream/03_segmentation.ipynb #d0f3000b
 class SemanticFPN(nn.Module):
@@ -25,7 +25,7 @@ class SemanticFPN(nn.Module):
 
     def __init__(
         self,
-        features: Features,  # gives channels and strides
+        features: FeatureMaps,  # gives channels and strides
         channels: int = 128,  # c, divisible by 8
         classes: int = len(CLASSES),
     ):
@@ -57,13 +57,13 @@ class SemanticFPN(nn.Module):
         x = torch.stack([level(m) for level, m in zip(self.levels, found)]).sum(0)
         return F.interpolate(self.out(x), image.shape[2:], mode='bilinear')
 
-
+# %% ../../nbs/downstream/03_segmentation.ipynb #d0f300pb
 class UPerHead(nn.Module):
     "UPerNet's decoder (1807.10221) of segmentation_models_pytorch, over four maps"
 
     def __init__(
         self,
-        features: Features,  # with four maps
+        features: FeatureMaps,  # with four maps
         channels: int = 256,
         classes: int = len(CLASSES),
     ):
@@ -82,7 +82,7 @@ class UPerHead(nn.Module):
         x = self.decoder([image, image, *maps.values()])
         return F.interpolate(self.out(x), image.shape[2:], mode='bilinear')
 
-
+# %% ../../nbs/downstream/03_segmentation.ipynb #d0f300qb
 SEGMENTATION_HEADS = dict(semantic_fpn=SemanticFPN, upernet=UPerHead)
 
 # %% ../../nbs/downstream/03_segmentation.ipynb #d0f30010
@@ -128,7 +128,7 @@ class Segmentation:
             raise ValueError(f"No head {head!r}.{suggest(head, SEGMENTATION_HEADS)} Known: {known}")
         self.head, self.classes = SEGMENTATION_HEADS[head], tuple(classes)
 
-    def make_head(self, features: Features, channels: int) -> nn.Module:
+    def make_head(self, features: FeatureMaps, channels: int) -> nn.Module:
         "The head, with random weights"
         return self.head(features, channels, len(self.classes))
 

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from ..core.config import Spec
 from ..core.errors import import_optional
 from ..core.runtime import seed_all
-from ..downstream.features import Features
+from ..downstream.features import FeatureMaps
 from .projector import ImageTokens
 
 # %% ../../nbs/vlm/01_model.ipynb #e1000008

@@ -78,7 +78,7 @@ class MapTokens(nn.Module):
         found = self.tower.final(found) if self.last else found
         return found.flatten(2).transpose(1, 2)
 
-
+# %% ../../nbs/vlm/06_plugs.ipynb #e60000p0
 def llava_vision(
     tower: MCi,
     side: int,  # pixels
@@ -108,7 +108,6 @@ def llava_vision(
         def __init__(self, config: MCiVisionConfig):
             super().__init__(config)
             self.tokens = inside
-            self.post_init()
 
         def _init_weights(self, module: nn.Module) -> None:
             "Weights come with the tower"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn, Tensor
 
-from ..downstream.features import Features
+from ..downstream.features import FeatureMaps
 
 # %% ../../nbs/vlm/00_projector.ipynb #e0000009
 def shuffle_pixels(
@@ -32,7 +32,7 @@ class ImageTokens(nn.Module):
 
     def __init__(
         self,
-        features: Features,  # with one level, that is read
+        features: FeatureMaps,  # with one level, that is read
         width: int,  # D of the language model
         shuffle: int = 1,  # r
     ):

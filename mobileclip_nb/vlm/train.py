@@ -19,7 +19,7 @@ from ..core.config import Spec
 from ..core.ledger import append, record_run
 from ..core.runtime import pick_device, seed_all
 from ..datasets.scenes import SceneSpec
-from ..downstream.features import Features
+from ..downstream.features import FeatureMaps
 from ..models.factory import create_model
 from ..models.zoo import build, find_record
 from ..train.between_steps import LoopConfig
@@ -84,7 +84,7 @@ def make_vlm(
         seed_all(run.seed)
         whole = create_model(run.model, run.weights) if run.weights else None
         tower = (build(find_record(run.model)) if whole is None else whole).image
-        features = Features(tower, levels=(run.level,), frozen=True)
+        features = FeatureMaps(tower, levels=(run.level,), frozen=True)
         tokens = ImageTokens(features, run.language.width, run.shuffle)
         language = make_language_model(run.language, tokenizer.get_vocab_size(), run.seed)
         return VLM(tokens, language, tokenizer)
@@ -109,18 +109,10 @@ class VLMResult(NamedTuple):
     accuracy: dict[str, dict[str, float]]  # of `PICTURES`: kind of question to exact matches
 
 # %% ../../nbs/vlm/04_train.ipynb #e400000d
-def train_vlm(
-    run: VLMRun,
-    out: str | Path | None = None,  # a folder for the three stages; without one nothing is saved
-    device: str | None = None,  # None is the CPU
-    ledger: str | Path | None = None,  # a `.jsonl` file for the finished run
-    loop: LoopConfig = LoopConfig(progress=False),
-) -> VLMResult:  # the same on every rank
-    "Train the three stages and ask questions (LLaVA-1.5, 2310.03744, §3)"
-    first = Talks(run.scenes, run.count, run.batch, run.side)
-    described = Talks(run.scenes, run.count, run.batch, run.side, captions=True)
-    texts = [*first.texts(), *described.texts()]
-    model = make_vlm(run, train_tokenizer(texts, run.vocabulary)).to(pick_device(device or 'cpu'))
+def _train_stages(
+    run: VLMRun, model: VLM, out: str | Path | None, loop: LoopConfig
+) -> tuple[VLM, list[Trained]]:
+    "Train the stages one after the other"
     done = []
     for number, (name, steps) in enumerate(zip(STAGES, run.steps)):
         if not steps or (number == 1 and not run.has_image):
@@ -139,6 +131,22 @@ def train_vlm(
         made = loop.but(objective=_objective(has_image))
         done.append(train(model, talks, spec, place, config=made))
         model = done[-1].raw
+    return model, done
+
+# %% ../../nbs/vlm/04_train.ipynb #e4000p0d
+def train_vlm(
+    run: VLMRun,
+    out: str | Path | None = None,  # a folder for the three stages; without one nothing is saved
+    device: str | None = None,  # None is the CPU
+    ledger: str | Path | None = None,  # a `.jsonl` file for the finished run
+    loop: LoopConfig = LoopConfig(progress=False),
+) -> VLMResult:  # the same on every rank
+    "Train the three stages and ask questions (LLaVA-1.5, 2310.03744, §3)"
+    first = Talks(run.scenes, run.count, run.batch, run.side)
+    described = Talks(run.scenes, run.count, run.batch, run.side, captions=True)
+    texts = [*first.texts(), *described.texts()]
+    model = make_vlm(run, train_tokenizer(texts, run.vocabulary)).to(pick_device(device or 'cpu'))
+    model, done = _train_stages(run, model, out, loop)
     model = model.eval()
     test = Talks(run.scenes.but(part='test'), run.held, min(run.batch, run.held), run.side)
     asked = [test.talk(i) for i in range(run.held)]
@@ -149,7 +157,7 @@ def train_vlm(
         _log(run, result, ledger)
     return result
 
-
+# %% ../../nbs/vlm/04_train.ipynb #e4000q0d
 def _log(run: VLMRun, result: VLMResult, ledger: str | Path) -> None:
     "Write the line of a run"
     numbers = {
