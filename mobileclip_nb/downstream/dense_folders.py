@@ -32,7 +32,7 @@ def _resized(x: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarray:
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(x).resize(size, how))
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f80p08
 def cut_scene(
     scene: DenseScene,  # of any size
     side: int,  # pixels of the square
@@ -46,8 +46,7 @@ def cut_scene(
     image, classes = _resized(scene.image, size, True), _resized(scene.classes, size, False)
     depth = _resized(scene.depth, size, False)
     masks = [_resized(m.astype(np.uint8), size, False) for m in scene.masks]
-    left = rng.randint(0, max(size[0] - side, 0)) if rng else 0
-    top = rng.randint(0, max(size[1] - side, 0)) if rng else 0
+    left, top = (rng.randint(0, max(n - side, 0)) if rng else 0 for n in size)
     flip = -1 if rng and rng.random() < 0.5 else 1
 
     def cut(x: np.ndarray, fill: int) -> np.ndarray:
@@ -214,7 +213,7 @@ def _published(task: str, data: str, model: str, weights: str, **how: object) ->
     train = TrainSpec(beta2=0.999, clip=0.0, precision='bfloat16', **steps)
     return DenseRun(task, model, weights, data=data, train=train, **how)
 
-
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f80p14
 _FPN = dict(channels=128, batch=32, steps=40_000, warmup=0, lr=2e-4, decay=1e-4, schedule='poly')
 _RCNN = dict(channels=256, batch=16, side=800, steps=87_960, warmup=500, lr=2e-4, decay=0.05)
 _GLP = dict(channels=32, batch=16, side=480, steps=37_850, warmup=18_925, lr=5e-4, lr_end=3e-5)
@@ -238,6 +237,8 @@ DENSE_RECIPES |= {
 DENSE_RECIPES['vit_b16.nyuv2'] = DenseRecipe(
     _published('depth', 'nyuv2', 'mobileclip2_b', 'dfndr2b', **_GLP), '12', 'layer decay of 0.9'
 )
+
+# %% ../../nbs/downstream/08_dense_folders.ipynb #d0f80q14
 DENSE_SIZES = dict(ade20k=20_210, coco=117_266, nyuv2=24_231)  # images of training
 
 

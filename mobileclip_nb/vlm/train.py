@@ -133,6 +133,17 @@ def _train_stages(
         model = done[-1].raw
     return model, done
 
+
+def _log(run: VLMRun, result: VLMResult, ledger: str | Path) -> None:
+    "Write the line of a run"
+    numbers = {
+        f'{p}_{kind}': v for p, rates in result.accuracy.items() for kind, v in rates.items()
+    }
+    seconds = sum(stage.metrics['seconds'] for stage in result.stages)
+    device = str(next(result.model.parameters()).device)
+    numbers |= dict(loss_nats=result.stages[-1].metrics['loss_nats'], seconds=seconds)
+    append(ledger, record_run('vlm-scenes', run, numbers, run.seed, seconds, device, 'nano'))
+
 # %% ../../nbs/vlm/04_train.ipynb #e4000p0d
 def train_vlm(
     run: VLMRun,
@@ -156,14 +167,3 @@ def train_vlm(
     if ledger and not current_ranks().rank:
         _log(run, result, ledger)
     return result
-
-# %% ../../nbs/vlm/04_train.ipynb #e4000q0d
-def _log(run: VLMRun, result: VLMResult, ledger: str | Path) -> None:
-    "Write the line of a run"
-    numbers = {
-        f'{p}_{kind}': v for p, rates in result.accuracy.items() for kind, v in rates.items()
-    }
-    seconds = sum(stage.metrics['seconds'] for stage in result.stages)
-    device = str(next(result.model.parameters()).device)
-    numbers |= dict(loss_nats=result.stages[-1].metrics['loss_nats'], seconds=seconds)
-    append(ledger, record_run('vlm-scenes', run, numbers, run.seed, seconds, device, 'nano'))
