@@ -30,8 +30,9 @@ def tidy(nb):
         c.execution_count = None
         c.outputs = [o for o in c.outputs if o.get('name') != 'stderr' and not is_progress(o)]
         for o in c.outputs:  # the state of a widget is not stored, so it would not be found
-            if WIDGET in o.get('data', {}):
-                o['data'] = {k: v for k, v in o['data'].items() if k == 'image/png'}
+            data = o.get('data', {})
+            if WIDGET in data or 'mobileclip-static' in data.get('text/html', ''):
+                o['data'] = {k: v for k, v in data.items() if k == 'image/png'}
         c.outputs = [o for o in c.outputs if o.get('data', True)]
         for o in c.outputs:
             if 'metadata' in o:

@@ -11,6 +11,7 @@ from mobileclip_nb.core.errors import import_optional
 from mobileclip_nb.widgets import augmentation_bench, caption_bench, folding, frontier_explorer
 from mobileclip_nb.widgets import runs, targets, zeroshot_bench
 from mobileclip_nb.widgets.parts import CAUGHT
+from trial_panel import make_captions
 
 widgets = import_optional('ipywidgets', extra='lab')
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
@@ -21,7 +22,7 @@ PANELS = dict(
         augmentation_bench.make_augmentation_bench,
         augmentation_bench.render_augmentations,
     ),
-    captions=(caption_bench.make_caption_bench, caption_bench.render_captions),
+    captions=(make_captions, caption_bench.render_captions),
     folding=(folding.make_folding, folding.render_folding),
     targets=(targets.make_targets, targets.render_targets),
     frontier=(
@@ -33,9 +34,24 @@ PANELS = dict(
 )
 
 
+# controls that change nothing at the first values of the others, and why
+WITHOUT_EFFECT = {
+    ('captions', 'top_k'): 'the method is top_p',
+    **dict.fromkeys(
+        [('captions', name) for name in ('method', 'top_p', 'repetition')],
+        'at temperature 1 the nano model is certain of its words',
+    ),
+    ('frontier', 'record'): 'the view is of published points',
+    ('frontier', 'runtime'): 'the view is of published points',
+    ('frontier', 'threads'): 'the view is of published points',
+    ('runs', 'width'): 'a ledger is not smoothed',
+    ('zeroshot', 'first'): 'the pictures are not of a folder',
+}
+
+
 def moved(control):
     "Another value of a control; None for one that is not moved"
-    if isinstance(control, (widgets.IntSlider, widgets.FloatSlider)):
+    if isinstance(control, (widgets.IntSlider, widgets.FloatSlider, widgets.BoundedIntText)):
         return control.max if control.value != control.max else control.min
     if isinstance(control, widgets.FloatLogSlider):
         return 10.0 if control.value != 10 else 20.0
@@ -76,7 +92,9 @@ def test_controls(name):
         if value is None:
             continue
         before, started, computed = control.value, time.perf_counter(), time.process_time()
+        shown = panel.shown
         control.value = value
+        assert (panel.shown == shown) == ((name, part) in WITHOUT_EFFECT), part
         wall, cpu = time.perf_counter() - started, time.process_time() - computed
         fault = check(panel, render)
         times = f'{wall * 1e3:6.0f} ms, computing {cpu * 1e3:6.0f} ms'

@@ -1,6 +1,7 @@
 "The table of samples and its browser under conditions that a notebook cannot make: kills, stores, 10,000 samples"
 
-import os, shutil, signal, subprocess, sys, time
+import functools, http.server, os, shutil, signal, socket, subprocess, sys, threading, time
+from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec, pytest
@@ -14,6 +15,7 @@ from mobileclip_nb.shards.sample_table import (
     locate_sample_table,
     select_rows,
 )
+from mobileclip_nb.widgets import sample_browser
 from mobileclip_nb.widgets.sample_browser import browse_samples, open_sample_set, render_browsed
 from sample_sets import make_sample, write_set
 
@@ -27,6 +29,11 @@ build_sample_table(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]), progress=
 def bare_sample(i):
     "Metadata without image and embeddings, few bytes"
     return make_sample(i % 60, 2, 2).bare().but(key=f'{i:08d}', uid=f'{i:08d}', image=None)
+
+
+needs_http = pytest.mark.skipif(
+    not find_spec('aiohttp') and os.environ.get('CI') != 'true', reason='needs aiohttp (apps)'
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -139,6 +146,18 @@ def test_secrets_are_not_stored(place, tmp_path):
     assert 'secret' not in str(where)
 
 
+@needs_http
+def test_secrets_are_not_in_the_files_of_a_table(served):
+    "A password is needed to read shards, and is not written down"
+    url = served[0].replace('http://', 'http://user:secret@') + '/00000.tar'
+    report = build_sample_table(url, progress=False)
+    files = [path for path in Path(report.table).rglob('*') if path.is_file()]
+    assert report.samples == 10
+    assert len(files) > 5
+    assert [path.name for path in files if b'secret' in path.read_bytes()] == []
+    assert 'secret' not in str(report)
+
+
 def test_corrupt_shards(place, tmp_path):
     "A cut tar, a file that is no tar, and a missing one are rows with a reason"
     shutil.copytree(place, tmp_path / 'set')
@@ -165,16 +184,98 @@ def test_corrupt_shards(place, tmp_path):
     assert again.ok and again.samples == report.samples - 1 + 10
 
 
-@pytest.mark.parametrize(
-    'wrong', ('missing', 'file.txt', 'http://127.0.0.1:9/set', 'http://127.0.0.1:9/0.tar')
-)
-def test_not_shards(tmp_path, wrong):
-    "A message in the panel, at once"
+@pytest.mark.parametrize('wrong, reason', (('missing', 'missing'), ('file.txt', 'file.txt')))
+def test_not_shards(tmp_path, wrong, reason):
+    "A message in the panel"
     (tmp_path / 'file.txt').write_text('not shards')
-    start = time.time()
-    panel = browse_samples(wrong if '://' in wrong else tmp_path / wrong)
-    assert panel.shown == b'' and 'role="alert"' in panel.parts['message'].value
-    assert time.time() - start < 15
+    panel = browse_samples(tmp_path / wrong)
+    assert panel.shown == b''
+    assert reason in panel.parts['message'].value
+
+
+def test_long_path():
+    "Its message is cut"
+    panel = browse_samples('x' * 10_000)
+    assert 'role="alert"' in panel.parts['message'].value
+    assert len(panel.parts['message'].value) < 1500
+
+
+class RangeHandler(http.server.SimpleHTTPRequestHandler):
+    "Files of a folder, whole or a range of bytes; keeps what was asked for"
+
+    def do_GET(self):
+        path, asked = Path(self.translate_path(self.path)), self.headers.get('Range')
+        if not path.is_file():
+            return self.send_error(404)
+        data, status = path.read_bytes(), 200
+        size, start = len(data), 0
+        if asked:
+            start, _, end = asked.removeprefix('bytes=').partition('-')
+            start, status = int(start), 206
+            data = data[start : int(end) + 1 if end else None]
+            self.server.ranges.append((path.name, len(data)))
+        self.send_response(status)
+        self.send_header('Accept-Ranges', 'bytes')
+        self.send_header('Content-Length', str(len(data)))
+        self.send_header('Content-Range', f'bytes {start}-{start + len(data) - 1}/{size}')
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def served(place):
+    "The set behind HTTP: an address, and the ranges that were asked for"
+    how = functools.partial(RangeHandler, directory=str(place))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), how) as server:
+        server.ranges = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}', server.ranges
+        server.shutdown()
+
+
+@needs_http
+def test_shards_behind_http(served, place):
+    "The same picture as of the local set; another sample is read as one range"
+    url, ranges = served
+    panel, local = browse_samples(f'{url}/00000.tar'), browse_samples(place / '00000.tar')
+    assert panel.shown, panel.parts['message'].value
+    assert panel.shown == local.shown
+    ranges.clear()
+    for shown in (panel, local):
+        shown.parts['key'].value = '00000007'
+    assert panel.shown == local.shown
+    size = (place / '00000.tar').stat().st_size
+    assert 0 < sum(length for _, length in ranges) < size / 2
+
+
+@needs_http
+def test_nothing_behind_an_address(served):
+    "No server, and no such file: the message names the address"
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        dead = f'http://127.0.0.1:{free.getsockname()[1]}/0.tar'
+    for url in (dead, f'{served[0]}/missing.tar'):
+        panel = browse_samples(url)
+        said = panel.parts['message'].value
+        assert panel.shown == b''
+        assert url in said
+        assert 'not installed' not in said
+
+
+@needs_http
+def test_a_server_that_does_not_answer(monkeypatch):
+    "It is waited for, but not for ever"
+    monkeypatch.setattr(sample_browser, '_PATIENCE', 1)
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        url = f'http://127.0.0.1:{silent.getsockname()[1]}/{{0..3}}.tar'
+        panel = browse_samples(url)
+        said = panel.parts['message'].value
+    assert panel.shown == b''
+    assert 'No answer from' in said
+    assert 'within 1 s' in said
 
 
 def test_unusual_samples(tmp_path):

@@ -3,6 +3,7 @@
 import ipywidgets
 
 from mobileclip_nb.core.plots import figure, png, style
+from mobileclip_nb.widgets.caption_bench import make_caption_bench
 from mobileclip_nb.widgets.parts import make_panel
 
 
@@ -22,3 +23,13 @@ def make_trial():
     word = ipywidgets.Dropdown(options=['narrow', 'wide'], description='word')
     describe = lambda n, word, theme: f'a bar "{word}" of length {n}'
     return make_panel(dict(n=n, word=word), render_trial, describe)
+
+
+def count_captions(images, keys, sampling):
+    "Captions without a model"
+    return [[f'caption {i}' for i in range(sampling.n)] for _ in images]
+
+
+def make_captions():
+    "The caption bench with captioners that need no download"
+    return make_caption_bench(captioners=[count_captions])

@@ -26,8 +26,9 @@ def run_app(
         say('Ctrl-C ends the app')
 
     token = '' if args.no_token else None
-    how = dict(ip=args.ip, port=args.port, token=token, theme=args.theme, announce=announce)
-    serve_app(args.name, options, **how)
+    how = dict(ip=args.ip, port=args.port, token=token, theme=args.theme, pages=args.pages)
+    say(f'starting {args.name} ...')
+    serve_app(args.name, options, announce=announce, **how)
     return 0
 
 # %% ../../nbs/cli/08_app_command.ipynb #0cb91ac9
@@ -41,6 +42,7 @@ APP = Command('app', run_app, (
     ('--port', dict(type=int, default=0, help='of the page; by default any that is free')),
     ('--no-token', flag('anyone on this machine may open the page')),
     ('--ip', dict(default='127.0.0.1', help='address to listen on; another one than 127.0.0.1 opens the page to other machines')),
+    ('--pages', dict(type=int, default=8, help='open at once; each holds 0.6 GB')),
     ('--theme', dict(choices=('light', 'dark'), default='light', help='of the page and its pictures')),
 ))
 # fmt: on

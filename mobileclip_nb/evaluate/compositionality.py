@@ -26,6 +26,7 @@ from ..datasets.caption_order import PERTURBATIONS, Tagger, perturb_caption
 from .metrics import jaccard
 from .retrieval import index_positives, score_retrieval
 from .zeroshot import embed_images, embed_texts
+from ..preprocessing.image_sources import join_inside
 from ..preprocessing.images import decode_image
 from ..preprocessing.tokenizer import encode
 from ..preprocessing.transform import Pixels, center_square
@@ -156,17 +157,6 @@ def _read_rows(
     return rows
 
 # %% ../../nbs/evaluate/10_compositionality.ipynb #1e5fd7bc
-def _join_inside(
-    folder: Path,
-    name: Any,  # of a file, as a downloaded list gives it
-) -> Path:
-    "Join a folder and a name from a list; `ValueError` if it leads out of the folder"
-    parts = Path(name).parts if isinstance(name, str) else ()
-    if not parts or '..' in parts or '\0' in name or Path(name).is_absolute():
-        raise ValueError(f"The file name {str(name)[:60]!r} leads out of {str(folder)!r}")
-    return folder / name
-
-
 def _check_images(
     paths: Collection[Path],
     origin: str,  # where the images come from
@@ -232,7 +222,7 @@ def read_sugarcrepe(
     for split in splits:
         rows = _read_rows(data / f'{split}.json', fields, _SUGARCREPE_ORIGIN)
         found[split] = [
-            Question(_join_inside(images, r['filename']), (r['caption'], r['negative_caption']))
+            Question(join_inside(images, r['filename']), (r['caption'], r['negative_caption']))
             for r in rows
         ]
     _check_images([q.image for each in found.values() for q in each], _SUGARCREPE_ORIGIN)
@@ -282,7 +272,7 @@ def read_visual_genome(
         box = tuple(row[name] for name in _BOX)
         captions = row['true_caption'], row['false_caption']
         questions.append(
-            Question(_join_inside(Path(folder) / 'images', row['image_path']), captions, box, group)
+            Question(join_inside(Path(folder) / 'images', row['image_path']), captions, box, group)
         )
     _check_images([c.image for c in questions], _ARO_ORIGIN)
     return questions
@@ -324,7 +314,7 @@ def read_order(
     if test not in _ORDERS:
         raise ValueError(f"No test {test!r}.{suggest(test, _ORDERS)} Known: {', '.join(_ORDERS)}.")
     rows = _read_rows(Path(folder) / _ORDERS[test], ('image', 'caption'), _ORDER_ORIGIN)
-    paths = [_join_inside(Path(folder), row['image']) for row in rows]
+    paths = [join_inside(Path(folder), row['image']) for row in rows]
     _check_images(paths, _ORDER_ORIGIN)
     return [
         Question(path, perturb_caption(caption, kinds, tagger, seed))
@@ -457,7 +447,7 @@ def read_winogavil(
             true = set(_parse_list(row['associations'], f'{path.name!r}, row {i}'))
             if not true <= set(names):
                 raise ValueError(f"{path.name!r}: row {i} has associations that are no candidates")
-            files = tuple(_join_inside(images, f'{name}.jpg') for name in names)
+            files = tuple(join_inside(images, f'{name}.jpg') for name in names)
             games.append(Association(row['cue'], files, tuple(name in true for name in names)))
     if not games:
         raise ValueError(f"{path.name!r} holds no games. {_WINOGAVIL_ORIGIN}")

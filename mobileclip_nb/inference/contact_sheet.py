@@ -8,6 +8,7 @@ __all__ = ['LINE', 'GAP', 'FONTS', 'GENERATOR', 'make_thumbnail', 'PictureReader
 
 # %% ../../nbs/inference/05_contact_sheet.ipynb #7a9d6b19
 import base64, html, io
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -23,6 +24,7 @@ from ..core.errors import printable
 from ..core.files import atomic_write, cache_dir
 from ..core.plots import THEMES
 from .search import Hit
+from ..preprocessing.image_sources import join_inside
 from ..preprocessing.images import open_image
 from ..shards.index import Archives
 from ..shards.job import name_outputs
@@ -59,20 +61,28 @@ class PictureReader:
         self,
         name: str,  # path in the folder; or shard, slash, key
     ) -> Path | BinaryIO:
-        "A picture as a path or an open file; a `LookupError` if it is not there"
+        "A picture as a path or an open file; `LookupError`, or `ValueError` for a name outside"
         if self.kind == 'folder':
-            return Path(self.place, name)
+            return join_inside(self.place, name)
+        url, key = self.locate(name)
+        if url not in self.numbers:
+            self.numbers[url] = {k: i for i, k in enumerate(self.archives.keys(url))}
+        if key not in self.numbers[url]:
+            raise LookupError(f"There is no sample {name!r} any more")
+        _, members = self.archives.read(url, self.numbers[url][key])
+        data = next((members[ext] for ext in SAMPLE_IMAGES if ext in members), b'')
+        return io.BytesIO(data)
+
+    def locate(
+        self,
+        name: str,  # shard, slash, key
+    ) -> tuple[str, str]:  # path or URL of the shard, and key
+        "Where a sample is; a `LookupError` if its shard is gone"
         shard, _, key = name.partition('.tar/')
         self.urls = self.urls or name_outputs(self.place)
         if (url := self.urls.get(f'{shard}.tar')) is None:
             raise LookupError(f"The shard {shard}.tar is not at the place of the index any more")
-        if url not in self.numbers:
-            self.numbers[url] = {k: i for i, k in enumerate(self.archives.keys(url))}
-        if key not in self.numbers[url]:
-            raise LookupError(f"The shard {shard}.tar has no sample {key!r} any more")
-        _, members = self.archives.read(url, self.numbers[url][key])
-        data = next((members[ext] for ext in SAMPLE_IMAGES if ext in members), b'')
-        return io.BytesIO(data)
+        return url, key
 
     def thumbnail(
         self,
@@ -110,6 +120,11 @@ def load_font(
     return ImageFont.load_default(size)
 
 
+def _cut(text: str, left: int) -> str:
+    "The first and the last letters"
+    return f'{text[:left]}…{text[len(text) - left :]}'
+
+
 def fit_text(
     text: str,
     width: int,  # pixels
@@ -118,11 +133,12 @@ def fit_text(
     "Cut a text in its middle until it fits"
     if font.getlength(text) <= width:
         return text
-    for left in range(len(text) // 2, 0, -1):
-        cut = text[:left] + '…' + text[len(text) - left :]
-        if font.getlength(cut) <= width:
-            return cut
-    return '…'
+    most = bisect_left(
+        range(1, len(text) // 2 + 1),
+        True,
+        key=lambda left: font.getlength(_cut(text, left)) > width,
+    )
+    return _cut(text, most)
 
 # %% ../../nbs/inference/05_contact_sheet.ipynb #38c14b0f
 def _draw_tile(

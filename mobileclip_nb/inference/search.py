@@ -34,7 +34,7 @@ from mobileclip_nb.inference.predict import (
 from ..models.clip import CLIP
 from ..models.weights import is_place
 from ..models.zoo import ZOO, find_record
-from ..preprocessing.image_sources import list_images
+from ..preprocessing.image_sources import join_inside, list_images
 
 # %% ../../nbs/inference/02_search.ipynb #cba72855
 BLOCK = 1024  # rows converted at a time
@@ -527,7 +527,7 @@ class ImageIndex:
     def _hit(self, score: float, row: int) -> Hit:
         "Name a row"
         name, source = self.line(int(row)).name, self.contents.source
-        path = str(Path(source['place']) / name) if source['kind'] == 'folder' else ''
+        path = str(join_inside(source['place'], name)) if source['kind'] == 'folder' else ''
         return Hit(name, float(score), path)
 
 # %% ../../nbs/inference/02_search.ipynb #ba4ece5a

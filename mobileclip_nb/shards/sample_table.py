@@ -193,16 +193,17 @@ class SampleTable:
             return ''
         return self._texts['why'].get(int(np.searchsorted(self.columns['why_row'], i)))
 
-    def find(self, key: str) -> int:  # row, the first one with this key
-        "Find a key; a `KeyError` if there is none"
+    def find(self, key: str, url: str = '') -> int:  # row, the first one with this key
+        "Find a key, in any shard or in the one at a path or URL; a `KeyError` if there is none"
         wanted = np.uint64(hash_uid(key))
         at = int(np.searchsorted(self.columns['key_hash'], wanted))
         while at < len(self) and self.columns['key_hash'][at] == wanted:
             row = int(self.columns['key_row'][at])
-            if self.key(row) == key:
+            if self.key(row) == key and url in ('', self.url(row)):
                 return row
             at += 1
-        raise KeyError(f'No sample {key!r} among {len(self):,}')
+        where = f' of {last_part(without_secrets(url))}' if url else ''
+        raise KeyError(f'No sample {key!r}{where} among {len(self):,}')
 
     def read(self, i: int, embeddings: bool = True) -> Sample:
         "Read one sample; a `ValueError` with the reason if it cannot be read"

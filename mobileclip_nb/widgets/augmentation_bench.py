@@ -24,7 +24,7 @@ from ..core.plots import COLORS, figure, png_of_page, style
 from ..datasets.emoji import draw_emoji, find_drawing
 from ..inference.predict import load_for_inference
 from ..core.files import is_local
-from ..preprocessing.image_sources import open_images
+from ..preprocessing.image_sources import open_images, resolve_inside
 from .parts import make_panel
 from .sample_inspector import color_of_view
 
@@ -35,6 +35,7 @@ PICTURE_SIDE = 256  # pixels of the longer side
 def find_picture(
     picture: str,  # an emoji, or the path or URL of an image
     upload: Sequence[Mapping[str, Any]] = (),  # of `FileUpload`; the last one is taken
+    folder: str | Path | None = None,  # as `resolve_inside` takes it; None: any place
 ) -> Image.Image:  # RGB, at most `PICTURE_SIDE` pixels
     "Open the picture that is asked for; a `ValueError` or `OSError` names what is wrong"
     text = picture.strip()
@@ -46,6 +47,8 @@ def find_picture(
         )
     elif not text.isascii() and len(text) <= 16 and find_drawing(text):
         return Image.fromarray(draw_emoji(text, side=PICTURE_SIDE))
+    elif folder is not None:
+        todo = (Path(text).name, str(resolve_inside(folder, text)))
     elif is_local(text) and Path(text).is_dir():
         raise ValueError(f"{text!r} is a folder; give the path of an image in it")
     else:
@@ -60,8 +63,9 @@ def make_picture_controls(
 ) -> dict[str, Any]:  # `source` and `upload`, controls of ipywidgets
     "Make a text field and an upload button for a picture"
     widgets = import_optional('ipywidgets', extra='lab')
-    about = 'picture (emoji, path or URL)'
-    field = widgets.Text(picture, description=about, continuous_update=False)
+    hint = 'emoji, path or URL'
+    about = dict(description='picture', placeholder=hint, tooltip=hint)
+    field = widgets.Text(picture, **about, continuous_update=False)
     return dict(source=field, upload=widgets.FileUpload(accept='image/*', description='upload'))
 
 # %% ../../nbs/widgets/03_augmentation_bench.ipynb #a70a22c0
@@ -137,8 +141,8 @@ def _draw_original(fig: Any, image: Image.Image, views: Sequence[Augmented]) -> 
     ax.imshow(_boxed(image, views))
     gain = PICTURE_SIDE / max(image.size)
     for i, view in enumerate(views):
-        place = dict(color='white', fontsize=9, ha='left', va='top')
-        edge = dict(facecolor=color_of_view(i), edgecolor='none', pad=1)
+        place = dict(color='black', fontsize=9, ha='left', va='top')
+        edge = dict(facecolor='white', edgecolor=color_of_view(i), pad=1)
         ax.text(gain * view.box[0], gain * view.box[1], str(i), bbox=edge, **place)
     ax.set_axis_off()
     ax.set_title(f'original, {image.width}x{image.height}', fontsize=10)

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from ..core.errors import import_optional, printable
-from ..core.plots import figure, png_of_page, style
+from ..core.plots import COLORS, figure, png_of_page, style
 from ..inference.predict import load_for_inference
 from ..preprocessing.tokenizer import tokenize
 from ..reinforce.caption_sampling import METHODS, Diversity, Sampling, diversity
-from ..reinforce.captioner import Captioner, load_captioner
+from ..reinforce.captioner import Captioner, list_captioners, load_captioner
 from .augmentation_bench import find_picture, make_picture_controls
 from .parts import make_panel
 
@@ -103,7 +103,7 @@ def _draw_captions(fig: Any, found: CaptionSet) -> None:
     n = len(found.captions)
     ax = fig.add_axes([0.22, 0.06, 0.44, 0.82])
     low, high = min(0, *found.fits), max(0.01, *found.fits)
-    ax.barh(range(n), found.fits, height=0.28, align='edge', color='#56B4E9')
+    ax.barh(range(n), found.fits, height=0.28, align='edge', color=COLORS['sky'])
     for i, caption in enumerate(found.captions):
         words = textwrap.shorten(printable(caption), 58, placeholder=' …')
         ax.text(low, i - 0.06, f'{i}  {words}', va='bottom', parse_math=False, fontsize=11)
@@ -169,13 +169,17 @@ def render_captions(
 # %% ../../nbs/widgets/04_caption_bench.ipynb #076b8896
 def make_caption_bench(
     picture: str = '🐱',  # an emoji, a path or a URL
-    captioner: str | CaptionFunction = 'coca_nano',  # as `find_captioner` takes it
+    captioner: str | CaptionFunction = 'coca_nano',  # the first one, as `find_captioner` takes it
+    captioners: Sequence[str] | None = None,  # others to choose from; None: all that can be loaded
 ) -> Any:  # a panel, as `make_panel` returns it
-    "Choose a picture and sampling settings, and see captions and their diversity"
+    "Choose a picture, a captioner and its settings, and see captions and their diversity"
     widgets = import_optional('ipywidgets', extra='lab')
     late = dict(continuous_update=False)
     whole, number = widgets.IntSlider, widgets.FloatSlider
+    others = list_captioners() if captioners is None else captioners
+    offered = [(_name_of(c), c) for c in dict.fromkeys([captioner, *others])]
     controls = make_picture_controls(picture) | dict(
+        captioner=widgets.Dropdown(options=offered, description='captioner'),
         method=widgets.Dropdown(options=list(METHODS), description='method'),
         n=whole(5, 1, 10, description='captions', **late),
         top_p=number(value=0.9, min=0.05, max=1, step=0.05, description='top_p', **late),
@@ -184,11 +188,12 @@ def make_caption_bench(
         repetition=number(value=1, min=1, max=2, step=0.1, description='repetition', **late),
         seed=whole(0, 0, 99, description='seed', **late),
     )
+    return make_panel(controls, render_captions, _describe)
 
-    def render(**asked: Any) -> bytes:
-        return render_captions(captioner=captioner, **asked)
 
-    return make_panel(controls, render, _describe)
+def _name_of(captioner: str | CaptionFunction) -> str:
+    "The name of a captioner, or of a function"
+    return getattr(captioner, '__name__', 'a function') if callable(captioner) else captioner
 
 
 def _describe(**asked: Any) -> str:  # the values of the panel
@@ -197,6 +202,7 @@ def _describe(**asked: Any) -> str:  # the values of the panel
     used = {k: asked[k] for k in ('top_p', 'top_k', 'temperature', 'repetition', 'seed')}
     settings = ', '.join(f'{k} {v:g}' for k, v in used.items())
     return (
-        f"{asked['n']} captions of {name} by {asked['method']} ({settings}), each with its cosine "
-        "with the picture, and a table of the distances of all pairs"
+        f"{asked['n']} captions of {name} by {_name_of(asked['captioner'])}, {asked['method']} "
+        f"({settings}), each with its cosine with the picture, and a table of the distances of all "
+        "pairs"
     )

@@ -8,7 +8,7 @@ __all__ = ['MOST_CURVES', 'flatten_spec', 'list_run_differences', 'parse_run_fil
            'draw_runs', 'render_runs', 'make_runs_panel']
 
 # %% ../../nbs/widgets/08_runs.ipynb #12045b9e
-import functools, json, re, textwrap
+import functools, json, re, textwrap, warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from ..core.errors import import_optional, printable, suggest
 from ..core.ledger import Run, read
 from ..core.plots import COLORS, THEMES, figure, png_of_page, style
-from .parts import CAUGHT, make_panel
+from .parts import CAUGHT, make_panel, offer_options
 
 # %% ../../nbs/widgets/08_runs.ipynb #6b39b761
 def flatten_spec(
@@ -157,8 +157,9 @@ def group_runs(
     return curves
 
 # %% ../../nbs/widgets/08_runs.ipynb #2d164b9b
-def _log_points(path: Path) -> dict[str, dict[float, float]]:  # metric to step to value
-    "Read one log; lines that are not whole are left out"
+@functools.lru_cache(64)
+def _log_points(path: Path, state: tuple[int, int]) -> dict[str, dict[float, float]]:
+    "Read one log once for each state of the file, metric to step to value; only whole lines"
     found: dict[str, dict[float, float]] = {}
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
@@ -166,7 +167,8 @@ def _log_points(path: Path) -> dict[str, dict[float, float]]:  # metric to step 
             step = float(row.pop('step'))
         except (ValueError, TypeError, KeyError):
             continue
-        row |= {f'judged {k}': v for k, v in (row.pop('judged', None) or {}).items()}
+        judged = row.pop('judged', None)
+        row |= {f'judged {k}': v for k, v in judged.items()} if isinstance(judged, dict) else {}
         for name, value in row.items():
             if isinstance(value, (int, float)):
                 found.setdefault(name, {})[step] = float(value)
@@ -182,7 +184,8 @@ def read_logs(
     paths = paths or sorted(folder.glob('*/log.jsonl'))
     if not paths:
         raise FileNotFoundError(f"No log.jsonl in {str(folder)!r} or in a folder of it")
-    return {path.parent.name or 'run': _log_points(path) for path in paths}
+    states = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+    return {path.parent.name or 'run': _log_points(path, states[path]) for path in paths}
 
 
 def smooth_values(
@@ -197,8 +200,11 @@ def smooth_values(
 # %% ../../nbs/widgets/08_runs.ipynb #b30cc177
 @functools.lru_cache(4)
 def _ledger(path: str, state: int) -> tuple[Run, ...]:
-    "Read a ledger once for each state of the file"
-    return tuple(read(path))
+    "Read a ledger once for each state of the file; only runs that are whole"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # one a line where the file is no ledger
+        runs = read(path)
+    return tuple(r for r in runs if isinstance(r.spec, dict) and isinstance(r.metrics, dict))
 
 
 def load_place(
@@ -373,15 +379,6 @@ def _describe(**asked: Any) -> str:  # the values of the panel
     return f"{asked['metric']} of {asked['recipe']}, {len(curves)} variants. {ends}"
 
 
-def _offer(control: Any, options: Sequence[str]) -> None:
-    "Give a control new options and keep its value where that is one of them"
-    if tuple(options) != tuple(control.options):
-        value = control.value
-        control.options = list(options)
-        if value in options:
-            control.value = value
-
-
 def make_runs_panel(
     place: str = 'results/ledger.jsonl',  # a ledger, or a folder of runs
 ) -> Any:  # a panel, as `make_panel` returns it
@@ -403,7 +400,7 @@ def make_runs_panel(
             found = load_place(controls['place'].value)
         except CAUGHT:
             return  # the picture's function raises it again, for the message
-        _offer(controls['recipe'], list(found))
-        _offer(controls['metric'], _metrics(found, controls['recipe'].value))
+        offer_options(controls['recipe'], list(found))
+        offer_options(controls['metric'], _metrics(found, controls['recipe'].value))
 
     return make_panel(controls, render_runs, _describe, prepare=prepare)

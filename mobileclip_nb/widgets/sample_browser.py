@@ -10,6 +10,7 @@ __all__ = ['PAGE', 'VIEWS', 'SampleSet', 'open_sample_set', 'Listing', 'draw_thu
 import html, io, threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from ..augment.pipeline import DATACOMPDR, AugmentSpec, describe_params, unpack
 from ..core.errors import import_optional, printable
-from ..core.files import is_local, last_part, list_shards, without_secrets
+from ..core.files import is_local, last_part, list_shards, read_range, without_secrets
 from ..core.plots import COLORS, THEMES, png_of_image
 from ..inference.contact_sheet import GAP, LINE, fit_text, load_font
 from ..preprocessing.images import open_image
@@ -31,7 +32,7 @@ from mobileclip_nb.shards.sample_table import (
     locate_sample_table,
     select_rows,
 )
-from .parts import CAUGHT, make_panel
+from .parts import CAUGHT, make_message, make_panel
 from .sample_inspector import AVERAGE, EACH, describe_figure, render_sample
 
 # %% ../../nbs/widgets/02_sample_browser.ipynb #9e78a85b
@@ -59,10 +60,15 @@ def _answer_within(seconds: float, call: Callable[[], Any], what: str) -> Any:
     return found['value']
 
 
+def _touch_first(place: str | Path) -> None:
+    "Read the first bytes of the first shard; an error if they do not come"
+    read_range(list_shards(place)[0], 0, 512)
+
+
 def _count_first(place: str | Path) -> int:  # at least 1
     "How many of the first shards are indexed without being asked"
     if not is_local(place):
-        _answer_within(_PATIENCE, lambda: list_shards(place), without_secrets(place))
+        _answer_within(_PATIENCE, lambda: _touch_first(place), without_secrets(place))
         return 1
     sizes = [Path(url).stat().st_size for url in list_shards(place)[:1000] if Path(url).exists()]
     return max(int(np.searchsorted(np.cumsum(sizes), _AT_ONCE, 'right')), 1)
@@ -325,7 +331,7 @@ class _Browser:
 
     def __init__(self, shown: SampleSet, controls: dict[str, Any], seed: int):
         self.shown, self.controls, self.random = shown, controls, np.random.default_rng(seed)
-        self.asked, self.key = None, ''
+        self.asked, self.key, self.hold = None, '', nullcontext
 
     def listing(self) -> Listing:
         "The values that make the list"
@@ -336,7 +342,7 @@ class _Browser:
         return _rows_of(self.shown.table, self.listing())
 
     def prepare(self) -> None:
-        "Limit the position to the list; a new list begins at 1; a new key is looked up"
+        "Limit the position; a new list begins at 1; a new key is looked up, an old one cleared"
         position, rows = self.controls['position'], self.rows()
         position.max = len(rows)
         if self.listing() != self.asked:
@@ -346,6 +352,8 @@ class _Browser:
             self.key = key
             if key:
                 position.value = self.find(key, rows)
+        elif key and key != self.shown.table.key(self.row()):
+            self.key = self.controls['key'].value = ''
         augmentations = self.shown.table.columns['augmentations'][self.row()]
         self.controls['first'].max = max(int(augmentations) - 1, 0)
 
@@ -389,36 +397,31 @@ def _make_buttons(widgets: Any, browser: _Browser) -> Any:  # a box
 
 # %% ../../nbs/widgets/02_sample_browser.ipynb #590a4c11
 def _make_choice(widgets: Any, browser: _Browser) -> Any:  # a box
-    "A button for each tile of a page"
-    buttons = [widgets.Button(layout=widgets.Layout(width='4.5em')) for _ in range(PAGE)]
+    "A button for each tile of a page, in the columns of the page"
+    wide = f'{100 * _TILE / (_TILE + GAP):.0f}%'
+    buttons = [widgets.Button(layout=widgets.Layout(width=wide)) for _ in range(PAGE)]
 
     def choose(button: Any) -> None:
-        browser.controls['position'].value = int(button.description)
-        browser.controls['view'].value = 'sample'
+        with browser.hold():
+            browser.controls['position'].value = int(button.description)
+            browser.controls['view'].value = 'sample'
 
     for button in buttons:
         button.on_click(choose)
-    return widgets.HBox(buttons, layout=widgets.Layout(flex_flow='row wrap', display='none'))
+    columns, most = f'repeat({_COLUMNS}, 1fr)', f'{_COLUMNS * (_TILE + GAP) + GAP}px'
+    place = dict(grid_template_columns=columns, max_width=most, padding=f'0 0 0 {GAP}px')
+    return widgets.GridBox(buttons, layout=widgets.Layout(**place, display='none'))
 
 
 def _show_choice(choice: Any, browser: _Browser) -> None:
     "Number the buttons of the page that is shown"
     position, is_page = browser.controls['position'], browser.controls['view'].value != 'sample'
-    choice.layout.display = None if is_page else 'none'
+    choice.layout.display = 'grid' if is_page else 'none'
     first = (position.value - 1) // PAGE * PAGE
     for k, button in enumerate(choice.children if is_page else ()):
         number = first + k + 1
         button.description, button.tooltip = str(number), f'open sample {number}'
         button.layout.display = None if number <= position.max else 'none'
-
-
-def _make_message(error: Exception) -> Any:
-    "A panel that says why there is none"
-
-    def render() -> bytes:
-        raise error
-
-    return make_panel({}, render, is_themed=False)
 
 # %% ../../nbs/widgets/02_sample_browser.ipynb #438d2408
 def browse_samples(
@@ -433,7 +436,7 @@ def browse_samples(
     try:
         shown = open_sample_set(place, table)
     except CAUGHT as e:
-        return _make_message(e)
+        return make_message(e)
     controls = _make_controls(widgets, shown)
     browser, words = _Browser(shown, controls, seed), widgets.HTML()
     choice = _make_choice(widgets, browser)
@@ -452,6 +455,7 @@ def browse_samples(
         return describe_browsed(shown, position, view, browser.listing(), first, count)
 
     panel = make_panel(controls, render, describe, prepare=prepare, below=[choice, words])
+    browser.hold = panel.hold
     top = [_make_buttons(widgets, browser)]
     if shown.note:
         top.append(widgets.HTML(f'<p>{html.escape(shown.note)}</p>'))

@@ -22,7 +22,7 @@ from ..core.files import atomic_write
 from ..core.errors import import_optional, printable
 from ..preprocessing.images import open_image
 from ..core.files import is_local, without_secrets
-from ..core.plots import COLORS, figure, png_of_page, style
+from ..core.plots import COLORS, GRAY, YELLOW, figure, png_of_page, style
 from ..shards.sample import Sample
 from ..shards.sample_rows import split_teachers
 from ..shards.verify import read_about, find_sample
@@ -147,7 +147,8 @@ def color_of_view(
 ) -> str:  # `#RRGGBB`
     "The color of the box of a view"
     names = ('blue', 'orange', 'green', 'red', 'purple', 'sky')
-    return COLORS[names[index % len(names)]]
+    colors = (*(COLORS[name] for name in names), YELLOW, GRAY)
+    return colors[index % len(colors)]
 
 
 _WIDTH, _LINE, _SIZE = 648.0, 11.5, 9  # points: of the figure, of a line, of a letter

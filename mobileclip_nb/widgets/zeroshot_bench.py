@@ -19,7 +19,7 @@ from ..core.files import is_local
 from ..core.plots import COLORS, GRAY, figure, png_of_page, style
 from ..datasets.emoji import find_drawing
 from ..inference.predict import Prediction, ZeroShotClassifier, unknown_words
-from ..preprocessing.image_sources import IMAGES, find_images
+from ..preprocessing.image_sources import IMAGES, find_images, resolve_inside
 from .augmentation_bench import find_picture
 from .parts import make_panel
 
@@ -61,41 +61,47 @@ class BenchPictures(NamedTuple):
     note: str = ''  # what was left out
 
 
-def _folder_pictures(folder: str) -> BenchPictures:
-    "The first pictures of a folder that can be read"
-    names, images, bad, paths = [], [], 0, find_images(folder)
-    for path in paths:
+def _folder_pictures(place: Path, first: int, folder: str | Path | None) -> BenchPictures:
+    "Pictures of a folder that can be read, from a number on"
+    names, images, bad, paths = [], [], 0, find_images(place)
+    if first > max(len(paths), 1):
+        raise ValueError(f"The folder has {len(paths):,} pictures; there is no number {first:,}")
+    for path in paths[first - 1 :]:
         if len(images) == MOST_PICTURES:
             break
         try:
-            images.append(find_picture(str(path)))
+            images.append(find_picture(str(path), (), folder))
             names.append(path.name)
         except (ValueError, OSError):
             bad += 1
     if not images:
-        raise ValueError(f"No image in {folder!r} can be read ({', '.join(IMAGES)})")
-    note = f'{bad} files cannot be read' if bad else ''
-    more = len(paths) - len(images) - bad
-    note += f'{"; " if note else ""}{more} more in the folder' if more else ''
-    return BenchPictures(names, images, note)
+        raise ValueError(f"No image in {str(place)!r} can be read ({', '.join(IMAGES)})")
+    more = len(paths) - len(images) - bad - first + 1
+    notes = [f'from number {first:,}'] * (first > 1) + [f'{bad} files cannot be read'] * bool(bad)
+    notes += [f'{more:,} more in the folder'] * bool(more)
+    return BenchPictures(names, images, '; '.join(notes))
 
-
+# %% ../../nbs/widgets/09_zeroshot_bench.ipynb #546f1b44
 def find_pictures(
     pictures: str,  # emoji with spaces, the path or URL of an image, or a folder
     upload: Sequence[Mapping[str, Any]] = (),  # of `FileUpload`; these are taken if there are any
+    first: int = 1,  # picture of a folder, from 1
+    folder: str | Path | None = None,  # as `resolve_inside` takes it; None: any place
 ) -> BenchPictures:  # 1 to 8
     "Open the pictures that are asked for; a `ValueError` or `OSError` names what is wrong"
     text, kept = pictures.strip(), list(upload)[:MOST_PICTURES]
     if kept:
         names = [printable(u['name'], 40) for u in kept]
         return BenchPictures(names, [find_picture('', [u]) for u in kept])
-    if 0 < len(text) <= 1000 and is_local(text) and Path(text).is_dir():
-        return _folder_pictures(text)
     words = text.split()
     if words and all(not w.isascii() and len(w) <= 16 and find_drawing(w) for w in words):
         words = words[:MOST_PICTURES]
         return BenchPictures(words, [find_picture(word) for word in words])
-    return BenchPictures([Path(text).name], [find_picture(text)])
+    if 0 < len(text) <= 1000 and (is_local(text) or folder is not None):
+        place = Path(text) if folder is None else resolve_inside(folder, text)
+        if place.is_dir():
+            return _folder_pictures(place, first, folder)
+    return BenchPictures([Path(text).name], [find_picture(text, (), folder)])
 
 # %% ../../nbs/widgets/09_zeroshot_bench.ipynb #0e644ce1
 @functools.lru_cache(8)
@@ -121,10 +127,13 @@ def classify_pictures(
     return list(found), unknown_words(classifier.model, labels)
 
 # %% ../../nbs/widgets/09_zeroshot_bench.ipynb #b4fdd6f4
-def _draw_cells(ax: Any, found: Sequence[Prediction], top: int) -> None:
-    "Draw labels with probabilities, and bars under them"
+def _draw_cells(ax: Any, names: Sequence[str], found: Sequence[Prediction], top: int) -> None:
+    "Draw labels with probabilities, bars under them, and the name of each picture"
     room, places, shares = int(92 / top), [], []
-    for row, prediction in enumerate(found):
+    for row, (name, prediction) in enumerate(zip(names, found)):
+        quiet = dict(fontsize=8, va='top', parse_math=False)
+        has_letters = any(map(str.isalnum, name))  # an emoji is its own picture
+        ax.text(0, row + 0.27, printable(name, 100) if has_letters else '', **quiet)
         for rank, (label, p) in enumerate(zip(prediction.labels, prediction.probs)):
             words = label if len(label) <= room else f'{label[: room - 1]}…'
             weight = 'bold' if rank == 0 else 'normal'
@@ -139,7 +148,7 @@ def _draw_cells(ax: Any, found: Sequence[Prediction], top: int) -> None:
     ax.set(xlim=(0, top), ylim=(len(found) - 0.5, -0.5))
     ax.set_axis_off()
 
-
+# %% ../../nbs/widgets/09_zeroshot_bench.ipynb #b4fdd6f5
 def draw_zeroshot(
     pictures: BenchPictures,
     found: Sequence[Prediction],  # one a picture
@@ -158,7 +167,8 @@ def draw_zeroshot(
             ax = fig.add_axes([0.005, 1 - (0.75 * row + 0.72) / height, 0.06, 0.68 / height])
             ax.imshow(image.resize((72, 72)))
             ax.set_axis_off()
-        _draw_cells(fig.add_axes([0.08, 0.4 / height, 0.915, 0.75 * n / height]), found, top)
+        ax = fig.add_axes([0.08, 0.4 / height, 0.915, 0.75 * n / height])
+        _draw_cells(ax, pictures.names, found, top)
         words = textwrap.shorten(note or 'bars: probability among all labels', 150, placeholder='…')
         fig.text(0.08, 0.15 / height, words, fontsize=10, va='center', parse_math=False)
     return fig
@@ -172,9 +182,10 @@ def render_zeroshot(
     model: Any = 'mobileclip_nano',  # as `load_for_inference` takes it
     top: int = 4,  # labels a picture
     theme: str = 'light',  # of `core.plots.THEMES`
+    **place: Any,  # `first` and `folder`, as `find_pictures` takes them
 ) -> bytes:  # a PNG file
     "The figure of `draw_zeroshot` for typed labels, as a PNG"
-    names, shown = parse_labels(labels), find_pictures(pictures, upload)
+    names, shown = parse_labels(labels), find_pictures(pictures, upload, **place)
     found, unknown = classify_pictures(shown.images, names, parse_prompts(templates), model, top)
     notes = [f'bars: probability among {len(names)} labels', *filter(None, [shown.note])]
     if unknown:
@@ -184,7 +195,8 @@ def render_zeroshot(
 # %% ../../nbs/widgets/09_zeroshot_bench.ipynb #dcd10da5
 def _describe(**asked: Any) -> str:  # the values of the panel
     "The figure of a panel in words"
-    names, shown = parse_labels(asked['labels']), find_pictures(asked['pictures'], asked['upload'])
+    where = {k: asked[k] for k in ('pictures', 'upload', 'first', 'folder')}
+    names, shown = parse_labels(asked['labels']), find_pictures(**where)
     how = (parse_prompts(asked['templates']), asked['model'], 1)
     found, _ = classify_pictures(shown.images, names, *how)
     best = [
@@ -195,20 +207,25 @@ def _describe(**asked: Any) -> str:  # the values of the panel
 
 
 def make_zeroshot_bench(
-    pictures: str = '🦊 🍎 🚗 🎸',  # as `find_pictures` takes it
+    pictures: str | Path = '🦊 🍎 🚗 🎸',  # as `find_pictures` takes it
     labels: str = 'fox\ncat\nred apple\nautomobile\nguitar\nflower',  # one a line
     models: Sequence[str] = ('mobileclip_nano', 'teacher_nano_a', 'teacher_nano_b'),
+    *,
+    folder: str | Path | None = None,  # as `resolve_inside` takes it; None: any place
 ) -> Any:  # a panel, as `make_panel` returns it
     "Choose pictures, type labels and templates, and see the probabilities"
     widgets = import_optional('ipywidgets', extra='lab')
-    late, about = dict(continuous_update=False), 'pictures (emoji, path, folder or URL)'
+    late = dict(continuous_update=False)
+    hint = 'emoji, path, folder or URL' if folder is None else 'emoji, or a path in the folder'
     upload = widgets.FileUpload(accept='image/*', multiple=True, description='upload')
     controls = dict(
-        pictures=widgets.Text(pictures, description=about, **late),
+        pictures=widgets.Text(str(pictures), description='pictures', placeholder=hint, **late),
+        first=widgets.BoundedIntText(1, 1, 10**9, 8, description='first of a folder', **late),
         upload=upload,
         labels=widgets.Textarea(labels, description='labels', rows=6, **late),
         templates=widgets.Textarea('{}', description='templates', rows=3, **late),
         model=widgets.Dropdown(options=list(models), description='model'),
         top=widgets.IntSlider(4, 1, 6, description='labels shown', **late),
     )
-    return make_panel(controls, render_zeroshot, _describe)
+    render = functools.partial(render_zeroshot, folder=folder)
+    return make_panel(controls, render, functools.partial(_describe, folder=folder))
