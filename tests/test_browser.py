@@ -47,6 +47,11 @@ def typed_area(text):
     return ['Control+a', dict(text=text), 'Tab']
 
 
+def chosen(words):
+    "What chooses an option by its words; JupyterLab takes letters for itself, `m` makes Markdown of a cell"
+    return [dict(option=words)]
+
+
 def option(number):
     "What finds the value of an option of a dropdown"
 
@@ -126,7 +131,7 @@ PANELS = [
         ('temperature', ['End'], 3.0),
         ('seed', ['ArrowRight'], 1),
         ('top_p', ['Home'], 0.05),
-        ('method', list('top_k'), 'top_k'),
+        ('method', chosen('top_k'), 'top_k'),
         ('repetition', ['End'], 2.0),
         ('top_k', ['Home'], 1),
         ('source', typed('🍎'), '🍎'),
@@ -154,11 +159,11 @@ PANELS = [
     ('frontier', 'frontier_explorer.make_frontier', ['{record}'], [
         ('accuracy', FIRST, option(0)),
         ('has_names', ['Space'], False),
-        ('view', list('measured, m'), 'measured, models'),
+        ('view', chosen('measured, models'), 'measured, models'),
         ('threads', LAST, option(-1)),
-        ('runtime', list('onnx'), 'onnx'),
+        ('runtime', chosen('onnx'), 'onnx'),
         ('families', ['Home'], lambda control: Fails(control.options[:1], 'families of this view')),
-        ('families', list('MobileCLIP2'), ('MobileCLIP2',)),
+        ('families', chosen('MobileCLIP2'), ('MobileCLIP2',)),
         ('dark', ['Space'], True),
         ('record', typed('missing.json'), Fails('missing.json', 'No record')),
     ]),
@@ -420,11 +425,15 @@ def find_control(area, control):
 
 def press(page, area, control, keys):
     "Move a control by the keyboard alone"
-    find_control(area, control).focus()
+    found = find_control(area, control)
+    found.focus()
     for key in keys:
-        page.keyboard.insert_text(key['text']) if isinstance(key, dict) else page.keyboard.press(
-            key
-        )
+        if isinstance(key, str):
+            page.keyboard.press(key)
+        elif 'option' in key:
+            found.select_option(label=key['option'])
+        else:
+            page.keyboard.insert_text(key['text'])
 
 
 def wait_for_picture(area, panel, seconds=SECONDS):
