@@ -214,12 +214,15 @@ def _published(task: str, data: str, model: str, weights: str, **how: object) ->
     return DenseRun(task, model, weights, data=data, train=train, **how)
 
 # %% ../../nbs/downstream/08_dense_folders.ipynb #d0f80p14
-_FPN = dict(channels=128, batch=32, steps=40_000, warmup=0, lr=2e-4, decay=1e-4, schedule='poly')
+_FPN = dict(channels=128, batch=32, steps=40_000, warmup=0, lr=2e-4, decay=1e-4)
 _RCNN = dict(channels=256, batch=16, side=800, steps=87_960, warmup=500, lr=2e-4, decay=0.05)
 _GLP = dict(channels=32, batch=16, side=480, steps=37_850, warmup=18_925, lr=5e-4, lr_end=3e-5)
-_GLP |= dict(decay=0.05, schedule='poly', layer_decay=0.9)
-_FPN_UNKNOWN = 'steps and rate: 40,000 and 2e-4 (PoolFormer) or 80,000 and 1e-4 (FastViT)'
-_RCNN_UNKNOWN = 'schedule: that of PoolFormer; longer side of 1333 pixels'
+_GLP |= dict(decay=0.05, layer_decay=0.9)
+_FPN_UNKNOWN = (
+    'steps and rate: 40,000 and 2e-4 (PoolFormer) or 80,000 and 1e-4 (FastViT)'
+    '; their schedule is a power of 0.9, here a cosine'
+)
+_RCNN_UNKNOWN = 'schedule: two drops in PoolFormer, here a cosine; longer side of 1333 pixels'
 DENSE_RECIPES = {
     f'{name}.ade20k': DenseRecipe(
         _published('segmentation', 'ade20k', model, 'dfndr2b', **_FPN), '13', _FPN_UNKNOWN
@@ -228,7 +231,7 @@ DENSE_RECIPES = {
 }
 DENSE_RECIPES |= {
     f'{name}.coco': DenseRecipe(
-        _published('detection', 'coco', model, 'dfndr2b', **_RCNN, schedule='steps'),
+        _published('detection', 'coco', model, 'dfndr2b', **_RCNN),
         '14',
         _RCNN_UNKNOWN,
     )

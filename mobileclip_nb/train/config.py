@@ -29,7 +29,6 @@ class OptimSpec(Spec, id_name='OptimSpec'):
     eps: float = 1e-8  # AdamW's term against division by zero
     clip: float = 1.0  # largest norm of the whole gradient; 0 for no clipping
     scale_max: float = 100.0  # largest logit scale, exponentiated
-    schedule: str = 'cosine'  # after warm-up and plateau: or `poly` (power 0.9), or `steps`
 
     def __post_init__(self) -> None:
         if min(self.steps, self.warmup, self.hold) < 0 or self.warmup + self.hold > self.steps:
@@ -40,8 +39,6 @@ class OptimSpec(Spec, id_name='OptimSpec'):
         for k in ('lr', 'lr_end', 'decay', 'clip', 'eps'):
             if not getattr(self, k) >= 0:
                 raise ValueError(f"{k}={getattr(self, k)} is below 0. Use 0 or more")
-        if self.schedule not in ('cosine', 'poly', 'steps'):
-            raise ValueError(f"schedule={self.schedule!r} is none of cosine, poly, steps")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.scale_max > 0):
             raise ValueError(
                 f"beta1={self.beta1} and beta2={self.beta2} lie from 0 to 1 (excluded), "

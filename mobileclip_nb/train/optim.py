@@ -21,15 +21,12 @@ def lr_at(
     step: int,  # counted from 0, before the update
     spec: OptimSpec,
 ) -> float:  # learning rate of this step
-    "Warm-up, plateau, then half a cosine (MobileCLIP Table 12), a power or two drops"
+    "Warm-up, plateau, half a cosine (MobileCLIP Table 12 and scripts)"
     if step < spec.warmup:
         return spec.lr * (step + 1) / spec.warmup
     fall = spec.steps - spec.warmup - spec.hold
     t = min(max(step - spec.warmup - spec.hold, 0) / max(fall, 1), 1)
-    if spec.schedule == 'steps':  # by ten after 8 and 11 of 12 parts of the run
-        return spec.lr * 0.1 ** ((step >= spec.steps * 8 / 12) + (step >= spec.steps * 11 / 12))
-    left = (1 - t) ** 0.9 if spec.schedule == 'poly' else (1 + math.cos(math.pi * t)) / 2
-    return spec.lr_end + (spec.lr - spec.lr_end) * left
+    return spec.lr_end + (spec.lr - spec.lr_end) * (1 + math.cos(math.pi * t)) / 2
 
 # %% ../../nbs/train/01_optim.ipynb #f515a7e1
 def is_decayed(
