@@ -11,7 +11,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ## ALL: for notebooks and tests; RUNTIMES: besides, for the runtimes and homes of exports
-ALL := emoji,train,finetune,eval,search,remote,reinforce,export,coreml,openvino,lab,apps,dev
+ALL := emoji,train,finetune,eval,search,remote,reinforce,export,coreml,openvino,lab,apps,dense,dev
 RUNTIMES := coreai,executorch,litert,homes
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)

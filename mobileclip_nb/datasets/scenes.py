@@ -174,9 +174,10 @@ def find_boxes(
 def render_scene(
     scene: Scene,
     side: int = 64,  # pixels, 16 or more; an object needs 8 of them
+    background: np.ndarray | None = None,  # uint8 `(side, side, 3)`; None: white
 ) -> RenderedScene:
-    "Draw a scene on white, far objects first, with masks and boxes of what is visible"
-    paper = np.full((side, side, 3), 255.0)
+    "Draw a scene, far objects first, with masks and boxes of what is visible"
+    paper = np.full((side, side, 3), 255.0) if background is None else background.astype(float)
     masks = np.zeros((len(scene.objects), side, side), bool)
     for k in sorted(range(len(scene.objects)), key=lambda k: scene.objects[k].layer):
         x = scene.objects[k]

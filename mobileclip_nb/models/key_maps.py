@@ -175,12 +175,9 @@ def name_table(
     return table
 
 # %% ../../nbs/models/06_key_maps.ipynb #3145a753
-NETWORK = dict(
-    zip(
-        map(str, range(8)),
-        ('0.blocks', '1.down', '1.blocks', '2.down', '2.blocks', '3.down', '3.cpe', '3.blocks'),
-    )
-)
+_PARTS = ('0.blocks', '1.down', '1.blocks', '2.down', '2.blocks', '3.down', '3.cpe', '3.blocks')
+_PARTS += ('4.down', '4.cpe', '4.blocks')  # of FastVLM, whose tower is MCi3
+NETWORK = dict(zip(map(str, range(len(_PARTS))), _PARTS))
 
 
 def from_running_number(

@@ -62,9 +62,11 @@ def make_optimizer(
     model: nn.Module,
     spec: OptimSpec,
 ) -> torch.optim.AdamW:
-    "AdamW over `parameter_groups` (MobileCLIP Table 12)"
+    "AdamW over `parameter_groups`, or the groups that the model makes (MobileCLIP Table 12)"
+    own = getattr(model, 'parameter_groups', None)
+    groups = own(spec) if own else parameter_groups(model, spec.decay, spec.decay_scales)
     return torch.optim.AdamW(
-        parameter_groups(model, spec.decay, spec.decay_scales),
+        groups,
         lr=spec.lr,
         betas=(spec.beta1, spec.beta2),
         eps=spec.eps,
@@ -74,11 +76,11 @@ def make_optimizer(
 
 def set_lr(
     opt: torch.optim.Optimizer,
-    lr: float,  # for all groups
+    lr: float,  # of groups without a factor `lr_scale`
 ) -> None:
     "Write the learning rate into every group"
     for g in opt.param_groups:
-        g['lr'] = lr
+        g['lr'] = lr * g.get('lr_scale', 1.0)
 
 # %% ../../nbs/train/01_optim.ipynb #2433c716
 @torch.no_grad()
