@@ -10,20 +10,21 @@ from mobileclip_nb.train.run import run
 
 out, place, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-inner = stream.Stream.since
+inner = stream.Stream.raw_since
 
 
-def since(self, step=0):
-    "Batches, each noted with lane, step, samples and a checksum of the pixels"
+def raw_since(self, step=0):
+    "Raw batches, each noted with lane, step, samples and a checksum of the pixels"
     with open(out.parent / f'{out.name}-batches.jsonl', 'a', buffering=1) as notes:
-        for k, batch in enumerate(inner(self, step), step):
+        for k, raw in enumerate(inner(self, step), step):
+            batch = raw.batch
             pixels = zlib.crc32(batch.image.numpy().tobytes())
             line = [self.ranks[0], k, batch.index.tolist(), pixels, batch.text.sum().item()]
             notes.write(json.dumps(line) + '\n')
-            yield batch
+            yield raw
 
 
-stream.Stream.since = since
+stream.Stream.raw_since = raw_since
 r = recipe('nano-emoji').at('smoke')
 r = r.but(
     train=r.train.but(steps=steps, warmup=1, parallel='ddp'),
