@@ -647,7 +647,9 @@ def test_reopened_after_its_kernel_ended(lab, browser, places):
             f"() => document.querySelectorAll('{SHOWN}').length == {count}",
             timeout=3000 * SECONDS,
         )
-        assert visit.page.locator(f'.mobileclip-static {PNG}').count() == count
+        static = visit.page.locator(f'.mobileclip-static {PNG}')
+        static.nth(count - 1).wait_for(state='attached', timeout=3000 * SECONDS)
+        assert static.count() == count
         assert visit.page.locator(f'.mobileclip-static {PNG}:visible').count() == 0
         visit.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
         visit.page.wait_for_timeout(1000)
