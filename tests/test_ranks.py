@@ -460,11 +460,11 @@ def test_source_tells_noise_of_the_ranks(tmp_path):
 
 
 def test_noise_of_one_rank_is_pinned():
-    "The bits that a single process drew before ranks were told apart"
+    "The bits that a single process draws; a change of them changes runs with `psnr`"
 
     def digest(step):
         return hashlib.sha256(
             (noisy(ramps(), step=step) * 255).round().byte().contiguous().numpy().tobytes()
         ).hexdigest()[:16]
 
-    assert [digest(3), digest(4)] == ['8c0502890bdd8607', '018486a6ccec60e7']
+    assert [digest(3), digest(4)] == ['', '']
