@@ -23,18 +23,19 @@ from ..train.options import OPTIONS, add_options, with_fields
 from ..train.process_group import group, own_device
 
 # %% ../../nbs/downstream/06___main__.ipynb #5cb10007
-_SHARED = ('--scale', '--seed', '--set', '--resume', '--threads', '--workers')
+_SHARED = ('--scale', '--seed', '--set', '--resume', '--threads')
 # fmt: off
 _OWN = (
     ('recipe', dict(choices=list(SUPERVISED), help='name of a recipe')),
     ('--data', dict(help='folder with train/CLASS/... and val/CLASS/...')),
     ('--out', dict(help='folder of the run; without one nothing is saved')),
     *(option for option in OPTIONS if option[0] in _SHARED),
+    ('--workers', dict(type=int, default=0, help='processes that read ahead, a rank (0)')),
     ('--teacher-weights', dict(metavar='FILE', help="of the recipe's teacher, for the classes of the folder; otherwise those of its tag")),
     ('--no-teacher', dict(action='store_true', help='learn from labels alone')),
     ('--price', dict(action='store_true', help='print steps, images, bytes and hours, and stop')),
     ('--rate', dict(type=float, help='images a second of all ranks, assumed instead of measured')),
-    ('--save-every', dict(type=int, metavar='STEPS', help='between checkpoints (200; 2,000 from 10,000 steps on)')),
+    ('--save-every', dict(type=int, metavar='STEPS', help='between checkpoints (2,000)')),
     ('--device', dict(help='auto (the default: the best there is), cuda, mps, cpu')),
     ('--ledger', dict(help='a .jsonl file for the finished run')),
     ('--patience', dict(type=float, default=30, metavar='MINUTES', help='that a rank waits for the others (default: 30)')),
@@ -95,10 +96,10 @@ def train_supervised(
 
     loop = LoopConfig(resume=args.resume, progress=not args.quiet, say=_report)
     loop = loop.but(save_every=2000 if args.save_every is None else args.save_every)
-    config = ClassifyConfig(device, args.workers or 0, 1, args.ledger, args.scale, loop, before)
+    config = ClassifyConfig(device, args.workers, 1, args.ledger, args.scale, loop, before)
     with group(device, args.patience):
         if args.price:
-            given = args.teacher_weights, device, args.workers or 0
+            given = args.teacher_weights, device, args.workers
             run = open_supervised(args.data, spec, *given)
             cost, world = measured_classify_price(run, args.rate), current_ranks().world
             return with_classify_memory(cost, spec, len(run.source.classes), world)

@@ -7,7 +7,6 @@ __all__ = ['DENSE_SETS', 'DENSE_RECIPES', 'DENSE_SIZES', 'cut_scene', 'DenseFold
            'folder_batches', 'DenseRecipe', 'dense_price']
 
 # %% ../../nbs/downstream/08_dense_folders.ipynb #d0f80006
-import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from .dense_runs import DenseBatches, DenseRun
 from .segmentation import IGNORED
 from ..preprocessing.images import open_image
 from ..train.config import TrainSpec
-from ..train.cost import DataSize, Price
+from ..train.cost import Price
 
 # %% ../../nbs/downstream/08_dense_folders.ipynb #d0f80008
 def _resized(x: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarray:
@@ -88,6 +87,14 @@ def _find(place: str | Path, pattern: str, layout: str) -> list[Path]:
         raise FileNotFoundError(f"No {pattern} in {str(place)!r}. The layout is {layout}")
     return found
 
+
+def _read_answers(path: Path, image: np.ndarray, name: str) -> np.ndarray:
+    "An image of numbers, one for each pixel of its image"
+    answers = np.asarray(Image.open(path))
+    if answers.shape != image.shape[:2]:
+        raise ValueError(f"{path} has another size than its image {name}")
+    return answers
+
 # %% ../../nbs/downstream/08_dense_folders.ipynb #d0f800rb
 def open_ade20k(
     place: str | Path,  # `ADEChallengeData2016`
@@ -101,9 +108,7 @@ def open_ade20k(
         path = paths[index]
         image = np.asarray(open_image(path))
         label = Path(place) / 'annotations' / part / f'{path.stem}.png'
-        classes = np.asarray(Image.open(label)).astype(np.int16) - 1
-        if classes.shape != image.shape[:2]:
-            raise ValueError(f"{label} has another size than its image {path.name}")
+        classes = _read_answers(label, image, path.name).astype(np.int16) - 1
         return _blank(image)._replace(
             classes=np.where(classes < 0, IGNORED, classes).astype(np.uint8)
         )
@@ -156,9 +161,7 @@ def open_nyuv2(
         path = paths[index]
         image = np.asarray(open_image(path))
         near = path.with_name(path.name.replace('rgb_', 'sync_depth_')).with_suffix('.png')
-        depth = np.asarray(Image.open(near)).astype(np.float32) / 1000
-        if depth.shape != image.shape[:2]:
-            raise ValueError(f"{near} has another size than its image {path.name}")
+        depth = _read_answers(near, image, path.name).astype(np.float32) / 1000
         return _blank(image)._replace(depth=depth)
 
     return DenseFolder(tuple(f'{p.parent.name}/{p.name}' for p in paths), read)

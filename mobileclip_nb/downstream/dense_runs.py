@@ -23,7 +23,7 @@ from ..core.ledger import append, record_run
 from ..core.runtime import pick_device, seed_all
 from ..datasets.dense_scenes import DenseScene, DenseSpec, render_dense
 from .features import FeatureMaps, decayed_groups
-from ..loaders.batches import seeded
+from ..loaders.batches import EpochRows
 from ..models.factory import create_model
 from ..models.zoo import build, find_record
 from ..train.between_steps import LoopConfig
@@ -82,6 +82,7 @@ class DenseBatches:
                 "give at least one batch of images, and a batch that ranks divide"
             )
         self.batch = batch // self.ranks.world
+        self.rows = EpochRows(count, batch, 0, name, ranks=self.ranks)
 
     @property
     def id(self) -> str:
@@ -93,10 +94,8 @@ class DenseBatches:
         step: int,  # counted from 0 over all epochs
     ) -> DenseBatch:
         "The batch of a step, always the same"
-        epoch, k = divmod(step, self.count // self.whole)
-        order = torch.randperm(self.count, generator=seeded(0, self.name, 'order', epoch))
-        chosen = order[k * self.whole : (k + 1) * self.whole][self.ranks.rank :: self.ranks.world]
-        return stack_scenes([self.scene(i, epoch) for i in chosen.tolist()], chosen.tolist())
+        chosen, epoch = self.rows.at(step).tolist(), step // self.rows.per_epoch
+        return stack_scenes([self.scene(i, epoch) for i in chosen], chosen)
 
     def since(
         self,
@@ -142,7 +141,6 @@ class DenseRun(Spec, id_name='DenseRun'):
     held: int = 200  # scenes of evaluation
     data: str = 'scenes'  # or `ade20k`, `coco`, `nyuv2`: folders of their own layouts
     side: int = 512  # pixels of a crop of such a folder
-    head: str = ''  # of the task; empty for its first
     train: TrainSpec = TrainSpec(
         steps=400, warmup=20, lr=1e-3, decay=0.05, beta2=0.999, clip=1.0, ema=0.99
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.errors import import_optional, suggest
+from ..core.errors import import_optional
 from ..models.clip import CLIP
 from ..models.mci import MCi
 from ..models.vit import ViT

@@ -8,7 +8,7 @@ __all__ = ['SEGMENTATION_HEADS', 'IGNORED', 'SemanticFPN', 'UPerHead', 'SegmentL
 # %% ../../nbs/downstream/03_segmentation.ipynb #d0f30007
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

@@ -29,7 +29,7 @@ from ..core.ledger import append, record_run
 from ..core.runtime import digest_keys, pick_device, seed_all
 from .classification import ClassifySpec, DROPS, classify_loss
 from .classification import evaluate_classifier, open_folders
-from ..loaders.batches import seeded
+from ..loaders.batches import EpochRows
 from ..models.mci import MCi
 from ..shards.safe_io import read_json
 from ..train.between_steps import LoopConfig
@@ -154,14 +154,15 @@ class FolderBatches:
                 f"{len(self.images)} images and batch={spec.batch} are too few to train on "
                 f"{self.ranks.world} ranks, each with pairs of images"
             )
-        self.per_epoch = len(self.images) // (self.batch * self.ranks.world)  # steps
+        whole, seed = self.batch * self.ranks.world, spec.seed
+        self.rows = EpochRows(len(self.images), whole, seed, ranks=self.ranks)
+        self.per_epoch = self.rows.per_epoch  # steps
 
     @property
     def id(self) -> str:
         "Ten hexadecimal digits that change with the spec, the classes and the names of the files"
         names = [self.images.filename(i) for i in range(len(self.images))]
-        pairs = self.batch * self.ranks.world
-        keys = (self.spec.seed, self.spec.id, pairs, *self.classes, *names)
+        keys = (self.spec.seed, self.spec.id, self.rows.whole, *self.classes, *names)
         return digest_keys(*keys).hex()[:10]
 
     def indices(
@@ -169,10 +170,7 @@ class FolderBatches:
         step: int,  # counted from 0 over all epochs
     ) -> Tensor:  # `(B/R,)`
         "Numbers of this rank's images of a step"
-        epoch, k = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.images), generator=seeded(self.spec.seed, 'order', epoch))
-        pairs = self.batch * self.ranks.world
-        return order[k * pairs : (k + 1) * pairs][self.ranks.rank :: self.ranks.world]
+        return self.rows.at(step)
 
     def mix(
         self,

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PairData', 'decode_images', 'pair_data', 'from_pairs', 'ImageFiles', 'files_of_pairs', 'seeded', 'BatchSpec', 'Batch',
            'Texts', 'tokenize_captions', 'pick_captions', 'normalize_batch', 'as_input', 'Finish', 'RawBatch',
-           'finish_batch', 'slice_batch', 'has_raw', 'read_raw', 'hash_batches', 'stream_id', 'BatchChoice', 'Batches']
+           'finish_batch', 'slice_batch', 'has_raw', 'read_raw', 'hash_batches', 'stream_id', 'BatchChoice',
+           'EpochRows', 'Batches']
 
 # %% ../../nbs/loaders/01_batches.ipynb #be3eff14
 import hashlib, json, zlib
@@ -395,6 +396,40 @@ class BatchChoice(NamedTuple):
     view: Tensor | None = None  # `(B,)` numbers of stored views, where there are any
     synthetic: Tensor | None = None  # `(B,)` positions of synthetic captions, where there are any
 
+# %% ../../nbs/loaders/01_batches.ipynb #e90c0002
+class EpochRows:
+    "Numbers of the rows of each step; an epoch's order is drawn once"
+
+    def __init__(
+        self,
+        count: int,  # rows
+        whole: int,  # rows a step, all ranks together, at most `count`
+        seed: int,
+        *where: str,  # what is ordered, where one seed serves several
+        ranks: tuple[int, int] = (0, 1),  # this rank, and how many there are; these divide `whole`
+    ):
+        self.count, self.whole, self.keys = count, whole, (seed, *where, 'order')
+        self.ranks, self.per_epoch = tuple(ranks), count // whole  # steps
+        self._epoch, self._order = None, None
+
+    def order(
+        self,
+        epoch: int,  # counted from 0
+    ) -> Tensor:  # `(count,)`
+        "The permutation of an epoch; the last one asked for is remembered"
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(self.count, generator=seeded(*self.keys, epoch))
+        return self._order
+
+    def at(
+        self,
+        step: int,  # counted from 0 over all epochs
+    ) -> Tensor:  # `(whole / R,)`
+        "The rows that this rank takes in a step"
+        (epoch, k), (rank, world) = divmod(step, self.per_epoch), self.ranks
+        return self.order(epoch)[k * self.whole : (k + 1) * self.whole][rank::world]
+
 # %% ../../nbs/loaders/01_batches.ipynb #5957c30a
 class Batches:
     "Batches of pairs, each a function of its step number"
@@ -413,7 +448,7 @@ class Batches:
                 f"Use batch={len(data.images)} or less"
             )
         self.texts = tokenize_captions(data.captions, spec.templates, spec.context, tokens)
-        self._epoch, self._order = None, None
+        self.rows = EpochRows(len(data.images), spec.batch, spec.seed)
 
     @property
     def id(self) -> str:
@@ -425,16 +460,11 @@ class Batches:
         epoch: int,  # counted from 0
     ) -> Tensor:  # `(N,)`
         "The permutation of an epoch; the last one asked for is remembered"
-        if epoch != self._epoch:
-            rng = seeded(self.spec.seed, 'order', epoch)
-            self._epoch = epoch
-            self._order = torch.randperm(len(self.data.images), generator=rng)
-        return self._order
+        return self.rows.order(epoch)
 
     def indices(self, step: int) -> Tensor:  # `(B,)`
         "Numbers of the images of a step"
-        epoch, k = divmod(step, self.per_epoch)
-        return self.order(epoch)[k * self.batch : (k + 1) * self.batch]
+        return self.rows.at(step)
 
     def draw_jitter(self, rng: torch.Generator) -> JitterParams | None:
         "Draw the augmentation of a batch; `STILL` draws nothing"

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'StreamSpec', 'Choice', 'choose', 'stored', 'match_keys', 'ChosenSample', 'read_sample', 'label_of',
-           'Transform', 'Example', 'render']
+           'Transform', 'Example', 'render', 'stack_columns']
 
 # %% ../../nbs/loaders/03_select.ipynb #a9f05cac
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 import numpy as np
+import torch
 import hashlib, json, random, re
 from PIL import Image
+from torch import Tensor
 
 from ..augment.operations import RandomResizedCrop
 from mobileclip_nb.augment.pipeline import (
@@ -365,3 +368,14 @@ def render(
         syn, syn_label = tokens[synthetic], label_of(synthetic)
     example = tokens[text], label_of(text), syn, syn_label
     return Example(image, *example, sample.image_emb, text_emb, syn_emb)
+
+# %% ../../nbs/loaders/03_select.ipynb #57ac0001
+def stack_columns(
+    columns: dict[str, Sequence[Any]],  # name to a value of each example: arrays or numbers
+) -> dict[str, Tensor]:  # one row an example
+    "Put the values of each field side by side"
+    arrays = {k: np.stack(v) if isinstance(v[0], np.ndarray) else v for k, v in columns.items()}
+    return {
+        k: torch.from_numpy(v) if isinstance(v, np.ndarray) else torch.tensor(v)
+        for k, v in arrays.items()
+    }

@@ -23,7 +23,8 @@ from ..core.shared_rows import SharedRows
 from ..core.errors import Faulty
 from .batches import Batch, Finish, RawBatch, finish_batch
 from .epoch_order import Mix, Order, Slot
-from .select import Example, StreamSpec, Transform, choose, read_sample, render
+from .select import Example, StreamSpec, Transform, choose, read_sample
+from .select import render, stack_columns
 from ..preprocessing.token_cache import TokenCache
 from ..shards.index import Ahead, Archives, Index, file_stamp
 from ..shards.io import Skips
@@ -56,13 +57,8 @@ class Failure(NamedTuple):
 
 def _stack(examples: list[Example]) -> dict[str, Tensor]:  # by field; absent fields are left out
     "Put the fields of examples side by side"
-    fields = {}
-    for name, values in zip(Example._fields, zip(*examples)):
-        if isinstance(values[0], np.ndarray):
-            fields[name] = torch.from_numpy(np.stack(values))
-        elif values[0] is not None:
-            fields[name] = torch.tensor(values)
-    return fields
+    columns = zip(Example._fields, zip(*examples))
+    return stack_columns({name: values for name, values in columns if values[0] is not None})
 
 # %% ../../nbs/loaders/04_stream.ipynb #2beaff93
 class Readers(Dataset):

@@ -27,6 +27,7 @@ from mobileclip_nb.loaders.select import (
     label_of,
     read_sample,
     render,
+    stack_columns,
 )
 from ..preprocessing.token_cache import TokenCache
 from ..shards.io import Skips
@@ -127,16 +128,14 @@ def stack_examples(
     examples: Sequence[dict[str, Any]],  # B, with the fields of `Example`
 ) -> dict[str, Tensor]:  # one row an example
     "Put the fields of examples side by side"
-    fields = {}
+    columns = {}
     for name in Example._fields:
         values = [example[name] for example in examples if name in example]
         if len(values) not in (0, len(examples)):
             raise ValueError(f"Only {len(values)} of {len(examples)} examples have {name!r}")
-        if values and isinstance(values[0], np.ndarray):
-            fields[name] = torch.from_numpy(np.stack(values))
-        elif values:
-            fields[name] = torch.tensor(values)
-    return fields
+        if values:
+            columns[name] = values
+    return stack_columns(columns)
 
 
 def collate_reinforced(

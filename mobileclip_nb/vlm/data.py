@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..datasets.scene_questions import Conversation, draw_conversation
 from ..datasets.scenes import SceneSpec
-from ..loaders.batches import seeded
+from ..loaders.batches import EpochRows
 from ..train.distributed import Ranks, current_ranks
 from .model import NOT_LEARNED, train_tokenizer
 
@@ -71,6 +71,7 @@ class Talks:
         self.batch = batch // self.ranks.world
         self.talk = functools.cache(lambda i: draw_conversation(spec, i, side, captions))
         self.tokenizer = None  # is needed before batches are
+        self.rows = EpochRows(count, batch, 0, self.id, ranks=self.ranks)
 
     @property
     def id(self) -> str:
@@ -91,10 +92,8 @@ class Talks:
         "The batch of a step, always the same"
         if self.tokenizer is None:
             raise ValueError("No tokenizer yet: set `tokenizer` to one of `train_tokenizer`")
-        epoch, k = divmod(step, self.count // self.whole)
-        order = torch.randperm(self.count, generator=seeded(0, self.id, 'order', epoch))
-        chosen = order[k * self.whole : (k + 1) * self.whole][self.ranks.rank :: self.ranks.world]
-        return stack_talks([self.talk(i) for i in chosen.tolist()], chosen.tolist(), self.tokenizer)
+        chosen = self.rows.at(step).tolist()
+        return stack_talks([self.talk(i) for i in chosen], chosen, self.tokenizer)
 
     def since(
         self,

@@ -6,10 +6,9 @@
 __all__ = ['NOT_LEARNED', 'SPECIAL', 'train_tokenizer', 'LanguageSpec', 'make_language_model', 'VLM', 'answer_loss']
 
 # %% ../../nbs/vlm/01_model.ipynb #e1000006
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from torch import nn, Tensor
 from ..core.config import Spec
 from ..core.errors import import_optional
 from ..core.runtime import seed_all
-from ..downstream.features import FeatureMaps
 from .projector import ImageTokens
 
 # %% ../../nbs/vlm/01_model.ipynb #e1000008

@@ -6,8 +6,6 @@
 __all__ = ['shuffle_pixels', 'ImageTokens']
 
 # %% ../../nbs/vlm/00_projector.ipynb #e0000007
-from collections.abc import Sequence
-
 import torch
 from torch import nn, Tensor
 

@@ -6,7 +6,6 @@
 __all__ = ['STAGES', 'VLMRun', 'TalkLoss', 'make_vlm', 'VLMResult', 'train_vlm']
 
 # %% ../../nbs/vlm/04_train.ipynb #e4000007
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
