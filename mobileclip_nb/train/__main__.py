@@ -6,7 +6,7 @@
 __all__ = ['words', 'show_cost', 'train_rank', 'main']
 
 # %% ../../nbs/train/44___main__.ipynb #a5697247
-import argparse, os, sys
+import argparse, sys
 from collections.abc import Sequence
 
 from ..models.clip import CLIP
@@ -26,7 +26,8 @@ from mobileclip_nb.train.options import (
 )
 from .run import RunResult, run
 from .source import RunData
-from .process_group import group, own_device
+from .process_group import RUN_ERRORS, error_line, group
+from .process_group import launched_rank, own_device, say_line
 
 # %% ../../nbs/train/44___main__.ipynb #0910ee40
 # fmt: off
@@ -55,31 +56,6 @@ def words() -> argparse.ArgumentParser:
     add_options(p, _HERE)
     return p
 
-# %% ../../nbs/train/44___main__.ipynb #ba4e2666
-_ERRORS = (ValueError, TypeError, KeyError, OSError, EOFError, ImportError, FloatingPointError)
-
-
-def _rank() -> tuple[int, int]:  # of torchrun's variables
-    "This rank, and how many there are"
-    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-
-
-def _say(text: str) -> None:
-    "Write one or more lines to standard error"
-    sys.stderr.write(f'{text}\n')
-    sys.stderr.flush()
-
-
-def _error_line(e: BaseException) -> str:
-    "An error as one line, in the words of a shell"
-    text = str(e.args[0] if isinstance(e, KeyError) and e.args else e).rstrip('.')
-    text = '. '.join([text, *getattr(e, '__notes__', ())]).replace('resume=True', '--resume')
-    rank, world = _rank()
-    where = f'rank {rank} of {world}: ' if world > 1 else ''
-    if isinstance(e, KeyboardInterrupt):
-        return where + (text or 'interrupted')
-    return f'{where}{type(e).__name__}: {text}'
-
 # %% ../../nbs/train/44___main__.ipynb #b1056bda
 def show_cost(
     args: argparse.Namespace,  # of `words`
@@ -92,7 +68,7 @@ def show_cost(
         how = opening_of(args, ranks=tuple(ranks))
         cost = price_run(r, args.data, how, device, None, limit)
     if not ranks.rank:
-        _say(describe_run(r, args.scale))
+        say_line(describe_run(r, args.scale))
         sys.stdout.write(f'{cost}\n')
 
 
@@ -105,9 +81,9 @@ def train_rank(
             "--resume goes on with the run in a folder, and none is given; add --out FOLDER"
         )
     set_threads(args.threads)
-    r, how, first = recipe_of(args), opening_of(args), not _rank()[0]
+    r, how, first = recipe_of(args), opening_of(args), not launched_rank()[0]
     if first:
-        _say(describe_run(r, args.scale))
+        say_line(describe_run(r, args.scale))
         check_folder(args.out, args.resume, r, args.data, how)
     device = own_device(args.device)
 
@@ -117,10 +93,10 @@ def train_rank(
             return
         cost = measured_price(data.recipe, data.source, model, device, fitted=data.fitted)
         if first:
-            _say(f'{cost}\non {device.split(":")[0]}')
+            say_line(f'{cost}\non {device.split(":")[0]}')
 
     more = dict(device=device, progress=not args.quiet, evaluate=evaluate_run)
-    more |= dict(before=before, say=_say)
+    more |= dict(before=before, say=say_line)
     with group(device, args.patience) as ranks:
         config = run_config(args, (*OPTIONS, *LAUNCH_OPTIONS), **more)
         return run(r, args.data, args.out, ranks, config)
@@ -137,19 +113,19 @@ def main(
             return 0
         metrics = train_rank(args).run.metrics
     except KeyboardInterrupt as e:
-        _say(_error_line(e))
+        say_line(error_line(e))
         return 2
-    except _ERRORS as e:
+    except RUN_ERRORS as e:
         if args.debug:
             raise
-        _say(_error_line(e))
+        say_line(error_line(e))
         return 2
-    if not _rank()[0]:
+    if not launched_rank()[0]:
         sys.stdout.write(', '.join(f'{k} {v:.4g}' for k, v in metrics.items()) + '\n')
         sys.stdout.flush()
         if args.out:
             release = f'mobileclip release {args.out} --out model.safetensors'
-            _say(f'weights with their record: {release}')
+            say_line(f'weights with their record: {release}')
     return 0
 
 # %% ../../nbs/train/44___main__.ipynb #fb7d447c
