@@ -18,17 +18,17 @@ from ..train.options import OPTIONS
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #64f34e4f
 def ablations_of(
-    name: str
-    | None,  # of `ABLATIONS`, or `finetuning`; `all`: those of the papers; None: every one
+    name: str | None,  # of an ablation; `all`: of `ABLATIONS`; None: every one
 ) -> list[Any]:  # of `Ablation`
     "The ablations that a command names"
     from mobileclip_nb.core.errors import suggest
     from mobileclip_nb.experiments.ablations import ABLATIONS
     from mobileclip_nb.experiments.finetune_runs import FINETUNING
+    from mobileclip_nb.experiments.transfer import TRANSFERS
 
+    known = ABLATIONS | {FINETUNING.name: FINETUNING} | TRANSFERS
     if name in (None, 'all'):
-        return [*ABLATIONS.values(), *([FINETUNING] if name is None else [])]
-    known = ABLATIONS | {FINETUNING.name: FINETUNING}
+        return list((ABLATIONS if name else known).values())
     if name not in known:
         listed = ', '.join(known)
         raise KeyError(f"No ablation {name!r}.{suggest(name, known)} There are {listed}.")
@@ -67,8 +67,14 @@ def jobs_of(
     return sorted(jobs.values(), key=lambda j: (j.name not in bases, j.spec.seed))
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #d3bd7f2a
+def _kind_of(spec: Any) -> str:
+    "Whether a run is of a `student`, of `finetuning` or of a `transfer`"
+    fields = dict(augment='student', method='finetuning', way='transfer')
+    return next(kind for field, kind in fields.items() if hasattr(spec, field))
+
+
 def _steps_of(spec: Any) -> int:
-    "Steps of a student, or of a fine-tuning run"
+    "Steps of a run"
     return spec.train.steps if hasattr(spec, 'train') else spec.steps
 
 
@@ -76,8 +82,10 @@ def _measure(spec: Any) -> float:
     "Seconds of a step, measured"
     from mobileclip_nb.experiments.finetune_runs import measure_tuning
     from mobileclip_nb.experiments.student_runs import measure_step
+    from mobileclip_nb.experiments.transfer import measure_transfer
 
-    return (measure_step if hasattr(spec, 'train') else measure_tuning)(spec)
+    times = dict(student=measure_step, finetuning=measure_tuning, transfer=measure_transfer)
+    return times[_kind_of(spec)](spec)
 
 # %% ../../nbs/cli/04_ablate_command.ipynb #04fad507
 def list_ablations(
@@ -162,11 +170,15 @@ def _prepare(args: argparse.Namespace, todo: Sequence[Any]) -> Any:  # for `run_
     from mobileclip_nb.experiments.finetune_runs import start_tuning
     from mobileclip_nb.experiments.student_runs import start_students
     from mobileclip_nb.experiments.student_sets import MANY, make_models, make_sets
+    from mobileclip_nb.experiments.transfer import start_transfer
 
     views, limit = (2, 24) if args.scale == 'smoke' else (10, None)
     folder = Path(args.folder) / args.scale
-    if todo and not hasattr(todo[0].spec, 'augment'):
+    kind = _kind_of(todo[0].spec) if todo else ''
+    if kind == 'finetuning':
         return start_tuning(limit)
+    if kind == 'transfer':
+        return start_transfer(folder / 'transfer', views, limit)
     if todo:
         names = sorted({j.spec.augment for j in todo})
         if MANY in names:

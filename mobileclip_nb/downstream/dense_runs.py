@@ -7,7 +7,7 @@ __all__ = ['DenseBatch', 'stack_scenes', 'DenseBatches', 'scene_batches', 'Dense
            'make_dense_model', 'DenseResult', 'train_dense']
 
 # %% ../../nbs/downstream/02_dense_runs.ipynb #d0f20007
-import functools
+import copy, functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,13 +186,16 @@ class DenseModel(nn.Module):
 def make_dense_model(
     run: DenseRun,
     task: DenseTask,
+    tower: nn.Module | None = None,  # in place of the one that `weights` names; is copied
 ) -> DenseModel:  # in train mode; random parts are drawn from the seed
     "Make the model that a run trains"
     with torch.random.fork_rng():
         seed_all(run.train.seed)
-        whole = create_model(run.model, run.weights) if run.weights else None
-        tower = (build(find_record(run.model)) if whole is None else whole).image
-        features = FeatureMaps(tower.requires_grad_(True), run.levels or None, run.frozen)
+        if tower is None:
+            named = create_model(run.model, run.weights) if run.weights else None
+            tower = (build(find_record(run.model)) if named is None else named).image
+        tower = copy.deepcopy(tower).requires_grad_(True)
+        features = FeatureMaps(tower, run.levels or None, run.frozen)
         head = task.make_head(features, run.channels)
         return DenseModel(features, head, run.layer_decay).train()
 
@@ -217,6 +220,7 @@ def train_dense(
     device: str | None = None,  # None is the CPU
     ledger: str | Path | None = None,  # a `.jsonl` file for the finished run
     loop: LoopConfig = LoopConfig(progress=False),
+    tower: nn.Module | None = None,  # in place of the one that `run.weights` names; is copied
 ) -> DenseResult:  # the same on every rank
     "Train a tower and a head, on scenes unless `parts` are given, and evaluate them on others"
     test = run.scenes.but(part='test')
@@ -225,7 +229,7 @@ def train_dense(
         scene_batches(test, run.held, min(run.batch, run.held)),
     )
     device, first = pick_device(device or 'cpu'), not current_ranks().rank
-    model = make_dense_model(run, task).to(device)
+    model = make_dense_model(run, task, tower).to(device)
 
     def objective(net: nn.Module, batch: DenseBatch, asked: TrainSpec) -> NamedTuple:
         half = asked.precision == 'bfloat16'

@@ -6,6 +6,7 @@
 __all__ = ['STAGES', 'VLMRun', 'TalkLoss', 'make_vlm', 'VLMResult', 'train_vlm']
 
 # %% ../../nbs/vlm/04_train.ipynb #e4000007
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +78,15 @@ def _objective(has_image: bool) -> Callable[..., TalkLoss]:
 def make_vlm(
     run: VLMRun,
     tokenizer: Any,  # of `train_tokenizer`
+    tower: nn.Module | None = None,  # in place of the one that `weights` names; is copied
 ) -> VLM:  # its tower is frozen; the rest is random, from the seed
     "Make the model of a run"
     with torch.random.fork_rng():
         seed_all(run.seed)
-        whole = create_model(run.model, run.weights) if run.weights else None
-        tower = (build(find_record(run.model)) if whole is None else whole).image
-        features = FeatureMaps(tower, levels=(run.level,), frozen=True)
+        if tower is None:
+            named = create_model(run.model, run.weights) if run.weights else None
+            tower = (build(find_record(run.model)) if named is None else named).image
+        features = FeatureMaps(copy.deepcopy(tower), levels=(run.level,), frozen=True)
         tokens = ImageTokens(features, run.language.width, run.shuffle)
         language = make_language_model(run.language, tokenizer.get_vocab_size(), run.seed)
         return VLM(tokens, language, tokenizer)
@@ -150,12 +153,14 @@ def train_vlm(
     device: str | None = None,  # None is the CPU
     ledger: str | Path | None = None,  # a `.jsonl` file for the finished run
     loop: LoopConfig = LoopConfig(progress=False),
+    tower: nn.Module | None = None,  # in place of the one that `run.weights` names; is copied
 ) -> VLMResult:  # the same on every rank
     "Train the three stages and ask questions (LLaVA-1.5, 2310.03744, §3)"
     first = Talks(run.scenes, run.count, run.batch, run.side)
     described = Talks(run.scenes, run.count, run.batch, run.side, captions=True)
     texts = [*first.texts(), *described.texts()]
-    model = make_vlm(run, train_tokenizer(texts, run.vocabulary)).to(pick_device(device or 'cpu'))
+    tokenizer = train_tokenizer(texts, run.vocabulary)
+    model = make_vlm(run, tokenizer, tower).to(pick_device(device or 'cpu'))
     model, done = _train_stages(run, model, out, loop)
     model = model.eval()
     test = Talks(run.scenes.but(part='test'), run.held, min(run.batch, run.held), run.side)
