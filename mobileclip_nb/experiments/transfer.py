@@ -27,6 +27,8 @@ from ..downstream.dense_runs import DenseRun, train_dense
 from ..downstream.depth import Depth
 from ..downstream.detection import Detection
 from ..downstream.segmentation import Segmentation
+
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0009
 from .ablate import Ablation, Variant, check_ablation
 from mobileclip_nb.experiments.efficiency_run import (
     ARMS,
@@ -45,7 +47,7 @@ from ..train.config import TrainSpec
 from ..train.loop import train
 from ..vlm.train import VLMRun, train_vlm
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f000a
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f000b
 PRETRAININGS = ('reinforced', 'plain', 'supervised', 'random')
 _TASKS = dict(segmentation=Segmentation, detection=Detection, depth=Depth)
 
@@ -74,7 +76,7 @@ class TransferRun(Spec, id_name='TransferRun'):
         "The same run at a size"
         return self.but(pretraining=3, steps=3) if scale == 'smoke' else self
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f000d
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f000e
 class LabelLoss(NamedTuple):
     "Cross-entropy over concepts, nats"
 
@@ -96,7 +98,7 @@ def _label_objective(model: nn.Module, batch: Batch, spec: TrainSpec) -> LabelLo
     "Each concept is a class of its own"
     return LabelLoss(F.cross_entropy(model(batch.image).float(), batch.index))
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f000e
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f000f
 def pretrain(
     way: str,  # of `PRETRAININGS`
     sets: Sets,  # of the efficiency experiment
@@ -121,7 +123,7 @@ def pretrain(
     model.image = done.model.tower
     return model.eval()
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0011
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0012
 class Towers:
     "Pre-trained towers, each made once and kept in a file"
 
@@ -157,7 +159,7 @@ class Towers:
             save_weights(pretrain(way, self.sets, steps, seed), file)
         return load_weights(student(seed), file).image.eval()
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0014
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0015
 _SCENES = DenseSpec(side=96, scales=(0.25, 0.5), objects=(1, 4))  # of the dense tasks
 
 
@@ -184,7 +186,7 @@ def dense_run(
         train=asked,
     )
 
-
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0016
 def vlm_run(
     run: TransferRun,  # of the task `vlm`
 ) -> VLMRun:
@@ -199,7 +201,7 @@ def vlm_run(
         seed=run.seed,
     )
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0016
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0018
 TRANSFER_NAME = 'transfer'  # of the runs in the ledger
 
 
@@ -225,7 +227,7 @@ def train_transfer(
         append(ledger, record_run(TRANSFER_NAME, run, found, run.seed, seconds, 'cpu', scale))
     return found
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0019
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f001b
 def _load_towers(folder: str, views: int, limit: int | None) -> Callable[..., Mapping[str, float]]:
     "Load what the runs of a process share"
     torch.set_num_threads(1)
@@ -245,7 +247,7 @@ def start_transfer(
     "The function that a process calls to load what its runs share"
     return functools.partial(_load_towers, str(folder), views, limit)
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f001a
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f001c
 _SUPERVISED, _REINFORCED = 'supervised', 'reinforced CLIP'
 
 
@@ -265,7 +267,7 @@ def _transfer(
         f'transfer-{task}', question, tables, ('way',), base, variants, columns, note=note
     )
 
-
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f001d
 _NOTE = 'emoji at 32 pixels in place of ImageNet and DFNDR-2B; scenes of 96 pixels, 400 steps of 8'
 _VLM = Ablation(
     'transfer-vlm',
@@ -292,7 +294,7 @@ _EVERY = (
 )
 TRANSFERS = {a.name: check_ablation(a._replace(run=TRANSFER_NAME)) for a in _EVERY}
 
-# %% ../../nbs/experiments/09_transfer.ipynb #7a9f001f
+# %% ../../nbs/experiments/09_transfer.ipynb #7a9f0022
 def measure_transfer(
     run: TransferRun,  # at its size
     steps: int = 3,  # that are timed, evaluation of a few scenes included
