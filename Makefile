@@ -36,7 +36,7 @@ demo: .venv/with-emoji,lab
 	$(BIN)/mobileclip demo
 
 test: .venv/with-$(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/export tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 --ignore tests/export tests
 
 test-browser: .venv/with-$(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_browser.py
