@@ -1,0 +1,69 @@
+"Build the site: `python docs/make_site.py [--out FOLDER] [--only NOTEBOOK ...]`. Stored outputs are shown; nothing is run."
+
+import argparse, os, shutil, subprocess, sys, time
+from pathlib import Path
+
+import crawl
+import slides
+import stage
+from library import ROOT, SETTINGS
+
+DOCS = Path(__file__).resolve().parent
+MOST_SECONDS, MOST_MB = 600, 80
+WORK = ROOT / 'build' / 'docs'
+
+
+def parse(args):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--out', type=Path, default=ROOT / SETTINGS['doc_path'])
+    parser.add_argument('--work', type=Path, default=WORK, help='sources and caches')
+    parser.add_argument('--only', nargs='+', help='notebooks, such as blocks/04_repmixer')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count())
+    return parser.parse_args(args)
+
+
+def run_sphinx(source, out, work, jobs):
+    "Sphinx with every warning as an error; its exit status"
+    command = [sys.executable, '-m', 'sphinx', '-b', 'html', '-c', str(DOCS), '-d', str(work)]
+    command += ['-j', str(jobs), '-q', '-W', '--keep-going', str(source), str(out)]
+    return subprocess.run(command).returncode
+
+
+def megabytes(folder):
+    return sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6
+
+
+def drop_unused(out):
+    "Files that no page of a published site needs"
+    for path in [*out.rglob('*.map'), out / '.buildinfo', out / '_static' / 'webpack-macros.html']:
+        path.unlink(missing_ok=True)
+    (out / '.nojekyll').touch()
+
+
+def build(out, work, only=None, jobs=1):
+    "Write the site to a folder; what is wrong with it"
+    shutil.rmtree(out, ignore_errors=True)
+    site = stage.stage(work / 'source', only)
+    if run_sphinx(work / 'source', out, work / 'doctrees', jobs):
+        return ['Sphinx reports warnings or errors']
+    drop_unused(out)
+    slides.write_slides(out, [n for n in site.notebooks if n.startswith('tutorials/')])
+    pages, links, found = crawl.crawl(out)
+    print(f'{pages} pages, {links} links inside, {len(found)} faults')
+    return found
+
+
+def main(args=None):
+    asked = parse(args)
+    start = time.monotonic()
+    found = build(asked.out, asked.work, asked.only, asked.jobs)
+    seconds, size = time.monotonic() - start, megabytes(asked.out)
+    print(f'{asked.out}: built in {seconds:.0f} s (at most {MOST_SECONDS}), {size:.1f} MB (at most {MOST_MB})')
+    found += [f'{seconds:.0f} s are too many'] if seconds > MOST_SECONDS else []
+    found += [f'{size:.1f} MB are too many'] if size > MOST_MB else []
+    print('\n'.join(found))
+    return 1 if found else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
