@@ -1,6 +1,6 @@
 "Pages of the API: for each module its definitions, with signatures, comments of parameters, and links."
 
-import ast, re, sys
+import ast, copy, re, sys
 
 from library import LIB, ROOT, front_names, methods, repository_url
 from prose import escape_cell, link_names
@@ -8,7 +8,8 @@ from prose import escape_cell, link_names
 sys.path.insert(0, str(ROOT))
 from mobileclip_nb.core.docstrings import read_fields, read_header
 
-SHOWN = 300  # characters of the value of a constant
+SHOWN = 12  # lines of the value of a constant
+UNREAD = (ast.GeneratorExp, ast.ListComp, ast.DictComp, ast.SetComp, ast.Lambda, ast.JoinedStr)
 HIDDEN_ARGS = ('self', 'cls')
 
 
@@ -112,12 +113,31 @@ def parameters(arguments_, comments, result, returns, names):
 # --- definitions ---------------------------------------------------------------------------------
 
 
-def signature(arguments_, node=None):
+def readable(default):
+    "A default that Sphinx can read; `...` stands for a longer expression, which the table shows"
+    if default is None or not any(isinstance(n, UNREAD) for n in ast.walk(default)):
+        return default
+    return ast.Constant(...)
+
+
+def readable_arguments(args):
+    "Parameters of a function with defaults that Sphinx can read"
+    new = copy.deepcopy(args)
+    new.defaults = [readable(d) for d in new.defaults]
+    new.kw_defaults = [readable(d) for d in new.kw_defaults]
+    return new
+
+
+def field_signature(fields_):
+    "Parameters of a class whose fields are its parameters"
+    shown = [(name, readable(default)) for name, _, default in fields_]
+    shown = [n + (f'={ast.unparse(d)}' if d is not None else '') for n, d in shown]
+    return f'({", ".join(shown)})'
+
+
+def signature(node):
     "Parameters in brackets, as Python writes them"
-    if node is None:
-        shown = [n + (f'={ast.unparse(d)}' if d is not None else '') for n, _, d in arguments_]
-        return f'({", ".join(shown)})'
-    args = ast.unparse(node.args)
+    args = ast.unparse(readable_arguments(node.args))
     args = re.sub(r'^(self|cls)(, /)?(, |$)', '', args)
     returns = f' -> {ast.unparse(node.returns)}' if node.returns else ''
     return f'({args}){returns}'
@@ -149,7 +169,7 @@ def method_page(module, owner, node, names):
     if any(mark in ('property', 'cached_property') for mark in marks):
         return directive('property', head, function_body(module, node, names), 4)
     options = [o for o in ('classmethod', 'staticmethod') if o in marks]
-    head += signature(None, node)
+    head += signature(node)
     return directive('method', head, function_body(module, node, names), 4, options)
 
 
@@ -158,9 +178,9 @@ def constructor(module, node):
     init = next((n for n in node.body if getattr(n, 'name', '') == '__init__'), None)
     if init is not None:
         comments, _ = read_header(module.lines[init.lineno - 1 :])
-        return signature(None, init).split(' -> ')[0], arguments(init), comments
+        return signature(init).split(' -> ')[0], arguments(init), comments
     own = fields(node)
-    return signature(own) if own else '', own, field_comments(module, node)
+    return field_signature(own) if own else '', own, field_comments(module, node)
 
 
 def class_body(module, node, names):
@@ -188,13 +208,14 @@ def definition(module, node, names, notebook):
         head, body = class_body(module, node, names)
         return directive('class', node.name + head, [*body[:1], *link, *body[1:]], 6)
     body = function_body(module, node, names)
-    return directive('function', node.name + signature(None, node), [*body, *link], 6)
+    return directive('function', node.name + signature(node), [*body, *link], 6)
 
 
 def value(module, name, node, names):
     "A constant with the comment beside it"
-    text = ast.unparse(node.value)
-    shown = text if len(text) <= SHOWN else text[:SHOWN] + ' …'
+    own = module.lines[node.lineno - 1 : node.end_lineno]
+    left = len(own) - SHOWN
+    shown = '\n'.join([*own[:SHOWN], *([f'# and {left} more lines'] if left > 0 else [])])
     line = module.lines[node.lineno - 1]
     comment = line.split('  # ')[1] if '  # ' in line and node.lineno == node.end_lineno else ''
     comment = comment or comment_above(module.lines, node.lineno)

@@ -1,6 +1,6 @@
 "Build the site: `python docs/make_site.py [--out FOLDER] [--only NOTEBOOK ...]`. Stored outputs are shown; nothing is run."
 
-import argparse, os, shutil, subprocess, sys, time
+import argparse, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import crawl
@@ -10,6 +10,7 @@ from library import ROOT, SETTINGS
 
 DOCS = Path(__file__).resolve().parent
 MOST_SECONDS, MOST_MB = 600, 80
+PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>')
 WORK = ROOT / 'build' / 'docs'
 
 
@@ -33,6 +34,13 @@ def megabytes(folder):
     return sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6
 
 
+def slim(out):
+    "Signs of code that no style colors, names and blanks, need no element of their own"
+    for page in out.rglob('*.html'):
+        text = page.read_text(encoding='utf-8')
+        page.write_text(PLAIN.sub(r'\1', text), encoding='utf-8')
+
+
 def drop_unused(out):
     "Files that no page of a published site needs"
     for path in [*out.rglob('*.map'), out / '.buildinfo', out / '_static' / 'webpack-macros.html']:
@@ -47,6 +55,7 @@ def build(out, work, only=None, jobs=1):
     if run_sphinx(work / 'source', out, work / 'doctrees', jobs):
         return ['Sphinx reports warnings or errors']
     drop_unused(out)
+    slim(out)
     slides.write_slides(out, [n for n in site.notebooks if n.startswith('tutorials/')])
     pages, links, found = crawl.crawl(out)
     print(f'{pages} pages, {links} links inside, {len(found)} faults')
