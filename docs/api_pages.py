@@ -100,10 +100,17 @@ def prose_cell(text, names):
     return escape_cell(link_names(text.replace('$', '\\$'), names))
 
 
+def parameter_table(rows):
+    "A table of parameters; without a column that is empty"
+    head = ['Parameter', 'Type', 'Default', 'Meaning']
+    kept = [k for k in range(len(head)) if any(row[k] for row in rows)]
+    return table([head[k] for k in kept], [[row[k] for k in kept] for row in rows])
+
+
 def parameters(arguments_, comments, result, returns, names):
     "The table of parameters and the line on the result"
     rows = list(parameter_rows(arguments_, comments, names))
-    parts = [table(['Parameter', 'Type', 'Default', 'Meaning'], rows)] if rows else []
+    parts = [parameter_table(rows)] if rows else []
     if result:
         kind = f'`{returns}`: ' if returns else ''
         parts.append(f'**Returns** {kind}{link_names(result.replace("$", chr(92) + "$"), names)}')
@@ -235,7 +242,10 @@ def module_page(module, names, notebook):
     links.append(f'[Source]({source})')
     body = [definition(module, n, names, notebook) for n in module.definitions.values()]
     body += [value(module, k, n, names) for k, n in module.values.items()]
-    parts = [f'# {module.name.replace("__", chr(92) + "_" + chr(92) + "_")}', doc(module.tree, names)]
+    parts = [
+        f'# {module.name.replace("__", chr(92) + "_" + chr(92) + "_")}',
+        doc(module.tree, names),
+    ]
     parts += [' · '.join(links), f'```{{py:module}} {module.full}\n```', *body]
     return '\n\n'.join(parts)
 

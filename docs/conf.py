@@ -33,6 +33,7 @@ myst_heading_anchors = 3
 html_theme = 'pydata_sphinx_theme'
 html_title = project
 html_static_path = ['static']
+html_favicon = 'static/favicon.svg'
 html_css_files = ['site.css']
 html_context = dict(default_mode='auto')
 html_copy_source = False

@@ -5,7 +5,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-FETCHED = {('script', 'src'), ('img', 'src'), ('link', 'href'), ('source', 'src'), ('iframe', 'src')}
+FETCHED = {
+    ('script', 'src'),
+    ('img', 'src'),
+    ('link', 'href'),
+    ('source', 'src'),
+    ('iframe', 'src'),
+}
 NOT_FETCHED = {'canonical', 'next', 'prev', 'search', 'index', 'author', 'license'}
 CSS_URL = re.compile(r'url\(\s*["\']?([^"\')]+)')
 CSS_IMPORT = re.compile(r'@import\s+["\']([^"\']+)')

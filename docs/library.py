@@ -123,7 +123,10 @@ def source_lines(full_name, modules):
         if full_name.startswith(f'{m.full}.'):
             node = find_node(m, full_name.removeprefix(f'{m.full}.').split('.'))
             if node is not None:
-                return f'{m.path.relative_to(ROOT).as_posix()}', f'#L{node.lineno}-L{node.end_lineno}'
+                return (
+                    f'{m.path.relative_to(ROOT).as_posix()}',
+                    f'#L{node.lineno}-L{node.end_lineno}',
+                )
     return None
 
 

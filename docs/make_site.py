@@ -67,7 +67,9 @@ def main(args=None):
     start = time.monotonic()
     found = build(asked.out, asked.work, asked.only, asked.jobs)
     seconds, size = time.monotonic() - start, megabytes(asked.out)
-    print(f'{asked.out}: built in {seconds:.0f} s (at most {MOST_SECONDS}), {size:.1f} MB (at most {MOST_MB})')
+    print(
+        f'{asked.out}: built in {seconds:.0f} s (at most {MOST_SECONDS}), {size:.1f} MB (at most {MOST_MB})'
+    )
     found += [f'{seconds:.0f} s are too many'] if seconds > MOST_SECONDS else []
     found += [f'{size:.1f} MB are too many'] if size > MOST_MB else []
     print('\n'.join(found))

@@ -1,26 +1,29 @@
 "Formulas as MathML, which browsers draw themselves: no script, no fonts from elsewhere."
 
+import re
+
+from docutils import nodes
 from latex2mathml.converter import convert
+
+PRIME = '&#x02032;'
+MINUS = '&#x02212;'
+SIGN = re.compile(rf'(<mo[^>]*>(?:&#x00028;|&#x0003D;|[(\[=,]|,)</mo>)<mo>{MINUS}</mo>')
 
 
 def formula(text, display):
-    "MathML of a formula in TeX; a prime is a sign of its own"
-    return convert(text.replace("'", r'^{\prime}'), display=display)
+    "MathML of a formula in TeX; a minus after a bracket is a sign, not a difference"
+    made = convert(text.replace(r'\operatorname', r'\mathrm'), display=display)
+    made = made.replace(f'<mi>{PRIME}</mi>', f'<mo class="prime">{PRIME}</mo>')
+    return SIGN.sub(rf'\1<mo form="prefix">{MINUS}</mo>', made)
 
 
 def visit_inline(self, node):
     self.body.append(formula(node.astext(), 'inline'))
-    raise_skip()
+    raise nodes.SkipNode
 
 
 def visit_block(self, node):
     self.body.append(f'<div class="math">{formula(node.astext(), "block")}</div>')
-    raise_skip()
-
-
-def raise_skip():
-    from docutils import nodes
-
     raise nodes.SkipNode
 
 

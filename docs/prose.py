@@ -56,7 +56,9 @@ def convert_line(line, names, path, staged):
 
     def convert(match):
         if match['link']:
-            return match['link'].replace(match['target'], site_target(match['target'], path, staged))
+            return match['link'].replace(
+                match['target'], site_target(match['target'], path, staged)
+            )
         if match['role']:
             return match['role']
         return name_link(match['name'], names) or match['code']

@@ -73,7 +73,9 @@ def imported_names(nb):
     known = set()
     for cell in nb.code:
         for node in ast.walk(cell.tree):
-            if isinstance(node, ast.ImportFrom) and (node.level or f'{node.module}.'.startswith(LIB)):
+            if isinstance(node, ast.ImportFrom) and (
+                node.level or f'{node.module}.'.startswith(LIB)
+            ):
                 known |= {a.name for a in node.names}
     return known | {d.name for d in nb.definitions}
 
@@ -160,9 +162,12 @@ def colab_note():
     return f'<p class="page-links">On Colab, run this first: <code>{command}</code></p>'
 
 
-def after_first(cells, new):
-    "Cells with another one below the first"
-    return [*cells[:1], new, *cells[1:]]
+def below_summary(cells, new):
+    "Cells with another one below the title and the summary"
+    text = cells[0]['source']
+    head = re.match(r'# .+\n*(?:>.*\n?)*', text)[0]
+    rest = text[len(head) :]
+    return [markdown(head), new, *([markdown(rest)] if rest.strip() else []), *cells[1:]]
 
 
 def stage_notebook(nb, site, folder):
@@ -176,7 +181,7 @@ def stage_notebook(nb, site, folder):
     if nb.name == 'index':
         cells.append(markdown(root_toctree(site)))
     else:
-        cells = after_first(cells, page_links(nb, site))
+        cells = below_summary(cells, page_links(nb, site))
     meta = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
     meta |= dict(language_info=dict(name='python', pygments_lexer='ipython3'))
     raw = dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5)
