@@ -1,4 +1,4 @@
-"Pages of the API: for each module its definitions, with signatures, comments of parameters, and links."
+"Pages of the API: the definitions of each module, with signatures, comments of parameters, links."
 
 import ast, copy, re, sys
 

@@ -1,4 +1,7 @@
-"Links of a built site: `python docs/crawl.py FOLDER` prints each dead one, and each file that is fetched from elsewhere."
+"""Links of a built site: `python docs/crawl.py FOLDER` prints what is wrong.
+
+Faults are dead links, pages that no link leads to, and files that a browser fetches from elsewhere.
+"""
 
 import re, sys
 from html.parser import HTMLParser

@@ -1,4 +1,4 @@
-"The library as the site shows it: settings, modules and their definitions, read from the source without importing it."
+"The library as the site shows it: settings, modules and definitions, read from the source."
 
 import ast
 from configparser import ConfigParser

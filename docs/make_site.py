@@ -1,4 +1,7 @@
-"Build the site: `python docs/make_site.py [--out FOLDER] [--only NOTEBOOK ...]`. Stored outputs are shown; nothing is run."
+"""Build the site: `python docs/make_site.py [--out FOLDER] [--only NOTEBOOK ...]`.
+
+Stored outputs are shown; nothing is run and nothing is downloaded.
+"""
 
 import argparse, os, re, shutil, subprocess, sys, time
 from pathlib import Path
@@ -67,9 +70,8 @@ def main(args=None):
     start = time.monotonic()
     found = build(asked.out, asked.work, asked.only, asked.jobs)
     seconds, size = time.monotonic() - start, megabytes(asked.out)
-    print(
-        f'{asked.out}: built in {seconds:.0f} s (at most {MOST_SECONDS}), {size:.1f} MB (at most {MOST_MB})'
-    )
+    limits = f'at most {MOST_SECONDS} s and {MOST_MB} MB'
+    print(f'{asked.out}: {seconds:.0f} s, {size:.1f} MB ({limits})')
     found += [f'{seconds:.0f} s are too many'] if seconds > MOST_SECONDS else []
     found += [f'{size:.1f} MB are too many'] if size > MOST_MB else []
     print('\n'.join(found))

@@ -1,4 +1,4 @@
-"Markdown of notebooks as the site needs it: links to files of the repository, and names of the library as links to the API."
+"Markdown of notebooks as the site needs it: links to the repository, names as links to the API."
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"Slides of the tutorials, from their built pages: a slide for each heading and each cell below it, offline."
+"Slides of the tutorials, from their built pages: one for each heading and each cell below it."
 
 import copy
 import shutil

@@ -1,4 +1,4 @@
-"The source tree of the site: notebooks without directives and hidden cells, and the pages between them."
+"The source tree of the site: notebooks without hidden cells, and the pages between them."
 
 import ast, json, re, shutil, sys
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ NOTEBOOK = re.compile(r'\(((?:\w+/)?\w+)\.ipynb\)')
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 TITLES = {'ablations': 'Ablations', 'apps': 'Apps', 'tutorials': 'Tutorials'}
 ABOUT = {
-    'ablations': "Each claim of the papers' tables as a question, its price, and what was run here.",
+    'ablations': "Claims of the papers' tables as questions, their price, and what was run here.",
     'apps': 'Pages for a browser: how to start them and what to look for.',
     'tutorials': 'The course. Each page runs in a minute on two cores, offline.',
 }
@@ -250,7 +250,7 @@ def guide_page(site, folder):
 
 def papers_page(site):
     "The main path as the index lists it"
-    about = 'The main path: about twenty notebooks that follow both papers (1: MobileCLIP, 2: MobileCLIP2).'
+    about = 'The main path: notebooks that follow both papers (1: MobileCLIP, 2: MobileCLIP2).'
     tree = api_pages.toctree(site.main_path)
     text = main_table().strip()
     shown = [
@@ -283,7 +283,7 @@ def engineering_page(site, shown):
         for k, layer in enumerate(design.LAYERS, 1)
     ]
     table = '\n'.join(['| layer | packages |', '| --- | --- |', *reversed(lines)])
-    about = 'A package imports from lower layers only. Notebooks of the main path stand under [the papers](papers.md).'
+    about = 'A package imports from lower layers only. The main path: [the papers](papers.md).'
     first = ['design'] if 'design' in site.notebooks else []
     tree = api_pages.toctree([*first, *[f'packages/{p}' for p in shown]])
     return '\n\n'.join(['# Engineering', about, table, tree])

@@ -1,4 +1,4 @@
-"The documentation site, small: what a page shows and hides, links, formulas, the API, search, slides; Colab, Binder, workflow."
+"A small documentation site: what a page shows, links, formulas, API, search, slides, launchers."
 
 import json, re, sys
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ NAMES += ['tutorials/01_predict']
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    "A site of five notebooks: formulas, figures, a stored widget, a tutorial; and the pages of their modules"
+    "A site of five notebooks, with formulas, figures, a stored widget and a tutorial"
     import make_site
 
     folder = tmp_path_factory.mktemp('docs')
@@ -41,7 +41,7 @@ def page_text(html):
 
 @needs_sphinx
 def test_site_has_no_faults(site):
-    "Sphinx warns of nothing; no dead link, no page without a way to it, nothing fetched from elsewhere"
+    "No warning of Sphinx, no dead link, no page out of reach, nothing fetched from elsewhere"
     assert site.found == []
     pages, links, _ = crawl.crawl(site.out)
     assert pages > 15
@@ -63,7 +63,7 @@ def test_directives_and_hidden_cells_vanish(site):
 
 @needs_sphinx
 def test_names_lead_to_the_api(site):
-    "A public name in backticks is a link to its place in the API, from there a link leads back to its cell"
+    "A public name in backticks is a link into the API; from there a link leads to its cell"
     page = site.page('losses/01_distillation')
     name = 'mobileclip_nb.losses.distillation.reinforced_loss'
     assert f'href="../api/losses.distillation.html#{name}"' in page
@@ -242,7 +242,7 @@ def test_binder_installs_known_extras():
 
 
 def test_workflow_runs_make_docs():
-    "The workflow is YAML, runs the command that is tried here, and publishes the folder that it writes"
+    "The workflow runs the command that is tried here and publishes the folder that it writes"
     import yaml
 
     text = (ROOT / '.github' / 'workflows' / 'docs.yml').read_text(encoding='utf-8')
