@@ -280,6 +280,9 @@ def front_page(packages, modules, names):
         text = prose_cell(first_line(node), names) if node is not None else ''
         rows.append([link_names(f'`{LIB}.{name}`', names), text])
     listed = ', '.join(f'[`{p}`](api/{p}.md)' for p in packages)
-    parts = ['# API', f'Names of `{LIB}` itself; a module holds more.']
+    parts = [
+        '# API',
+        f'Names of `{LIB}` itself; {{ref}}`all names <genindex>`, {{ref}}`all modules <modindex>`.',
+    ]
     parts += [table(['name', 'what it does'], rows), f'## Packages\n\n{listed}']
     return '\n\n'.join([*parts, toctree([f'api/{p}' for p in packages])])

@@ -48,6 +48,7 @@ def drop_unused(out):
     "Files that no page of a published site needs"
     for path in [*out.rglob('*.map'), out / '.buildinfo', out / '_static' / 'webpack-macros.html']:
         path.unlink(missing_ok=True)
+    shutil.rmtree(out / '_sources', ignore_errors=True)
     (out / '.nojekyll').touch()
 
 

@@ -5,6 +5,7 @@ import re
 from docutils import nodes
 from latex2mathml.converter import convert
 
+DOUBLED = re.compile(r'\\\\[A-Za-z]')
 PRIME = '&#x02032;'
 MINUS = '&#x02212;'
 SIGN = re.compile(rf'(<mo[^>]*>(?:&#x00028;|&#x0003D;|[(\[=,]|,)</mo>)<mo>{MINUS}</mo>')
@@ -12,6 +13,8 @@ SIGN = re.compile(rf'(<mo[^>]*>(?:&#x00028;|&#x0003D;|[(\[=,]|,)</mo>)<mo>{MINUS
 
 def formula(text, display):
     "MathML of a formula in TeX; a minus after a bracket is a sign, not a difference"
+    if DOUBLED.search(text) and r'\begin' not in text:
+        raise ValueError(f'the formula {text!r} has doubled backslashes')
     made = convert(text.replace(r'\operatorname', r'\mathrm'), display=display)
     made = made.replace(f'<mi>{PRIME}</mi>', f'<mo class="prime">{PRIME}</mo>')
     return SIGN.sub(rf'\1<mo form="prefix">{MINUS}</mo>', made)

@@ -9,6 +9,7 @@ from bs4 import BeautifulSoup
 
 REVEAL = ['dist/reveal.css', 'dist/reveal.js', 'dist/theme/white.css', 'LICENSE']
 FONTS = 'dist/theme/fonts/source-sans-pro'
+MOST_LINES = 12  # of code above a picture
 HEADINGS = ('h1', 'h2', 'h3', 'h4')
 TEMPLATE = Path(__file__).parent / 'templates' / 'slides.html'
 
@@ -28,13 +29,28 @@ def copy_reveal(out):
     shutil.copytree(source / FONTS, target / FONTS, dirs_exist_ok=True)
 
 
+def has_long_code(block):
+    "Whether a cell shows a picture below so much code that it needs a slide of its own"
+    code = block.select_one('div.cell_input') if is_cell(block) else None
+    picture = block.select_one('div.cell_output img') if code else None
+    return picture is not None and code.get_text().count('\n') > MOST_LINES
+
+
+def cell_parts(cell):
+    "Code and output of a cell as two cells"
+    for dropped in ('output', 'input'):
+        part = copy.copy(cell)
+        part.select_one(f'div.cell_{dropped}').decompose()
+        yield part
+
+
 def blocks(node):
     "Parts of a page in reading order: headings and what stands below them"
     for child in node.find_all(recursive=False):
         if child.name == 'section':
             yield from blocks(child)
         elif child.get('class') != ['page-links']:
-            yield child
+            yield from cell_parts(child) if has_long_code(child) else [child]
 
 
 def is_cell(block):

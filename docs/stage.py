@@ -17,7 +17,7 @@ TITLES = {'ablations': 'Ablations', 'apps': 'Apps', 'tutorials': 'Tutorials'}
 ABOUT = {
     'ablations': "Claims of the papers' tables as questions, their price, and what was run here.",
     'apps': 'Pages for a browser: how to start them and what to look for.',
-    'tutorials': 'The course. Each page runs in a minute on two cores, offline.',
+    'tutorials': 'The course: short notebooks that run offline on a laptop.',
 }
 
 

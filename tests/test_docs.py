@@ -1,12 +1,16 @@
 "A small documentation site: what a page shows, links, formulas, API, search, slides, launchers."
 
-import json, re, sys
+import json, re, sys, threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+from mobileclip_nb.export.web import find_browser
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'docs'))
@@ -135,6 +139,51 @@ def test_search_finds(site):
     assert 'blocks/04_repmixer' in pages('repmix')  # the stem of RepMixer
     assert {'losses/01_distillation', 'api/losses.distillation'} <= pages('logit') & pages('scale')
     assert pages('manifest') != set()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        "Write nothing"
+
+
+@pytest.fixture
+def address(site):
+    "The site behind a plain server of files"
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site.out))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.fixture
+def tab():
+    "A page of a headless browser"
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=find_browser(), args=['--no-sandbox'])
+        yield browser.new_page(viewport=dict(width=390, height=800))
+        browser.close()
+
+
+@needs_sphinx
+@pytest.mark.skipif(not find_browser(), reason='needs Chromium (apt: chromium) and Playwright')
+def test_browser_searches_and_asks_nobody(site, address, tab):
+    "Each search lists pages; no page asks another host, writes an error or is wider than a phone"
+    asked, errors = [], []
+    tab.on('request', lambda request: asked.append(request.url))
+    tab.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+    for words in ('RepMixer', 'logit scale', 'manifest'):
+        tab.goto(f'{address}/search.html?q={words}')
+        tab.wait_for_selector('#search-results li a')
+        tab.wait_for_load_state('networkidle')
+    for name in [*NAMES, 'api/losses.distillation', 'tutorials/01_predict.slides']:
+        tab.goto(f'{address}/{name}.html')
+        tab.wait_for_load_state('networkidle')
+        assert tab.evaluate('document.documentElement.scrollWidth') <= 390, name
+    assert len(asked) > 20
+    assert [url for url in asked if not url.startswith((address, 'data:'))] == []
+    assert errors == []
 
 
 @needs_sphinx
