@@ -33,6 +33,11 @@ class Site:
     def __post_init__(self):
         self.names = public_names(self.modules)
 
+    def own_names(self, nb):
+        "Names of a notebook's own module: `main` stands in several"
+        modules = [m for m in self.modules if m.name == nb.module]
+        return {name: f'{m.full}.{name}' for m in modules for name in m.definitions}
+
     def has(self, file):
         "Whether a file stands in the source tree of the site"
         if file.suffix == '.ipynb':
@@ -172,7 +177,7 @@ def below_summary(cells, new):
 
 def stage_notebook(nb, site, folder):
     "Write a notebook as the site shows it"
-    names = names_here(site.names, imported_names(nb))
+    names = names_here(site.names, imported_names(nb)) | site.own_names(nb)
 
     def convert(text):
         return link_names(text, names, nb.path, site.has)
