@@ -3,7 +3,7 @@
 Stored outputs are shown; nothing is run and nothing is downloaded.
 """
 
-import argparse, os, re, shutil, subprocess, sys, time
+import argparse, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import crawl
@@ -14,6 +14,7 @@ from library import ROOT, SETTINGS
 DOCS = Path(__file__).resolve().parent
 MOST_SECONDS, MOST_MB = 600, 80
 PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>')
+MARK = '.nojekyll'  # GitHub Pages serves folders that begin with an underscore only with it
 WORK = ROOT / 'build' / 'docs'
 
 
@@ -22,14 +23,13 @@ def parse(args):
     parser.add_argument('--out', type=Path, default=ROOT / SETTINGS['doc_path'])
     parser.add_argument('--work', type=Path, default=WORK, help='sources and caches')
     parser.add_argument('--only', nargs='+', help='notebooks, such as blocks/04_repmixer')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count())
     return parser.parse_args(args)
 
 
-def run_sphinx(source, out, work, jobs):
-    "Sphinx with every warning as an error; its exit status"
+def run_sphinx(source, out, work):
+    "Sphinx, every warning an error, in one process: of several, a failed one is lost silently"
     command = [sys.executable, '-m', 'sphinx', '-b', 'html', '-c', str(DOCS), '-d', str(work)]
-    command += ['-j', str(jobs), '-q', '-W', '--keep-going', str(source), str(out)]
+    command += ['-q', '-W', '--keep-going', str(source), str(out)]
     return subprocess.run(command).returncode
 
 
@@ -49,14 +49,23 @@ def drop_unused(out):
     for path in [*out.rglob('*.map'), out / '.buildinfo', out / '_static' / 'webpack-macros.html']:
         path.unlink(missing_ok=True)
     shutil.rmtree(out / '_sources', ignore_errors=True)
-    (out / '.nojekyll').touch()
 
 
-def build(out, work, only=None, jobs=1):
+def is_ours(out):
+    "Whether a folder may be replaced: it is not there, is empty, or holds a site"
+    return not out.exists() or not any(out.iterdir()) or (out / MARK).is_file()
+
+
+def build(out, work, only=None):
     "Write the site to a folder; what is wrong with it"
+    if not is_ours(out):
+        return [f'{out} holds other files than a site; name an empty folder']
     shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(work / 'doctrees', ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
     site = stage.stage(work / 'source', only)
-    if run_sphinx(work / 'source', out, work / 'doctrees', jobs):
+    if run_sphinx(work / 'source', out, work / 'doctrees'):
         return ['Sphinx reports warnings or errors']
     drop_unused(out)
     slim(out)
@@ -69,7 +78,7 @@ def build(out, work, only=None, jobs=1):
 def main(args=None):
     asked = parse(args)
     start = time.monotonic()
-    found = build(asked.out, asked.work, asked.only, asked.jobs)
+    found = build(asked.out, asked.work, asked.only)
     seconds, size = time.monotonic() - start, megabytes(asked.out)
     limits = f'at most {MOST_SECONDS} s and {MOST_MB} MB'
     print(f'{asked.out}: {seconds:.0f} s, {size:.1f} MB ({limits})')

@@ -100,6 +100,25 @@ def test_formulas_need_no_script(site):
 
 
 @needs_sphinx
+def test_formula_with_doubled_backslashes_is_a_fault():
+    from mathml import formula
+
+    assert '<mi>&#x003BB;</mi>' in formula(r'\lambda', 'inline')
+    with pytest.raises(ValueError, match='doubled backslashes'):
+        formula(r'\\lambda', 'inline')
+
+
+@needs_sphinx
+def test_folder_with_other_files_is_kept(tmp_path):
+    import make_site
+
+    (tmp_path / 'thesis.txt').write_text('all of it')
+    (fault,) = make_site.build(tmp_path, tmp_path / 'work', NAMES)
+    assert 'holds other files' in fault
+    assert (tmp_path / 'thesis.txt').read_text() == 'all of it'
+
+
+@needs_sphinx
 def test_stored_widget_is_no_script(site):
     raw = (ROOT / 'nbs' / 'evaluate' / '12_ensemble.ipynb').read_text(encoding='utf-8')
     cells = json.loads(raw)['cells']
