@@ -162,7 +162,8 @@ def page_links(nb, site):
 
 def colab_note():
     "What a page on Colab needs first"
-    extras = 'emoji,train,eval,reinforce,export,lab'
+    binder = (ROOT / '.binder' / 'requirements.txt').read_text(encoding='utf-8')
+    extras = re.search(r'\[(.+)\]', binder)[1]
     command = f'%pip install "{LIB}[{extras}] @ git+{REPOSITORY}"'
     return f'<p class="page-links">On Colab, run this first: <code>{command}</code></p>'
 

@@ -213,6 +213,8 @@ def test_slides(site):
     assert 'src="../_static/reveal/dist/reveal.js"' in deck
     assert (site.out / '_static' / 'reveal' / 'dist' / 'reveal.js').is_file()
     assert 'page-links' not in deck
+    extras = (ROOT / '.binder' / 'requirements.txt').read_text().strip().removeprefix('-e .')
+    assert f'mobileclip_nb{extras} @ git+' in page_text(site.page('tutorials/01_predict'))
 
 
 # --- the parts, without Sphinx -------------------------------------------------------------------
