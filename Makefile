@@ -4,6 +4,7 @@
 # make test-export  conversions of all models of the zoo at their own width, and the homes of exports
 # make test-gpu    devices, precision, memory and feeding on a GPU; without one, what stands in
 # make test-browser  widgets and apps in a headless browser; screenshots -> runs/browser
+# make docs       static site of notebooks and API, links checked  -> _docs
 # make lab        JupyterLab on the notebooks
 # make weights    train the shipped nano weights again and compare
 # make notebooks  run every notebook at nano scale and store its outputs
@@ -11,12 +12,12 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ## ALL: for notebooks and tests; RUNTIMES: besides, for the runtimes and homes of exports
-ALL := emoji,train,finetune,eval,search,remote,reinforce,export,coreml,openvino,lab,apps,dense,dev
+ALL := emoji,train,finetune,eval,search,remote,reinforce,export,coreml,openvino,lab,apps,dense,docs,dev
 RUNTIMES := coreai,executorch,litert,homes
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-browser test-export test-gpu first-hour lab weights notebooks prepare bench clean
+.PHONY: help demo test test-browser test-export test-gpu first-hour docs lab weights notebooks prepare bench clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -31,6 +32,14 @@ help:
 	@echo "== installing mobileclip_nb[$*] into .venv (torch is large: the first time takes minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[$*]'
 	@touch $@
+
+# the site reads stored outputs and sources: its own requirements are enough, without torch
+.venv/with-docs: .venv/made settings.ini
+	@sed -n 's/^docs_requirements = //p' settings.ini | xargs $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+	@touch $@
+
+docs: .venv/with-docs
+	$(BIN)/python docs/make_site.py
 
 demo: .venv/with-emoji,lab
 	$(BIN)/mobileclip demo
@@ -58,7 +67,7 @@ notebooks: .venv/with-$(ALL)
 	SCALE=nano MOBILECLIP_RUNS='$(CURDIR)/results' $(BIN)/python tests/store.py
 
 prepare: .venv/with-$(ALL)
-	$(BIN)/ruff format --quiet nbs tests setup.py mobileclip_nb/__init__.py
+	$(BIN)/ruff format --quiet nbs tests docs setup.py mobileclip_nb/__init__.py
 	$(BIN)/python -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(BIN)/python -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	$(BIN)/python tests/links.py
@@ -71,4 +80,4 @@ bench: .venv/with-$(ALL)
 	$(BIN)/mobileclip bench latency
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build _docs *.egg-info
