@@ -111,7 +111,7 @@ def test_fastvlm(tmp_path):
 
 AI = [(name, tower, precision) for name, tower in WIDE for precision in ('fp32', 'fp16')]
 if not os.environ.get('EXPORT_ALL'):  # half-precision attention: many minutes in Core AI on a CPU
-    ATTENTION = [('mobileclip_b', 'image', 'fp16')]
+    ATTENTION = [(f'mobileclip_{k}', 'image', 'fp16') for k in ('b', 's3')]
     AI = [case for case in AI if case[1:] != ('text', 'fp16') and case not in ATTENTION]
 
 
