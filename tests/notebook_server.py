@@ -1,15 +1,18 @@
 """Runs notebooks in forked processes: each starts with the large packages already imported.
 
 Reads one JSON line a notebook (path, folder, env) from standard input; answers its process id, then its exit status.
+The folded answers of a tutorial run after its last cell.
 A kernel for each of 120 notebooks imports torch, torchvision, timm and open_clip 120 times, which takes longer than most of them run.
 """
 
-import json, os, signal, sys, traceback
+import json, os, re, signal, sys, traceback
 from pathlib import Path
 
 import design
 
 SKIP = {'slow', 'gpu', 'net'}
+FOLDED = re.compile(r'<details>.*?</details>', re.S)
+PROGRAM = re.compile(r'^```python\n(.*?)^```', re.M | re.S)
 PRELOADED = 'torch', 'torchvision', 'timm', 'open_clip', 'matplotlib.pyplot', 'IPython', 'nbformat'
 
 
@@ -20,12 +23,20 @@ def code_cells(path):
     return [s for s in sources if not SKIP & set(design.DIRECTIVE.findall(s))]
 
 
+def answers(path):
+    "The programs in the folded answers of a tutorial, in the order of its exercises"
+    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+    text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    return [s for folded in FOLDED.findall(text) for s in PROGRAM.findall(folded)]
+
+
 def run(path):
     "Run the cells of a notebook in this process; raises what a cell raises, with its source"
     from execnb.shell import CaptureShell
 
     shell = CaptureShell(mpl_format='png')
-    for source in code_cells(path):
+    more = answers(path) if Path(path).parent.name == 'tutorials' else []
+    for source in code_cells(path) + more:
         shell.run(source)
         if shell.exc:
             trace = ''.join(traceback.format_exception(shell.exc))
