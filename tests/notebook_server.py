@@ -30,17 +30,22 @@ def answers(path):
     return [s for folded in FOLDED.findall(text) for s in PROGRAM.findall(folded)]
 
 
-def run(path):
-    "Run the cells of a notebook in this process; raises what a cell raises, with its source"
-    from execnb.shell import CaptureShell
-
-    shell = CaptureShell(mpl_format='png')
-    more = answers(path) if Path(path).parent.name == 'tutorials' else []
-    for source in code_cells(path) + more:
+def run_sources(path, shell, sources):
+    "Run programs in a shell; raises what one raises, with its source"
+    for source in sources:
         shell.run(source)
         if shell.exc:
             trace = ''.join(traceback.format_exception(shell.exc))
             raise RuntimeError(f'{path}\n\n{source}\n\n{trace}')
+
+
+def run(path):
+    "Run the cells of a notebook in this process, and the answers of a tutorial after them"
+    from execnb.shell import CaptureShell
+
+    is_tutorial = Path(path).parent.name == 'tutorials'
+    sources = code_cells(path) + (answers(path) if is_tutorial else [])
+    run_sources(path, CaptureShell(mpl_format='png'), sources)
 
 
 def child(path, folder, env, log):
