@@ -1,6 +1,6 @@
 "What users met when they tried the library as a stranger would: each fault as it was, and that it is gone."
 
-import json, os, re, signal, subprocess, sys, time
+import ast, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import links
+import design, links, notebook_server
 
 RUN = [sys.executable, '-c', 'from mobileclip_nb.cli.main import main; raise SystemExit(main())']
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
@@ -301,15 +301,21 @@ def test_links_are_made_once():
     assert links.add_links('`core/99_nothing`', links.NBS) == '`core/99_nothing`'
 
 
-@pytest.mark.parametrize(
-    'path', sorted((ROOT / 'nbs' / 'tutorials').glob('*.ipynb')), ids=lambda p: p.stem
-)
+TUTORIALS = sorted((ROOT / 'nbs' / 'tutorials').glob('*.ipynb'))
+TUTORIALS = [path for path in TUTORIALS if path.stem != '00_course']
+
+
+@pytest.mark.parametrize('path', TUTORIALS, ids=lambda p: p.stem)
 def test_answers_of_tutorials(path):
-    "Every tutorial has exercises with folded answers, as many as exercises"
+    "Two exercises, each with a folded answer whose program ends in a check; `test_runs` runs it"
     text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
     part = text.split('## Exercises')[1].split('\n## ')[0]
-    asked = re.sub(r'<details>.*?</details>', '', part, flags=re.S)
-    questions = re.findall(r'^\d\. ', asked, re.M)
-    folded = '\n'.join(re.findall(r'<details>.*?</details>', part, re.S))
-    answers = re.findall(r'^\d\. ', folded, re.M) or re.findall('<details>', folded)
-    assert questions and len(answers) == len(questions)
+    asked = notebook_server.FOLDED.sub('', part)
+    assert re.findall(r'^\d\. ', asked, re.M) == ['1. ', '2. ']
+    assert len(notebook_server.FOLDED.findall(part)) == 2
+    programs = notebook_server.answers(path)
+    assert len(programs) == 2
+    for program in programs:
+        last = ast.parse(design.MAGIC.sub(r'\1pass', program)).body[-1]
+        assert isinstance(last, ast.Assert)
+        assert max(len(line) for line in program.splitlines()) <= design.LIMIT['width']

@@ -69,3 +69,14 @@ def test_runtime_pages(nb, server, tmp_path):
     if not importlib.util.find_spec(RUNTIMES[name_of(nb)]):
         pytest.skip(f'needs {RUNTIMES[name_of(nb)]}; `make test-export` runs it')
     run_whole(nb, server, tmp_path)
+
+
+def test_a_wrong_answer_fails(server, tmp_path):
+    "The program of a folded answer runs after the cells of a tutorial, with their names"
+    path = tmp_path / 'tutorials' / '01_page.ipynb'
+    path.parent.mkdir()
+    for n, expected in ((2, 0), (3, 1)):
+        folded = f'1. How many?\n\n<details>\n\n```python\nassert x == {n}\n```\n\n</details>'
+        cells = [dict(cell_type='markdown', source=folded), dict(cell_type='code', source='x = 2')]
+        path.write_text(json.dumps(dict(cells=cells)))
+        assert server.run(path, {}, tmp_path / 'log.txt', LIMIT) == expected
