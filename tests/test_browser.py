@@ -705,6 +705,21 @@ def test_stored_notebook(path, lab, browser):
         visit.must_be_quiet()
 
 
+def test_link_opens_the_other_notebook(lab, browser):
+    "A link between notebooks, from one folder to another, opens a tab in JupyterLab"
+    url, token, folder = lab
+    names = 'tutorials/09_token_mixer', 'blocks/04_repmixer'
+    for name in names:
+        copy = folder / f'{name}.ipynb'
+        copy.parent.mkdir()
+        copy.write_bytes((ROOT / 'nbs' / f'{name}.ipynb').read_bytes())
+    with visiting(browser, f'{url}/lab/tree/{names[0]}.ipynb?token={token}') as visit:
+        visit.page.locator('.jp-RenderedMarkdown a', has_text=names[1]).first.click()
+        visit.page.locator('.lm-TabBar-tabLabel', has_text='04_repmixer.ipynb').wait_for()
+        visit.page.locator('.jp-RenderedMarkdown h1', has_text='RepMixer').wait_for()
+        visit.must_be_quiet()
+
+
 # --- apps ----------------------------------------------------------------------------------------
 
 
