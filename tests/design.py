@@ -374,9 +374,32 @@ def code(nb):
 PRIVATE = re.compile(r'(?<![\w.:/])/(?:home|root|Users|work|tmp|opt|mnt|private|var)/[\w.-]')
 
 
+SHOWING = ('Markdown', 'Picture', 'print', 'display', 'draw_', 'render_')
+
+
+def shows(cell):
+    "Whether a cell prints, or ends in a name or a call that is there to be shown"
+    if '#| eval: false' in cell.source or not cell.tree.body:
+        return False
+    values = [n.value for n in cell.tree.body if isinstance(n, ast.Expr)]
+    called = [ast.unparse(v.func) for v in values if isinstance(v, ast.Call)]
+    ends = cell.tree.body[-1]
+    return (
+        any(name in ('print', 'display') for name in called)
+        or isinstance(ends, ast.Expr)
+        and (
+            isinstance(ends.value, ast.Name)
+            or isinstance(ends.value, ast.Call)
+            and ast.unparse(ends.value.func).startswith(SHOWING)
+        )
+    )
+
+
 def outputs(nb):
-    "Stored outputs hold no error, no missing command, no absolute path and no host name"
+    "Stored outputs are all there, without an error, a missing command, a path or a host name"
     out, host = [], socket.gethostname()
+    if any(c.outputs for c in nb.code):
+        out += [f'cell {c.id} has lost its output' for c in nb.code if shows(c) and not c.outputs]
     for c in nb.code:
         if any(o['output_type'] == 'error' for o in c.outputs):
             out.append(f'cell {c.id} ended in an error')

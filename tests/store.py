@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = 'application/vnd.jupyter.widget-view+json'
@@ -47,6 +47,8 @@ def store(path):
     NotebookClient(
         nb,
         timeout=3600,
+        iopub_timeout=60,  # by default outputs that come later than 4 s are dropped without a word
+        raise_on_iopub_timeout=True,
         kernel_name='python3',
         resources=dict(metadata=dict(path=str(path.parent))),
     ).execute()
@@ -62,7 +64,7 @@ def main(paths):
         start = time.time()
         try:
             store(path)
-        except CellExecutionError as e:
+        except (CellExecutionError, CellTimeoutError) as e:
             failed.append(path)
             print(f'{path.name} failed:\n{e}', file=sys.stderr)
         else:

@@ -126,6 +126,13 @@ def test_lints_can_fail(lint, tmp_path):
     assert lint(bad_notebook(tmp_path)) != []
 
 
+def test_a_lost_output_is_a_fault():
+    silent = ['x = 1', 'f(x)', "test_eq(x, 1)", '#| eval: false\nprint(x)']
+    showing = ['fig', 'print(x)\nx = 2', "Markdown('a')", 'draw_ablation(a)']
+    assert [s for s in silent if design.shows(design.Cell('code', s, None, ()))] == []
+    assert [s for s in showing if not design.shows(design.Cell('code', s, None, ()))] == []
+
+
 def test_lints_name_the_fault(tmp_path):
     found = design.code(bad_notebook(tmp_path))
     assert 'print' in found

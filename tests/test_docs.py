@@ -109,6 +109,17 @@ def test_formula_with_doubled_backslashes_is_a_fault():
 
 
 @needs_sphinx
+def test_formula_keeps_no_command_of_tex():
+    "The converter leaves a double bar behind a size as TeX; a prime is raised by the font alone"
+    from mathml import formula
+
+    assert '>&#x02016;</mo>' in formula(r'a\big\|b', 'block')
+    assert '<msup>' not in formula("W' = W", 'inline')
+    with pytest.raises(ValueError, match='keeps a command'):
+        formula(r'\big\Vert', 'inline')
+
+
+@needs_sphinx
 def test_folder_with_other_files_is_kept(tmp_path):
     import make_site
 
