@@ -10,7 +10,7 @@ __all__ = ['COLORS', 'GRAY', 'YELLOW', 'THEMES', 'ROLES', 'LABEL_POINTS', 'DIAGR
 import io, math, textwrap, threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -482,7 +482,7 @@ def _bar(
     spread = ''
     if len(runs) > 1:
         ax.plot(runs, [row] * len(runs), '.', color=COLORS['black'], markersize=4)
-        spread = f' ± {(max(runs) - min(runs)) / 2:.{digits}f}'
+        spread = f' ± {stdev(runs):.{digits}f}'
     ax.text(label_x, row, f'{fmean(runs):.{digits}f}{spread}', va='center')
     if chance is not None:
         ax.plot(
