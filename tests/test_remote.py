@@ -133,7 +133,7 @@ def test_a_small_cache_stays_small(tmp_path, monkeypatch):
     place = write_set(tmp_path / 's')
     local = take(Stream(place, SPEC, memory=tmp_path / 'm'), 24)
     size = max(Path(url).stat().st_size for url in list_shards(place))
-    limit = int(3.5 * size)
+    limit = int(1.5 * size)
     monkeypatch.setenv('MOBILECLIP_CACHE_GB', str(limit / 1e9))
     with serve(folder=tmp_path) as server:
         names = '{00/{00000000,00000002,00000004},01/{00000001,00000003,00000005}}.tar'
