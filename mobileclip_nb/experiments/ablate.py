@@ -519,11 +519,12 @@ def draw_ablation(
     metric: str,  # of `a.columns`
     scale: str = 'nano',
 ) -> Any:  # a matplotlib figure
-    "Draw our seeds as points, the bar of each around the base, and the paper's numbers beside them"
+    "Draw our seeds as points and the bar of each around the base; beside them the paper's, if any"
     rows, column = compare_variants(a, runs, metric, scale), a.columns[metric]
     with style():
         fig = figure(9.0, 1.0 + 0.34 * len(rows))
-        left, right = fig.subplots(1, 2, sharey=True)
+        has_paper = any(r.paper is not None for r in rows)
+        left, *right = fig.subplots(1, 1 + has_paper, sharey=True, squeeze=False)[0]
         base, known = rows[0].values, smallest_difference(rows[0].values, len(a.seeds))
         for y, r in enumerate(rows):
             if y and known is not None:
@@ -536,10 +537,11 @@ def draw_ablation(
             if r.values:
                 left.plot([fmean(r.values)], [y], '|', color=color, markersize=16)
             if r.paper is not None:
-                right.plot([r.paper], [y], 'D', color=COLORS['black'], markersize=4)
+                right[0].plot([r.paper], [y], 'D', color=COLORS['black'], markersize=4)
         left.set(yticks=range(len(rows)), yticklabels=[r.variant for r in rows])
         left.set_xlabel(f'ours: {metric}, %, {scale}')
-        right.set_xlabel(f'paper: {column}' if column else 'the paper has no such column')
+        for ax in right:
+            ax.set_xlabel(f'paper: {column}')
         left.set_ylim(len(rows) - 0.5, -0.5)
         if known is not None and len(rows) > 1:
             left.legend(loc='lower left', bbox_to_anchor=(0, 1))
