@@ -61,12 +61,15 @@ def build(out, work, only=None):
     if not is_ours(out):
         return [f'{out} holds other files than a site; name an empty folder']
     shutil.rmtree(out, ignore_errors=True)
-    shutil.rmtree(work / 'doctrees', ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / MARK).touch()
+    for folder in ('doctrees', 'html'):
+        shutil.rmtree(work / folder, ignore_errors=True)
     site = stage.stage(work / 'source', only)
-    if run_sphinx(work / 'source', out, work / 'doctrees'):
+    # myst-nb writes figures beside the folder of the pages, so these are made apart and moved
+    if run_sphinx(work / 'source', work / 'html', work / 'doctrees'):
         return ['Sphinx reports warnings or errors']
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(work / 'html', out)
+    (out / MARK).touch()
     drop_unused(out)
     slim(out)
     slides.write_slides(out, [n for n in site.notebooks if n.startswith('tutorials/')])
